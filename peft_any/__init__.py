@@ -1,0 +1,74 @@
+"""Parameter-efficient fine-tuning adapters for every array library.
+
+Names are loaded when they are first used, so that ``import peft_any`` costs little more than
+``import numpy``. A method's configuration class is found by its name (``peft_any.LoraConfig``
+is ``peft_any.methods.lora.LoraConfig``).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_any.adapter import Adapter as Adapter
+    from peft_any.backend import Backend as Backend
+    from peft_any.backend import backend as backend
+    from peft_any.backend import move as move
+    from peft_any.backend import resolve as resolve
+    from peft_any.errors import BackendError as BackendError
+    from peft_any.errors import ConfigError as ConfigError
+    from peft_any.errors import FormatError as FormatError
+    from peft_any.errors import Irreversible as Irreversible
+    from peft_any.errors import PeftError as PeftError
+    from peft_any.errors import ShapeError as ShapeError
+    from peft_any.errors import StorageError as StorageError
+    from peft_any.errors import TargetError as TargetError
+    from peft_any.errors import VerifyError as VerifyError
+    from peft_any.io.config import config_from_json as config_from_json
+    from peft_any.io.safetensors import read_safetensors as read_safetensors
+    from peft_any.io.safetensors import write_safetensors as write_safetensors
+    from peft_any.layer import Dense as Dense
+    from peft_any.layer import Site as Site
+    from peft_any.method import Additive as Additive
+    from peft_any.method import Prompt as Prompt
+    from peft_any.method import Tuner as Tuner
+    from peft_any.model import PeftModel as PeftModel
+    from peft_any.model import merge as merge
+    from peft_any.model import unmerge as unmerge
+    from peft_any.registry import method_for as method_for
+    from peft_any.surgery import inspect_adapter as inspect_adapter
+    from peft_any.surgery import merge_checkpoint as merge_checkpoint
+    from peft_any.surgery import verify_checkpoint as verify_checkpoint
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapter": "Adapter",
+    "backend": "Backend backend move resolve",
+    "errors": "BackendError ConfigError FormatError Irreversible PeftError ShapeError "
+    "StorageError TargetError VerifyError",
+    "io.config": "config_from_json",
+    "io.safetensors": "read_safetensors write_safetensors",
+    "layer": "Dense Site",
+    "method": "Additive Prompt Tuner",
+    "model": "PeftModel merge unmerge",
+    "registry": "method_for",
+    "surgery": "inspect_adapter merge_checkpoint verify_checkpoint",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - computed, so that a name is written once
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"peft_any.{_HOME[name]}"), name)
+    elif name.endswith("Config"):
+        from peft_any.registry import config_class  # noqa: PLC0415 - loads a method on demand
+
+        value = config_class(name)
+    else:
+        raise AttributeError(f"module 'peft_any' has no attribute {name!r}")
+    globals()[name] = value
+    return value

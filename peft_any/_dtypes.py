@@ -1,0 +1,121 @@
+"""Dtypes by name: the one vocabulary in which all array libraries can be compared."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from peft_any.errors import BackendError
+
+SCALARS = (type(None), bool, int, float, complex)
+"""Python's own; NumPy's scalars, though some derive from these, are arrays here."""
+
+
+def dtype_name(x: Any) -> str:
+    """Name a dtype as checkpoints and configurations do.
+
+    Parameters
+    ----------
+    x : array, dtype of any library, or str
+        A string is checked and brought to its usual spelling.
+
+    Returns
+    -------
+    str
+        ``"float32"``, ``"bfloat16"``, ``"float8_e4m3fn"``, ``"int64"`` …
+
+    Raises
+    ------
+    BackendError
+        If `x` is neither an array nor a dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dtype_name(np.zeros(2, dtype="float32")), dtype_name(np.int64)
+    ('float32', 'int64')
+    """
+    dtype = x if isinstance(x, type | str) else getattr(x, "dtype", x)
+    if type(dtype).__module__.startswith(("torch", "array_api_strict")):
+        return str(dtype).rpartition(".")[2]
+    try:
+        return _name(dtype)
+    except TypeError:  # NumPy's, as of an unhashable object
+        raise BackendError(f"{x!r}: has no dtype: it is neither an array nor a dtype") from None
+
+
+@lru_cache(maxsize=256)
+def _name(dtype: Any) -> str:
+    if dtype is None:
+        raise TypeError("NumPy takes None for float64")
+    return numpy_dtype(dtype).name
+
+
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """Find NumPy's dtype of a name, ml_dtypes' bfloat16 and 8-bit floats included.
+
+    Raises
+    ------
+    TypeError
+        If there is none of that name.
+
+    Examples
+    --------
+    >>> numpy_dtype("bfloat16").itemsize
+    2
+    """
+    if isinstance(dtype, str) and dtype.startswith(("bfloat16", "float4_", "float6_", "float8_")):
+        import ml_dtypes  # noqa: PLC0415 - costs a third of NumPy's own import
+
+        dtype = getattr(ml_dtypes, dtype, dtype)
+    found: np.dtype[Any] = np.dtype(dtype)
+    return found
+
+
+def is_native(dtype: np.dtype[Any]) -> bool:
+    """Tell whether a dtype is NumPy's own, not an extension's (bfloat16, 8-bit floats).
+
+    Examples
+    --------
+    >>> is_native(numpy_dtype("float16")), is_native(numpy_dtype("bfloat16"))
+    (True, False)
+    """
+    return not dtype.type.__module__.startswith("ml_dtypes")
+
+
+def is_floating(x: Any) -> bool:
+    """Tell whether an array or dtype is real floating, bfloat16 and 8-bit floats included.
+
+    Examples
+    --------
+    >>> is_floating("bfloat16"), is_floating("complex64"), is_floating("int8")
+    (True, False, False)
+    """
+    return dtype_name(x).startswith(("float", "bfloat"))
+
+
+def compute_dtype(*arrays: Any) -> str:
+    """Choose the dtype in which arrays of these storage dtypes are computed with.
+
+    Parameters
+    ----------
+    *arrays : array, dtype, str, Python scalar or None
+        Integer arrays, scalars and None have no say.
+
+    Returns
+    -------
+    str
+        ``"float32"``, or ``"float64"`` where any has it; their complex kin where any is complex.
+
+    Examples
+    --------
+    >>> compute_dtype("bfloat16", "float32"), compute_dtype("float16", "float64")
+    ('float32', 'float64')
+    """
+    names = {dtype_name(a) for a in arrays if type(a) not in SCALARS}
+    wide = bool(names & {"float64", "complex128"})
+    if any(n.startswith("complex") for n in names):
+        return "complex128" if wide else "complex64"
+    return "float64" if wide else "float32"

@@ -1,0 +1,347 @@
+"""An adapter: a configuration, the parameters of its sites, and what else its file carries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+from peft_any._typing import Array, Params
+from peft_any.backend import (
+    Backend,
+    astype,
+    backend_of,
+    dtype_name,
+    from_numpy,
+    is_floating,
+    move,
+    resolve,
+)
+from peft_any.errors import FormatError, ShapeError, TargetError, UsageError
+from peft_any.extras import (
+    check_copies,
+    fresh_copies,
+    is_trained,
+    non_finite,
+    token_faults,
+    token_indices,
+    with_rows,
+)
+from peft_any.io import config as files
+from peft_any.io._atomic import StrPath, output_directory
+from peft_any.io._json import read_json
+from peft_any.io.keys import Place, read_keys, refuse_unknown, write_key
+from peft_any.io.safetensors import SafetensorsFile, write_safetensors
+from peft_any.layer import Kind, Site
+from peft_any.method import Prompt, Tuner
+from peft_any.registry import Config, method_names
+from peft_any.rng import Fresh
+from peft_any.selection import out_projection
+from peft_any.targets import place
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What an adapter directory holds.
+
+    Attributes
+    ----------
+    config : Config
+    sites : dict {module: {suffix: array}}
+        The method's parameters under the checkpoint's own suffixes.
+    shared : dict of str to array
+        What all sites share (VeRA's projections), or a prompt's table.
+    extra : dict of str to array
+        New values of whole base tensors, by the base's names: `modules_to_save`, biases,
+        embeddings.
+    tokens : dict of str to array (k, width)
+        New rows of embeddings, by module; `config.trainable_token_indices` says which.
+    metadata : dict of str to str
+        The tensor file's.
+    raw : dict, optional
+        The configuration file as it was read: what `save` starts from.
+    spare : dict of str to array
+        Tensors of the file without effect, by key: carried along.
+    notes : tuple of str
+        What was let pass with ``strict=False``.
+    """
+
+    config: Config
+    sites: Mapping[str, Params] = field(default_factory=dict)
+    shared: Params = field(default_factory=dict)
+    extra: Params = field(default_factory=dict)
+    tokens: Params = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    raw: Mapping[str, Any] | None = None
+    spare: Params = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(
+        cls,
+        path: StrPath,
+        backend: str | Backend = "numpy",
+        config: Config | None = None,
+        *,
+        strict: bool = True,
+    ) -> Self:
+        """Read an adapter directory of Hugging Face PEFT's, or its tensor file.
+
+        Parameters
+        ----------
+        path : path
+            A directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
+            safetensors file.
+        backend : str or Backend
+            Where the arrays go.
+        config : Config, optional
+            In place of the file's configuration; needed where there is none.
+        strict : bool
+            Whether a tensor that belongs nowhere is an error. If not, it is carried in `spare`
+            and said in `notes`.
+
+        Raises
+        ------
+        ConfigError, FormatError, StorageError
+            If a file is missing, malformed, a pickle, or of an unsupported method.
+        ShapeError, TargetError
+            Listing the tensors that cannot be an adapter's.
+        """
+        tensors, found = files.find_adapter(Path(path), configured=config is not None)
+        raw = None
+        if config is None:
+            raw = read_json(found)
+            config, _ = files.config_from_dict(raw, str(found))
+        files.refuse_unconverted(config, str(found))
+        to = resolve(backend)
+        with SafetensorsFile(tensors) as file:
+            metadata = dict(file.metadata)
+            arrays = {key: from_numpy(file[key].copy(), to) for key in file}
+        places, unknown = read_keys(config, arrays)
+        if strict:
+            refuse_unknown(str(tensors), unknown)
+        adapter = cls._sorted(config, arrays, places)
+        adapter._refuse_faults(str(tensors))  # noqa: SLF001 - its own class
+        return adapter.replace(metadata=metadata, raw=raw, notes=tuple(unknown))
+
+    @classmethod
+    def _sorted(
+        cls, config: Config, arrays: Mapping[str, Array], places: Mapping[str, Place]
+    ) -> Self:
+        sites: dict[str, Params] = {}
+        parts: dict[str, Params] = {"shared": {}, "copy": {}, "tokens": {}, "spare": {}}
+        for key, array in arrays.items():
+            to = places.get(key, Place("spare", ""))
+            if to.part == "site":
+                sites.setdefault(to.module, {})[to.name] = array
+            else:
+                name = key if to.part == "spare" else to.module or to.name
+                parts[to.part][name] = array
+        shared, extra, tokens, spare = parts.values()
+        return cls(config, sites, shared, extra, tokens, spare=spare)
+
+    def _refuse_faults(self, where: str) -> None:
+        """Refuse what no base can make right."""
+        if isinstance(self.config, Prompt):
+            want = self.config.shapes()
+            bad = [f"{k}: missing, of shape {s}" for k, s in want.items() if k not in self.shared]
+            bad += [
+                f"{k}: shape {tuple(v.shape)} cannot fit: {self.config.where} needs {want.get(k)}"
+                for k, v in self.shared.items()
+                if tuple(v.shape) != want.get(k)
+            ]
+        else:
+            bad = [
+                f"{site}.{name}: {dtype_name(v)} values cannot be parameters: they are no floats"
+                for site, p in self.sites.items()
+                for name, v in p.items()
+                if not is_floating(v) and self.config.peft_type in method_names()
+            ]
+        bad += token_faults(self.config, self.tokens)
+        if bad:
+            raise ShapeError("\n".join(f"{where}: {line}" for line in bad))
+        dummy = getattr(self.config, "target_modules", None) == "dummy-target-modules"
+        if not (self.sites or self.shared or self.extra or self.tokens or dummy):
+            raise TargetError(f"{where}: holds no adapter of {self.config.where}")
+
+    def save(self, path: StrPath, *, overwrite: bool = False) -> None:
+        """Write an adapter directory as Hugging Face PEFT lays it out, whole or not at all.
+
+        A loaded adapter comes out byte for byte as it was, but for what was changed.
+
+        Parameters
+        ----------
+        path : path
+            The directory.
+        overwrite : bool
+            Whether an existing adapter directory may be replaced.
+
+        Raises
+        ------
+        StorageError
+            If the directory exists, or cannot be written.
+        ConfigError
+            If the configuration cannot be written.
+
+        Examples
+        --------
+        >>> import numpy as np, tempfile
+        >>> from peft_any.methods.ia3 import IA3Config
+        >>> config = IA3Config(target_modules=["fc"], feedforward_modules=[])
+        >>> adapter = Adapter(config, {"fc": {"ia3_l": np.ones((3, 1), "float32")}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter.save(f"{folder}/a")
+        ...     Adapter.load(f"{folder}/a").num_parameters
+        3
+        """
+        config, sites = self.config, self.sites
+        if isinstance(config, Tuner):
+            config, sites = config.portable(sites)
+            if config.target_modules in (None, "all-linear") and self.raw is None:
+                names = [n for n in sites if n not in map(out_projection, sites)]
+                config = dataclasses.replace(config, target_modules=sorted(names))
+        text = files.config_to_json(config, self.raw)
+        tensors = self._named(config, sites)
+        with output_directory(path, overwrite) as folder:
+            (folder / files.CONFIG_NAME).write_text(text, encoding="utf-8")
+            write_safetensors(folder / files.TENSORS, tensors, self.metadata)
+
+    def _named(self, config: Config, sites: Mapping[str, Params]) -> Params:
+        """Give every tensor its key in the file."""
+
+        def key(part: Any, module: str, name: str = "") -> str:
+            return write_key(config, Place(part, module, name), sites, self.tokens)
+
+        out = {key("site", site, name): a for site, p in sites.items() for name, a in p.items()}
+        if isinstance(config, Prompt) or getattr(config, "save_projection", True):
+            out |= {key("shared", "", name): a for name, a in self.shared.items()}
+        out |= {key("copy", "", name): a for name, a in self.extra.items()}
+        out |= {key("tokens", module): a for module, a in self.tokens.items()}
+        return out | {name: a for name, a in self.spare.items() if name not in out}
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def to(self, backend: str | Backend) -> Self:
+        """Copy with all arrays on another library or device."""
+        names = ("sites", "shared", "extra", "tokens", "spare")
+        return self.replace(**{n: move(getattr(self, n), backend) for n in names})
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """Copy with other module names, for a base that calls them otherwise.
+
+        `rename` gets module names, of sites, of copied tensors' modules and of embeddings.
+        `target_modules` becomes the list of the new names.
+
+        Examples
+        --------
+        >>> from peft_any.methods.ia3 import IA3Config
+        >>> adapter = Adapter(IA3Config(), {"transformer.h.0.fc": {}})
+        >>> list(adapter.renamed(lambda name: name.removeprefix("transformer.")).sites)
+        ['h.0.fc']
+        """
+
+        def tensor(name: str) -> str:
+            module, dot, leaf = name.rpartition(".")
+            return f"{rename(module)}{dot}{leaf}"
+
+        sites = {rename(name): p for name, p in self.sites.items()}
+        if len(sites) != len(self.sites):
+            raise UsageError("renamed: two modules cannot get the same name")
+        config = self.config
+        if isinstance(config, Tuner):
+            names = [n for n in sites if n not in map(out_projection, sites)]
+            config = dataclasses.replace(config, target_modules=names)
+        return self.replace(
+            config=config,
+            sites=sites,
+            extra={tensor(name): a for name, a in self.extra.items()},
+            tokens={rename(name): a for name, a in self.tokens.items()},
+        )
+
+    def trainable(self) -> dict[str, Params]:
+        """Give the trained arrays by site and name; what belongs to no site stands under ``""``."""
+        frozen: frozenset[str] = getattr(self.config, "frozen", frozenset())
+        loose = {k: a for k, a in self.shared.items() if k not in frozen}
+        loose |= {k: a for k, a in self.extra.items() if is_trained(self.config, k)}
+        loose |= {f"{module}.trainable_tokens_delta": a for module, a in self.tokens.items()}
+        sites = {s: {k: a for k, a in p.items() if k not in frozen} for s, p in self.sites.items()}
+        return {"": loose, **sites} if loose else sites
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(sum(counts.values()) for counts in self.counts.values())
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many numbers are trained, by site and name."""
+        return {s: {k: prod(a.shape) for k, a in p.items()} for s, p in self.trainable().items()}
+
+    def replaced(self, weights: Collection[str]) -> list[str]:
+        """Name the base tensors that this adapter carries new values or rows of."""
+        names = [*self.extra, *(f"{module}.weight" for module in self.tokens)]
+        return [name for name in dict.fromkeys(names) if name in weights]
+
+    def replacement(self, tensor: str, base: Array) -> Array | None:
+        """Give the new value of a base tensor, in its dtype, if the adapter carries one.
+
+        Raises
+        ------
+        ShapeError
+            If it does not have the base's shape.
+        """
+        module = tensor.removesuffix(".weight")
+        new, rows = self.extra.get(tensor), self.tokens.get(module)
+        if new is None and rows is None:
+            return None
+        check_copies(
+            self.config,
+            {} if new is None else {tensor: new},
+            {} if rows is None else {module: rows},
+            {tensor: base},
+        )
+        new = base if new is None else astype(new, dtype_name(base))
+        return new if rows is None else with_rows(new, rows, token_indices(self.config, module))
+
+    def with_copies(self, weights: Mapping[str, Array], sites: Mapping[str, Site]) -> Self:
+        """Add what a fresh adapter trains beside its method (`extras.fresh_copies`)."""
+        extra, tokens = fresh_copies(self.config, weights, sites)
+        return self.replace(extra=extra, tokens=tokens)
+
+    def with_shared(self, sites: Sequence[Site], *, dtype: str = "float32") -> Self:
+        """Draw the shared arrays that the file left out (`save_projection` false) again."""
+        config = self.config
+        if not isinstance(config, Tuner) or not self.sites:
+            return self
+        if all(name in self.shared for name in config.shared_shapes(sites)):
+            return self
+        like = backend_of(next(iter(next(iter(self.sites.values())).values())))
+        drawn = config.init_shared(sites, Fresh(0, like, dtype=dtype))
+        return self.replace(shared={**drawn, **self.shared})
+
+    def check_copies(self, weights: Mapping[str, Any]) -> None:
+        """Check that the full copies and rows fit a base (`extras.check_copies`)."""
+        check_copies(self.config, self.extra, self.tokens, weights)
+
+    def check(
+        self, weights: Mapping[str, Any], kinds: Mapping[str, Kind | Site] | None = None
+    ) -> dict[str, Site]:
+        """Fit the adapter to a base, and give its sites: `targets.place`."""
+        return place(self, weights, kinds)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinities.
+
+        Raises
+        ------
+        FormatError
+            Naming every array that has some.
+        """
+        bad = non_finite({**self.sites, "": {**self.shared, **self.extra, **self.tokens}})
+        if bad:
+            raise FormatError(f"{', '.join(bad)}: NaN or infinite values cannot adapt anything")

@@ -1,0 +1,138 @@
+"""What a model is when its parameters are fixed: adapted layers to call; counts to print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from peft_any import combine
+from peft_any._typing import Array
+from peft_any.backend import astype, dtype_name, is_floating
+from peft_any.combine import Part
+from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.layer import Dense, widen
+
+
+@dataclass(frozen=True)
+class BoundLayer:
+    """An adapted layer as a callable.
+
+    Attributes
+    ----------
+    base : Dense
+        The layer below all adapters.
+    parts : sequence of Part
+        The adapters that act on it.
+    stacked : bool
+        Whether they act one upon another rather than as a weighted sum.
+    """
+
+    base: Dense
+    parts: Sequence[Part]
+    stacked: bool
+
+    def __post_init__(self) -> None:
+        params, base = widen([part.params for part in self.parts], self.base)
+        parts = [Part(o.config, p, o.weight) for o, p in zip(self.parts, params, strict=True)]
+        object.__setattr__(self, "_wide", (parts, base))
+
+    def __call__(self, x: Array) -> Array:
+        """Apply the layer to x (…, n_in), or to integer token numbers of an embedding.
+
+        Returns
+        -------
+        array (…, n_out)
+            In `x`'s dtype (the base's for integers), computed in at least float32.
+        """
+        if self.base.site.is_conv:
+            raise ConfigError(
+                f"{self.base.site.name}: a convolution cannot be called here: its stride and "
+                "padding are not in the checkpoint; use merge() and your library's convolution"
+            )
+        parts, base = self._wide  # type: ignore[attr-defined]
+        floating = is_floating(x)
+        out = dtype_name(x if floating else self.base.weight)
+        if floating:
+            x = astype(x, dtype_name(base.weight))
+        y: Array = astype(combine.forward(parts, x, base, stacked=self.stacked), out)
+        return y
+
+
+class Layers(Mapping[str, BoundLayer]):
+    """The layers of a bound model by module name, each made on first use."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], BoundLayer]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[str, BoundLayer] = {}
+
+    def __getitem__(self, name: str) -> BoundLayer:
+        if name not in self._made:
+            if name not in self._names:
+                raise TargetError(f"{name}: no such layer{nearest(name, self._names)}")
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A model with its parameters fixed.
+
+    Attributes
+    ----------
+    layers : mapping of str to callable
+        The layers, adapted where an active adapter says so: ``layers["fc"](x)``.
+    """
+
+    layers: Layers
+
+
+class Parameters(dict[str, dict[str, dict[str, Any]]]):
+    """Trainable arrays by adapter, site and name: a plain nested dict that prints its counts.
+
+    Arrays that belong to no site (shared ones, a prompt's table, full copies) stand under the
+    site ``""``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> p = Parameters({"a": {"fc": {"lora_A.weight": np.zeros((2, 5))}}}, base=90)
+    >>> p.trainable, p.total, p.per_site
+    (10, 100, {'a': {'fc': 10}})
+    """
+
+    def __init__(self, values: Mapping[str, dict[str, dict[str, Any]]], base: int = 0) -> None:
+        super().__init__(values)
+        self.base = base
+
+    @property
+    def per_site(self) -> dict[str, dict[str, int]]:
+        """How many numbers are trained at each site of each adapter."""
+        return {
+            adapter: {site: sum(prod(a.shape) for a in p.values()) for site, p in sites.items()}
+            for adapter, sites in self.items()
+        }
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(n for sites in self.per_site.values() for n in sites.values())
+
+    @property
+    def total(self) -> int:
+        """How many numbers there are, the base's included."""
+        return self.base + self.trainable
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {share:.4f}"
+        )

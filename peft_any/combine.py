@@ -1,0 +1,171 @@
+"""Several adapters on one layer: weighted sums of their effects, or one upon another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft_any._typing import Array, Params
+from peft_any.errors import ConfigError
+from peft_any.layer import Dense, Layer, Site
+from peft_any.method import Tuner
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share in a layer.
+
+    Attributes
+    ----------
+    config : Tuner
+        Resolved for the site.
+    params : dict of arrays
+        The site's parameters and the adapter's shared ones, joined.
+    weight : float
+        Factor of the adapter's effect.
+    """
+
+    config: Tuner
+    params: Params
+    weight: float = 1.0
+
+
+def effect(parts: Sequence[Part], base: Dense) -> tuple[Array, Array | None]:
+    """Sum the weighted effects of several adapters, each against the same base.
+
+    Parameters
+    ----------
+    parts : sequence of Part, at least one
+        Widened, as `base`.
+    base : Dense
+
+    Returns
+    -------
+    weight : array (n_out, width)
+    bias : array (n_out,) or None
+    """
+    total: Array | None = None
+    shift: Array | None = None
+    for part in parts:
+        dw, db = part.config.effect(part.params, base)
+        if part.weight != 1.0:
+            dw, db = part.weight * dw, None if db is None else part.weight * db
+        total = dw if total is None else total + dw
+        shift = db if shift is None or db is None else shift + db
+    if total is None:
+        raise ConfigError(f"{base.site.name}: no adapter to take the effect of")
+    return total, shift
+
+
+def merge(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense:
+    """Merge several adapters into a layer.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        Widened, as `base`; their order matters when stacked.
+    base : Dense
+    stacked : bool
+        One upon another, each adapting what the ones before it made, as Hugging Face PEFT does
+        with several active adapters; weights must be 1. Otherwise W + Σ wᵢ·(mergeᵢ(W) − W).
+
+    Returns
+    -------
+    Dense
+        In the compute dtype: round it with `narrow`.
+    """
+    if stacked or (len(parts) == 1 and parts[0].weight == 1.0):
+        layer = base
+        for part in parts:
+            _refuse_weight(part, base.site)
+            layer = part.config.merge(part.params, layer).replace(unadapted=base.original)
+        return layer
+    if not parts:
+        return base
+    weight, shift = effect(parts, base)
+    bias = base.bias
+    if shift is not None:
+        if bias is None:
+            raise ConfigError(
+                f"{base.site.name}: a bias correction cannot be merged: the base has no bias"
+            )
+        bias = bias + shift
+    return base.replace(weight=base.weight + weight, bias=bias)
+
+
+def forward(parts: Sequence[Part], x: Array, base: Layer, *, stacked: bool = False) -> Array:
+    """Apply a layer with several adapters, weighted or stacked as in `merge`."""
+    layer = base
+    if stacked or (len(parts) == 1 and parts[0].weight == 1.0):
+        for part in parts:
+            _refuse_weight(part, base.site)
+            layer = Adapted(part, layer)
+        return layer(x)
+    once = Once(base)
+    y = out = once(x)
+    for part in parts:
+        out = out + part.weight * (part.config.forward(part.params, x, once) - y)
+    return out
+
+
+def _refuse_weight(part: Part, site: Site) -> None:
+    if part.weight != 1.0:
+        raise ConfigError(
+            f"{site.name}: a stacked adapter cannot have weight {part.weight}: give a mapping of "
+            "names to weights for their weighted sum"
+        )
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A layer that carries one adapter, for the next one to adapt."""
+
+    part: Part
+    base: Layer
+    _merged: list[Dense] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def site(self) -> Site:
+        """The base layer's."""
+        return self.base.site
+
+    @property
+    def original(self) -> Array:
+        """The weight below all adapters."""
+        return self.base.original
+
+    @property
+    def weight(self) -> Array:
+        """The merged weight, formed on first use."""
+        return self._dense().weight
+
+    @property
+    def bias(self) -> Array | None:
+        """The merged bias."""
+        return self._dense().bias if self.part.config.changes_bias(self.site) else self.base.bias
+
+    def __call__(self, x: Array) -> Array:
+        """Apply base and adapter."""
+        return self.part.config.forward(self.part.params, x, self.base)
+
+    def _dense(self) -> Dense:
+        if not self._merged:
+            base = Dense(self.base.weight, self.base.bias, self.site, self.original)
+            self._merged.append(self.part.config.merge(self.part.params, base))
+        return self._merged[0]
+
+
+class Once:
+    """A layer that does not compute twice for the very same input."""
+
+    def __init__(self, base: Layer) -> None:
+        self._base = base
+        self._last: tuple[Array, Array] | None = None
+        self.site, self.weight, self.bias = base.site, base.weight, base.bias
+        self.original = base.original
+
+    def __call__(self, x: Array) -> Array:
+        """Apply the layer, or remember what it gave for this `x`."""
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, self._base(x))
+        return self._last[1]

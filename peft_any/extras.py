@@ -1,0 +1,224 @@
+"""What an adapter carries beside its method: full copies of tensors, biases, rows of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from peft_any._typing import Array, Params
+from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, namespace
+from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
+from peft_any.layer import Site
+from peft_any.layout import shape_of
+from peft_any.registry import Config
+from peft_any.selection import saved_whole
+
+_INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
+"""Input embeddings of transformers' usual models, the likeliest first."""
+
+
+def token_indices(config: Config, module: str) -> list[int]:
+    """Say which rows of an embedding are trained, in the order of the stored rows."""
+    listed = getattr(config, "trainable_token_indices", None) or []
+    if isinstance(listed, Mapping):
+        found = [v for k, v in listed.items() if module == k or module.endswith(f".{k}")]
+        return list(found[0]) if found else []
+    return list(listed)
+
+
+def token_faults(config: Config, tokens: Mapping[str, Array]) -> list[str]:
+    """Describe the embeddings whose stored rows the configuration does not list."""
+    faults = []
+    for module, rows in tokens.items():
+        asked = len(token_indices(config, module))
+        if rows.ndim != 2 or rows.shape[0] != asked:
+            faults.append(
+                f"{module}.trainable_tokens_delta: shape {tuple(rows.shape)} cannot fit: "
+                f"trainable_token_indices lists {asked} rows"
+            )
+    return faults
+
+
+def is_trained(config: Config, tensor: str) -> bool:
+    """Whether a copied tensor was trained, and not only saved along (as embeddings are)."""
+    bias = getattr(config, "bias", "none") != "none" and tensor.endswith("bias")
+    return bias or within(tensor, saved_whole(config))
+
+
+def within(tensor: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor lies in a module whose name ends so: HF looks for no dot before it.
+
+    Examples
+    --------
+    >>> within("bert.classifier.dense.weight", ["classifier"]), within("fc.weight", ["head"])
+    (True, False)
+    """
+    parts, ends = tensor.split(".")[:-1], tuple(modules)
+    return any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts) + 1))
+
+
+def fresh_copies(
+    config: Config, weights: Mapping[str, Array], sites: Mapping[str, Site]
+) -> tuple[Params, Params]:
+    """Take from the base what a new adapter trains beside its method.
+
+    Parameters
+    ----------
+    config : Config
+        Its `modules_to_save`, `bias` and `trainable_token_indices`.
+    weights : mapping of str to array
+        The base.
+    sites : mapping of str to Site
+        The layers that the method adapts.
+
+    Returns
+    -------
+    extra : dict {base tensor: array}
+    tokens : dict {embedding module: rows (k, width)}
+
+    Raises
+    ------
+    TargetError
+        If an entry matches nothing in the base.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> config = LoraConfig(modules_to_save=["head"], trainable_token_indices={"wte": [2]})
+    >>> weights = {"wte.weight": np.ones((3, 2)), "head.weight": np.zeros((2, 2))}
+    >>> extra, tokens = fresh_copies(config, weights, {})
+    >>> list(extra), tokens["wte"].shape
+    (['head.weight'], (1, 2))
+    """
+    saved = saved_whole(config)
+    chosen = [name for name in weights if saved and within(name, saved)]
+    lost = [
+        f"{config.where}: modules_to_save entry {entry!r} matches no module"
+        f"{nearest(entry, _modules(weights))}"
+        for entry in config.modules_to_save or []
+        if not any(within(name, [entry]) for name in chosen)
+    ]
+    bias = getattr(config, "bias", "none")
+    if bias == "all":
+        chosen += [n for n in weights if (n == "bias" or n.endswith(".bias")) and n not in chosen]
+    elif bias.endswith("_only"):
+        names = [s.bias_name for s in sites.values() if s.kind != "MultiheadAttention"]
+        chosen += [name for name in names if name in weights and name not in chosen]
+    listed = getattr(config, "trainable_token_indices", None) or []
+    entries = list(listed) if isinstance(listed, Mapping) else [None] if listed else []
+    modules = []
+    for entry in entries:
+        found = _embedding(entry, weights)
+        if found is None:
+            names = [n.removesuffix(".weight") for n in weights if n.endswith(".weight")]
+            lost.append(
+                f"{config.where}: trainable_token_indices: no embedding "
+                f"{entry or _INPUTS!r} is there{nearest(entry or '', names)}"
+            )
+        else:
+            modules.append(found)
+    if lost:
+        raise TargetError("\n".join(lost))
+    tokens = {m: _rows(weights[f"{m}.weight"], token_indices(config, m), m) for m in modules}
+    return {name: weights[name] for name in chosen}, tokens
+
+
+def _modules(weights: Iterable[str]) -> list[str]:
+    return [*dict.fromkeys(part for name in weights for part in name.split(".")[:-1])]
+
+
+def _embedding(entry: str | None, weights: Collection[str]) -> str | None:
+    for last in _INPUTS if entry is None else (entry,):
+        for name in weights:
+            module = name.removesuffix(".weight")
+            if module != name and (module == last or module.endswith(f".{last}")):
+                return module
+    return None
+
+
+def _rows(table: Array, indices: list[int], module: str) -> Array:
+    _check_range(indices, table.shape[0], module)
+    rows: Array = namespace(table).take(table, from_numpy_like(indices, table), axis=0)
+    return rows
+
+
+def _check_range(indices: list[int], rows: int, module: str) -> None:
+    bad = [i for i in indices if not 0 <= i < rows]
+    if bad or len(set(indices)) != len(indices):
+        raise ConfigError(
+            f"{module}: trainable_token_indices {bad or indices} cannot be rows of it: it has "
+            f"{rows}, each may be named once"
+        )
+
+
+def with_rows(table: Array, rows: Array, indices: list[int]) -> Array:
+    """Put new rows into a table, as a new array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with_rows(np.zeros((3, 2)), np.ones((1, 2)), [1])
+    array([[0., 0.],
+           [1., 1.],
+           [0., 0.]])
+    """
+    xp, n = namespace(table, rows), table.shape[0]
+    order = list(range(n))
+    for i, row in enumerate(indices):
+        order[row] = n + i
+    both = xp.concat([table, astype(rows, dtype_name(table))], axis=0)
+    out: Array = xp.take(both, from_numpy_like(order, table), axis=0)
+    return out
+
+
+def check_copies(
+    config: Config,
+    extra: Mapping[str, Array],
+    tokens: Mapping[str, Array],
+    weights: Mapping[str, Any],
+) -> None:
+    """Check that every copy and row has its place in a base.
+
+    Raises
+    ------
+    ConfigError, ShapeError, TargetError
+        Listing all that do not.
+    """
+    want = {name: tuple(a.shape) for name, a in extra.items()}
+    lost = [n for n in (*want, *(f"{m}.weight" for m in tokens)) if n not in weights]
+    if lost:
+        raise TargetError(
+            "\n".join(f"{n}: the base has no such tensor{nearest(n, weights)}" for n in lost)
+        )
+    wrong = [
+        f"{name}: shape {shape} cannot replace the base's {shape_of(weights, name)}"
+        for name, shape in want.items()
+        if shape != shape_of(weights, name)
+    ]
+    for module, rows in tokens.items():
+        table = shape_of(weights, f"{module}.weight")
+        _check_range(token_indices(config, module), table[0], module)
+        if tuple(rows.shape)[1:] != table[1:]:
+            wrong.append(f"{module}: rows of shape {tuple(rows.shape)} cannot go into {table}")
+    if wrong:
+        raise ShapeError("\n".join(wrong))
+
+
+def non_finite(tree: Mapping[str, Params]) -> list[str]:
+    """Name the arrays of ``{site: {name: array}}`` that hold NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> non_finite({"fc": {"ia3_l": np.asarray([1.0, np.nan])}})
+    ['fc.ia3_l']
+    """
+    bad = []
+    for site, p in tree.items():
+        for name, a in p.items():
+            if is_floating(a):
+                xp = namespace(a)
+                if not bool(xp.all(xp.isfinite(astype(a, "float32")))):
+                    bad.append(f"{site}.{name}" if site else name)
+    return bad

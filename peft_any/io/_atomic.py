@@ -1,0 +1,339 @@
+"""Outputs that appear whole or not at all: a hidden sibling first, one rename at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeAlias
+
+from peft_any.errors import PeftError, StorageError, UsageError
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+_ADVICE = {
+    errno.ENOSPC: "no space is left on the device; free some or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file would exceed the size limit of the file system or the process",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission is denied; check the owner and mode, or choose another place",
+    errno.EPERM: "the operation is not permitted there; choose another place",
+    errno.EIO: "the device reports an input/output error; check the disk",
+    errno.ENOENT: "there is no such file or directory; check the spelling",
+    errno.EISDIR: "it is a directory; give a file",
+    errno.ENOTDIR: "a part of the path is a file where a directory is needed",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
+    errno.ELOOP: "its symbolic links form a loop",
+    errno.EBUSY: "it is in use (a mount point?); choose another place",
+}
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+
+
+def storage_error(path: StrPath, action: str, cause: Exception) -> StorageError:
+    """A `StorageError` that says what could not be done with `path`, why, and what to try.
+
+    Examples
+    --------
+    >>> print(storage_error("out", "be written", OSError(28, "No space left on device")))
+    out: cannot be written: no space is left on the device; free some or choose another place
+    """
+    code = getattr(cause, "errno", None)
+    why = _ADVICE.get(code or 0) or getattr(cause, "strerror", None) or str(cause)
+    made = StorageError(f"{os.fspath(path)!s}: cannot {action}: {why}")
+    made.errno = code
+    return made
+
+
+@contextmanager
+def reporting(path: StrPath, action: str) -> Iterator[None]:
+    """Turn the operating system's errors within the block into a `StorageError` about `path`."""
+    try:
+        yield
+    except PeftError:
+        raise
+    except OSError as cause:
+        raise storage_error(path, action, cause) from cause
+
+
+def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
+    """Refuse an output that is, lies inside, or contains one of the inputs.
+
+    Parameters
+    ----------
+    out : path
+        Where the output is to go; it need not exist.
+    inputs : iterable of path
+        Files and directories that must stay untouched.
+
+    Raises
+    ------
+    UsageError
+        Where writing `out` could change an input.
+    """
+    target = _real(out)
+    for given in inputs:
+        source = _real(given)
+        if target == source or (
+            target.exists() and source.exists() and os.path.samefile(target, source)
+        ):
+            how = "it is the input itself"
+        elif source in target.parents:
+            how = f"it lies inside the input {given}"
+        elif target in source.parents:
+            how = f"it contains the input {given}"
+        else:
+            continue
+        raise UsageError(f"{out}: the output cannot go here: {how}; choose another place")
+
+
+@contextmanager
+def output_file(
+    path: StrPath, overwrite: bool = False, *, inputs: Iterable[StrPath] = ()
+) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
+
+    Parameters
+    ----------
+    path : path
+        The final name.
+    overwrite : bool
+        Whether an existing file may be replaced.
+    inputs : iterable of path
+        What must not be touched, see `refuse_overlap`.
+
+    Yields
+    ------
+    Path
+        A hidden name in the same directory, to be created by the block. It is removed on any
+        exception, an interrupt included.
+
+    Raises
+    ------
+    StorageError
+        Where `path` exists, cannot be written, or the disk is full.
+    UsageError
+        Where `path` would touch one of `inputs`.
+    """
+    final = Path(path)
+    _check(final, overwrite, inputs, directory=False)
+    made: list[Path] = []
+    partial = _sibling(final, "partial")
+    try:
+        with reporting(path, "be written"):
+            _make_parents(final, made)
+            yield partial
+            if not partial.is_file():
+                raise UsageError(f"{path}: the output cannot be finished: nothing was written")
+            _sync(partial)
+            if overwrite:
+                os.replace(partial, final)
+            else:
+                _rename_new(partial, final)
+            _sync(final.parent)
+    except BaseException as cause:
+        with suppress(OSError):
+            partial.unlink()
+        _remove_empty(made)
+        _name_final(cause, partial, final)
+        raise
+
+
+@contextmanager
+def output_directory(
+    path: StrPath, overwrite: bool = False, *, inputs: Iterable[StrPath] = ()
+) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; rename it to `path` if the block succeeds.
+
+    Parameters
+    ----------
+    path : path
+        The final name. An empty directory may stand there.
+    overwrite : bool
+        Whether an existing model or adapter directory may be replaced: it is renamed aside,
+        the new one is renamed into place, and only then is the old one removed. A directory
+        without any model file, under version control, or holding the current directory is
+        never removed.
+    inputs : iterable of path
+        What must not be touched, see `refuse_overlap`.
+
+    Yields
+    ------
+    Path
+        A hidden directory with the same parent. It is removed on any exception, an interrupt
+        included.
+
+    Raises
+    ------
+    StorageError
+        Where `path` exists, cannot be written, or the disk is full.
+    UsageError
+        Where `path` would touch one of `inputs`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with output_directory(f"{folder}/out") as partial:
+    ...         _ = (partial / "config.json").write_text("{}")
+    ...     os.listdir(f"{folder}/out")
+    ['config.json']
+    """
+    final = Path(path)
+    _check(final, overwrite, inputs, directory=True)
+    made: list[Path] = []
+    partial = _sibling(final, "partial")
+    try:
+        with reporting(path, "be written"):
+            _make_parents(final, made)
+            partial.mkdir()
+            yield partial
+            for folder, _, names in os.walk(partial, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _move_in(partial, final, overwrite)
+    except BaseException as cause:
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(made)
+        _name_final(cause, partial, final)
+        raise
+
+
+def _check(final: Path, overwrite: bool, inputs: Iterable[StrPath], *, directory: bool) -> None:
+    if final.name in {"", ".."} or "\0" in str(final):
+        raise UsageError(f"{str(final)!r}: the output cannot go here: it needs a name of its own")
+    refuse_overlap(final, inputs)
+    with reporting(final, "be written"):
+        try:
+            os.lstat(final)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        _check_existing(final, overwrite, directory=directory)
+
+
+def _check_existing(final: Path, overwrite: bool, *, directory: bool) -> None:
+    if final.is_dir() != directory:
+        kinds = "a file", "a directory"
+        raise StorageError(
+            f"{final}: the output cannot go here: {kinds[not directory]} stands there and "
+            f"{kinds[directory]} is to be written; choose another name"
+        )
+    if directory and not final.is_symlink() and not any(final.iterdir()):
+        return
+    if not overwrite:
+        raise StorageError(
+            f"{final}: the output cannot go here: it exists; choose another name or allow "
+            "overwriting"
+        )
+    if directory:
+        _refuse_precious(final)
+
+
+def _refuse_precious(final: Path) -> None:
+    real = _real(final)
+    here = Path.cwd()
+    if real == here or real in here.parents:
+        why = "it holds the current directory"
+    elif (final / ".git").exists():
+        why = "it is under version control"
+    elif not any(_model_file(child.name) for child in final.iterdir()):
+        why = "it holds no model or adapter"
+    else:
+        return
+    raise StorageError(
+        f"{final}: the existing directory cannot be replaced: {why}, so it is not removed; "
+        "remove it yourself or choose another name"
+    )
+
+
+def _model_file(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name in {
+        "adapter_config.json",
+        "merge_receipt.json",
+    }
+
+
+def _real(path: StrPath) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as cause:
+        raise storage_error(path, "be resolved", cause) from cause
+
+
+def _sibling(final: Path, kind: str) -> Path:
+    # 200 bytes of the name leave room for the suffix within the usual 255.
+    stem = os.fsdecode(os.fsencode(final.name)[:200])
+    return final.parent / f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.{kind}"
+
+
+def _name_final(cause: BaseException, partial: Path, final: Path) -> None:
+    if isinstance(cause, PeftError) and cause.args:
+        cause.args = (str(cause.args[0]).replace(str(partial), str(final)), *cause.args[1:])
+
+
+def _make_parents(final: Path, made: list[Path]) -> None:
+    missing = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
+    for parent in reversed(missing):
+        parent.mkdir()
+        made.append(parent)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for parent in reversed(made):
+        with suppress(OSError):
+            parent.rmdir()
+
+
+def _sync(path: Path) -> None:
+    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_new(partial: Path, final: Path) -> None:
+    # A hard link, unlike a rename, fails where the name has been taken in the meantime.
+    try:
+        os.link(partial, final)
+    except FileExistsError as cause:
+        raise StorageError(
+            f"{final}: the output cannot go here: another process made it in the meantime"
+        ) from cause
+    except OSError as cause:
+        if cause.errno not in _NO_HARD_LINKS or os.path.lexists(final):
+            raise
+        os.rename(partial, final)
+    else:
+        partial.unlink()
+
+
+def _move_in(partial: Path, final: Path, overwrite: bool) -> None:
+    if not (overwrite and os.path.lexists(final)):
+        os.rename(partial, final)
+        _sync(final.parent)
+        return
+    aside = _sibling(final, "old")
+    try:
+        os.rename(final, aside)
+        os.rename(partial, final)
+    except BaseException:
+        if os.path.lexists(aside) and not os.path.lexists(final):
+            os.rename(aside, final)
+        raise
+    _sync(final.parent)
+    try:
+        if aside.is_symlink():
+            aside.unlink()
+        else:
+            shutil.rmtree(aside)
+    except OSError as cause:
+        warnings.warn(f"{aside}: the replaced output cannot be removed: {cause}", stacklevel=3)

@@ -1,0 +1,116 @@
+"""Which stored tensors a model uses under several names: embeddings tied to the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_EMBEDDINGS = {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared"}
+# The module transformers ties to the input embedding, by model_type; the rest say lm_head.
+_HEADS = {
+    "albert": "predictions.decoder",
+    "bert": "cls.predictions.decoder",
+    "camembert": "lm_head.decoder",
+    "deberta": "cls.predictions.decoder",
+    "deberta-v2": "cls.predictions.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "gpt_neox": "embed_out",
+    "modernbert": "decoder",
+    "mpnet": "lm_head.decoder",
+    "roberta": "lm_head.decoder",
+    "whisper": "proj_out",
+    "xlm-roberta": "lm_head.decoder",
+}
+_WITH_HEAD = ("LM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
+# The embedding that goes with a stack of layers, where only the head is stored.
+_STACKS = {"layers": "embed_tokens", "h": "wte"}
+_CHUNK = 1 << 20
+
+
+def tied_groups(
+    tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Names that transformers makes one tensor on loading.
+
+    Parameters
+    ----------
+    tensors : mapping of str to numpy.ndarray
+        What is stored; values are read only where several names of a group are stored.
+    config : mapping
+        ``config.json``; transformers ties unless ``tie_word_embeddings`` is false. Without a
+        config nothing is known to be tied.
+
+    Returns
+    -------
+    tuple of tuple of str
+        Each group begins with a stored name; of several stored ones those with equal bytes
+        belong to it.
+
+    Examples
+    --------
+    >>> tied_groups({"model.embed_tokens.weight": None}, {"architectures": ["LlamaForCausalLM"]})
+    (('model.embed_tokens.weight', 'lm_head.weight'),)
+    """
+    if not config:
+        return ()
+    head = f"{_HEADS.get(str(config.get('model_type')), 'lm_head')}.weight"
+    tied = _has_head(config) and _tie_flag(config)
+    groups = []
+    for embedding in _embeddings(tensors, head):
+        names = [embedding]
+        if embedding.endswith("shared.weight"):
+            inner = embedding.removesuffix("shared.weight")
+            names += [f"{inner}{part}.embed_tokens.weight" for part in ("encoder", "decoder")]
+        if tied:
+            stored = [name for name in tensors if name == head or name.endswith(f".{head}")]
+            outer = "language_model." if embedding.startswith("language_model.model.") else ""
+            names.append(stored[0] if stored else outer + head)
+        here = [name for name in names if name in tensors]
+        same = [name for name in here[1:] if _equal(tensors[here[0]], tensors[name])]
+        group = (*here[:1], *same, *(name for name in names if name not in tensors))
+        if here and len(group) > 1:
+            groups.append(group)
+    return tuple(groups)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return True
+    return any(str(name).endswith(_WITH_HEAD) for name in architectures)
+
+
+def _tie_flag(config: Mapping[str, Any]) -> bool:
+    nested = config.get("text_config")
+    inner = nested.get("tie_word_embeddings") if isinstance(nested, dict) else None
+    return config.get("tie_word_embeddings", inner) is not False
+
+
+def _embeddings(tensors: Mapping[str, Any], head: str) -> list[str]:
+    """The token embeddings: the stored one, else the one that the layers' names imply."""
+    found = []
+    for name in tensors:
+        *path, leaf, kind = ("", *name.split("."))
+        if kind == "weight" and leaf in _EMBEDDINGS and not any(p.isdigit() for p in path):
+            found.append(name)
+    shared = [name for name in found if name.endswith("shared.weight")]
+    if found or head not in tensors:
+        return (shared or found)[:1]
+    for name in tensors:
+        parts = name.split(".")
+        for stack, leaf in _STACKS.items():
+            if stack in parts:
+                inside = "embed_in" if head == "embed_out.weight" else leaf
+                return [".".join([*parts[: parts.index(stack)], inside, "weight"])]
+    return []
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    a, b = one.reshape(-1).view(np.uint8), two.reshape(-1).view(np.uint8)
+    parts = (slice(i, i + _CHUNK) for i in range(0, len(a), _CHUNK))
+    return all(np.array_equal(a[part], b[part]) for part in parts)

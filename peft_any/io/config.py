@@ -1,0 +1,291 @@
+"""`adapter_config.json`: read strictly onto a method's dataclass, and written back as it came."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from peft_any.errors import ConfigError, FormatError, PeftError, StorageError, nearest
+from peft_any.io._atomic import StrPath
+from peft_any.io._json import parse_object, read_json
+from peft_any.registry import Config, method_for, method_names
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+PEFT_VERSION = "0.21.2"
+"""The release of Hugging Face PEFT whose semantics a written configuration follows."""
+
+_UNCONVERTED = {
+    "corda": "the covariances of the layers' inputs, which the file does not hold",
+    "lora_ga": "gradients, which the file does not hold",
+    "loftq": "the quantised base it was trained on",
+    "pissa_niter": "a random decomposition, which cannot be repeated",
+}
+
+
+def config_from_json(source: StrPath) -> tuple[Config, dict[str, Any]]:
+    """Read a configuration file, or the JSON text itself.
+
+    Parameters
+    ----------
+    source : path, or str that begins with ``{``
+
+    Returns
+    -------
+    config : Config
+        Of the class that ``peft_type`` names.
+    unknown : dict
+        The file's other fields, which `config_to_dict` puts back.
+
+    Raises
+    ------
+    ConfigError
+        If a field has a wrong type, the method is unknown or missing, or a field that changes
+        the maths and is not supported is set.
+    FormatError
+        If it is not JSON, not an object, or repeats a key.
+    StorageError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> config, unknown = config_from_json('{"peft_type": "LORA", "r": 4, "megatron_core": null}')
+    >>> config.r, unknown
+    (4, {'megatron_core': None})
+    """
+    if isinstance(source, str) and source.lstrip()[:1] == "{":
+        return config_from_dict(parse_object(source, CONFIG_NAME), CONFIG_NAME)
+    return config_from_dict(read_json(source), str(source))
+
+
+def config_from_dict(
+    raw: Mapping[str, Any], where: str = CONFIG_NAME
+) -> tuple[Config, dict[str, Any]]:
+    """Convert the contents of a configuration file; see `config_from_json`.
+
+    Parameters
+    ----------
+    raw : mapping
+        Plain JSON values.
+    where : str
+        What errors begin with.
+
+    Examples
+    --------
+    >>> config_from_dict({"peft_type": "LORA", "r": "8"})
+    Traceback (most recent call last):
+        ...
+    peft_any.errors.ConfigError: adapter_config.json: Expected `int`, got `str` - at `$.r`
+    """
+    name = raw.get("peft_type")
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{where}: peft_type is {'missing' if name is None else f'{name!r}, not a name'}: it "
+            f"says which method this is, one of {', '.join(method_names())}"
+        )
+    try:
+        cls = method_for(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    _refuse(cls, raw, where)
+    known = {f.name: f for f in fields(cls)}
+    given = {
+        k: v
+        for k, v in raw.items()
+        # a null mapping is an old way to write an empty one
+        if k in known and not (v is None and known[k].default_factory is dict)
+    }
+    unknown = {k: v for k, v in raw.items() if k not in known and k != "peft_type"}
+    try:
+        _finite(given, "$")
+        config: Config = msgspec.convert(given, cls)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, PeftError):
+            raise type(error.__cause__)(f"{where}: {error.__cause__}") from None
+        raise ConfigError(f"{where}: {error}") from None
+    return config, unknown
+
+
+def _refuse(cls: type[Config], raw: Mapping[str, Any], where: str) -> None:
+    """Refuse fields that are set, change the maths, and are not supported: all at once."""
+    said = [
+        f"{where}: {field}={raw[field]!r} cannot be used: {why}"
+        for field, why in cls.refused.items()
+        if raw.get(field)
+    ]
+    if said:
+        raise ConfigError(
+            "\n".join(said) + "\nmerge such an adapter with Hugging Face PEFT, or convert it to a "
+            "plain one there (convert_to_lora)"
+        )
+
+
+def _finite(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise msgspec.ValidationError(f"Expected a finite number, got {value} - at `{path}`")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _finite(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _finite(item, f"{path}[{i}]")
+
+
+def refuse_unconverted(config: Config, where: str) -> None:
+    """Refuse a file whose initial values were taken out of the base by what is not in it.
+
+    Raises
+    ------
+    ConfigError
+        For CorDA, LoRA-GA, LoftQ and randomised PiSSA adapters that were not converted.
+    """
+    init = getattr(config, "init_lora_weights", None)
+    why = _UNCONVERTED.get("pissa_niter" if str(init).startswith("pissa_niter") else str(init))
+    if why:
+        raise ConfigError(
+            f"{where}: init_lora_weights={init!r} cannot be loaded: the base it belongs to was "
+            f"changed by {why}; save it with Hugging Face PEFT's "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+
+
+def config_to_dict(config: Config, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Give the contents of a configuration file.
+
+    Parameters
+    ----------
+    config : Config
+    raw : mapping, optional
+        What the configuration was loaded from: returned with the fields that have changed
+        since, and no others, overwritten.
+
+    Returns
+    -------
+    dict
+        Plain JSON values. A fresh one has every field of the method, ``peft_type``,
+        ``peft_version`` and ``inference_mode`` true.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> written = config_to_dict(LoraConfig(r=4, target_modules=["q"]))
+    >>> written["peft_type"], written["r"], written["lora_alpha"], written["inference_mode"]
+    ('LORA', 4, 8, True)
+    >>> config_to_dict(LoraConfig(r=4), {"peft_type": "LORA", "r": 8, "extra": 1})
+    {'peft_type': 'LORA', 'r': 4, 'extra': 1}
+    """
+    if raw is None:
+        written = {f.name: _plain(getattr(config, f.name), f) for f in fields(config)}
+        written["peft_version"] = config.peft_version or PEFT_VERSION
+        return {**written, "peft_type": config.peft_type, "inference_mode": True}
+    before, _ = config_from_dict({**raw, "peft_type": config.peft_type})
+    changed = {
+        f.name: _plain(getattr(config, f.name), f)
+        for f in fields(config)
+        if getattr(config, f.name) != getattr(before, f.name)
+    }
+    return {**raw, "peft_type": config.peft_type, **changed}
+
+
+def _plain(value: Any, field: Field[Any]) -> Any:
+    """Write a whole number as Hugging Face PEFT does: as one, where the default is one."""
+    if isinstance(value, float) and type(field.default) is int and value.is_integer():
+        return int(value)
+    built = msgspec.to_builtins(value)
+    if field.default is MISSING and isinstance(built, dict):
+        return {
+            k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in built.items()
+        }
+    return built
+
+
+def config_to_json(config: Config, raw: Mapping[str, Any] | None = None) -> str:
+    """Give the text of a configuration file, laid out as Hugging Face PEFT does.
+
+    Raises
+    ------
+    ConfigError
+        If a value cannot stand in JSON.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> print(config_to_json(LoraConfig(r=4), {"peft_type": "LORA"}))
+    {
+      "peft_type": "LORA",
+      "r": 4
+    }
+    """
+    try:
+        return json.dumps(config_to_dict(config, raw), indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.where}: cannot be written as JSON: {error}") from None
+
+
+def find_config(folder: Path) -> Path:
+    """Find the configuration of an adapter directory.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, naming sub-directories that have one: Hugging Face PEFT gives each
+        adapter that is not called "default" a directory of its own.
+    """
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        return path
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
+    names = [p.name for p in folder.glob("*.json")]
+    more = f": it holds the adapters {inside}; give one of these directories" if inside else ""
+    raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more or nearest(CONFIG_NAME, names)}")
+
+
+def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
+    """Find an adapter's tensor file and, unless it is already `configured`, its configuration.
+
+    Raises
+    ------
+    ConfigError
+        If there is no configuration: see `find_config`.
+    FormatError
+        If the tensors are a pickle, with the command that converts it.
+    StorageError
+        If there is nothing, or no tensor file.
+    """
+    if not path.exists():
+        raise StorageError(f"{path}: there is no such adapter; check the spelling")
+    if not path.is_dir():
+        _refuse_pickle(path)
+        beside = path.with_name(CONFIG_NAME)
+        if not configured and not (path.name == TENSORS and beside.is_file()):
+            raise ConfigError(
+                f"{path}: tensors alone cannot be an adapter: pass config=, or give the directory "
+                f"with its {CONFIG_NAME}"
+            )
+        return path, beside
+    found = path / CONFIG_NAME if configured else find_config(path)
+    tensors = path / TENSORS
+    if not tensors.is_file():
+        for pickle in sorted(p for p in path.iterdir() if p.suffix in _PICKLES):
+            _refuse_pickle(pickle)
+        names = [p.name for p in path.iterdir()]
+        raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
+    return tensors, found
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in _PICKLES:
+        raise FormatError(
+            f"{path}: a pickle is never loaded: it can run any code. Where you trust it and have "
+            'torch, convert it:\n  python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, "
+            f"weights_only=True).items()}}, {str(path.with_name(TENSORS))!r}, "
+            "{'format': 'pt'})\""
+        )

@@ -1,0 +1,243 @@
+"""The names of an adapter file's tensors: what each one is, and the other way round."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from peft_any.errors import TargetError, nearest
+from peft_any.layout import looks_like_embedding
+from peft_any.method import Prompt
+from peft_any.registry import Config, method_names
+from peft_any.selection import saved_whole
+
+PREFIX = "base_model.model."
+TABLE = "prompt_embeddings"
+Part: TypeAlias = Literal["site", "shared", "copy", "tokens", "spare"]
+
+_TOKENS = "trainable_tokens_delta"
+_OLD = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+"""Suffixes of older files, and what they are called now."""
+_LEAVES = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a tensor of an adapter file is.
+
+    Attributes
+    ----------
+    part : str
+        ``site``: the parameter `name` of the method at `module`; ``shared``: an array of all
+        sites, or a prompt's table; ``copy``: a whole new value of the base's tensor `name`;
+        ``tokens``: rows of the embedding `module`; ``spare``: the value that a copy replaces,
+        or a second spelling of the copy itself, without effect.
+    module, name : str
+    """
+
+    part: Part
+    module: str
+    name: str = ""
+
+
+def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], list[str]]:
+    """Tell what each tensor of an adapter file is.
+
+    The prefix ``base_model.model.`` and the name of the adapter (``lora_A.default.weight``) may
+    be there or not; wrappers (``base_layer``, ``modules_to_save``) fall away.
+
+    Parameters
+    ----------
+    config : Config
+        Its `prefix` marks the parameters of sites.
+    keys : iterable of str
+
+    Returns
+    -------
+    places : dict of str to Place
+    unknown : list of str
+        Sentences about the keys that belong nowhere.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> places, unknown = read_keys(LoraConfig(), ["base_model.model.fc.lora_A.default.weight"])
+    >>> list(places.values())
+    [Place(part='site', module='fc', name='lora_A.weight')]
+    """
+    places: dict[str, Place] = {}
+    unknown: dict[str, str] = {}
+    rest = []
+    suffixes: dict[str, tuple[str, list[str]]] = {}
+    for key in keys:
+        parts = key.removeprefix(PREFIX).split(".")
+        at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
+        if at and not isinstance(config, Prompt):
+            suffixes[key] = _module(parts[: at[-1]]), parts[at[-1] :]
+        else:
+            rest.append(key)
+    drop = _adapter_names(config, suffixes, unknown)
+    for key, (module, parts) in suffixes.items():
+        if key in unknown:
+            continue
+        name = ".".join(parts[:1] + parts[2:] if _given_name(parts) in drop else parts)
+        places[key] = Place("site", module, _OLD.get(name, name))
+    sites = {place.module for place in places.values()}
+    for key in rest:
+        place = _beside(config, key, sites)
+        if isinstance(place, Place):
+            places[key] = place
+        else:
+            unknown[key] = f"{key}: belongs to nothing: {place}"
+    _second_spellings(places)
+    counts = Counter(place for place in places.values() if place.part != "spare")
+    for key, place in [*places.items()]:
+        if counts[place] > 1:
+            twins = [k for k, p in places.items() if p == place and k != key]
+            unknown[key] = f"{key}: is the same as {', '.join(twins)}"
+    return {k: p for k, p in places.items() if k not in unknown}, [*unknown.values()]
+
+
+def _module(parts: list[str]) -> str:
+    return ".".join(p for p in parts if p != "base_layer")
+
+
+def _given_name(parts: list[str]) -> str | None:
+    """Read the adapter's name out of a suffix: before a leaf, or at the end."""
+    if len(parts) == 3 and parts[2] in _LEAVES:
+        return parts[1]
+    return parts[1] if len(parts) == 2 and parts[1] not in _LEAVES else None
+
+
+def _adapter_names(
+    config: Config, suffixes: Mapping[str, tuple[str, list[str]]], unknown: dict[str, str]
+) -> set[str]:
+    """Find the adapter's name in the keys; several are an error of each such key."""
+    names = {key: _given_name(parts) for key, (_, parts) in suffixes.items()}
+    found = {name for name in names.values() if name is not None}
+    if config.peft_type not in method_names():  # a user's own parameters may nest as deep
+        return found if len(found) == 1 and None not in names.values() else set()
+    if len(found) > 1:
+        for key, name in names.items():
+            if name is not None:
+                unknown[key] = f"{key}: belongs to the adapter {name!r} of {sorted(found)}"
+    return found
+
+
+def _beside(config: Config, key: str, sites: Collection[str]) -> Place | str:
+    """Tell what a tensor is that is no parameter of a site, or why it is nothing."""
+    prompt = isinstance(config, Prompt)
+    if prompt and key == TABLE:
+        return Place("shared", "", key)
+    parts = key.removeprefix("base_model." if prompt else PREFIX).split(".")
+    if _TOKENS in parts:
+        at = parts.index(_TOKENS)
+        if at and parts[at - 1] == "token_adapter" and len(parts) <= at + 2:
+            return Place("tokens", _module(parts[: at - 1]))
+    if not prompt and key.startswith("base_model.") and not key.startswith(PREFIX):
+        parts = key.split(".")[1:]
+        if len(parts) == 1 or (len(parts) == 2 and parts[1] not in _LEAVES):
+            return Place("shared", "", parts[0])
+    if not prompt and len(parts) == 1 and parts[0] not in _LEAVES:
+        return Place("shared", "", parts[0])
+    return _copy(config, parts, sites)
+
+
+def _copy(config: Config, parts: list[str], sites: Collection[str]) -> Place | str:
+    saved = _leave_out(parts, "modules_to_save")
+    plain = [p for p in saved if p not in ("base_layer", "original_module", "token_adapter")]
+    module, name = ".".join(plain[:-1]), ".".join(plain)
+    if "original_module" in parts:
+        return Place("spare", "original_module", name)
+    above = [".".join(plain[:i]) for i in range(1, len(plain))]
+    bias = getattr(config, "bias", "none")
+    weight, own = plain[-1] == "weight", module in sites
+    if saved != parts:
+        return Place("copy", "modules_to_save", name)
+    if (
+        any(m.endswith(tuple(saved_whole(config))) for m in above)
+        or (plain[-1] == "bias" and (bias == "all" or (bias.endswith("_only") and own)))
+        or (plain[-1] in _LEAVES and looks_like_embedding(module))
+        or (weight and own and "base_layer" in parts)
+    ):
+        return Place("copy", "", name)
+    options = [config.prefix, *saved_whole(config), TABLE]
+    why = f"{config.peft_type} has no such tensor{nearest(plain[-1], options)}"
+    if plain[-1] == "bias":
+        why += f", and bias={bias!r} saves none"
+    return f"{why}, and modules_to_save does not name its module"
+
+
+def _leave_out(parts: list[str], wrapper: str) -> list[str]:
+    """Remove a wrapper and the adapter's name that may follow it (not the leaf)."""
+    if wrapper not in parts:
+        return parts
+    at = parts.index(wrapper)
+    named = len(parts) > at + 2
+    return parts[:at] + parts[at + 1 + named :]
+
+
+def _second_spellings(places: dict[str, Place]) -> None:
+    """Take one of a copy's two spellings as spare: HF writes both for saved embeddings."""
+    plain = {place.name for place in places.values() if place == Place("copy", "", place.name)}
+    for key, place in places.items():
+        if place.part == "copy" and place.module:
+            spare = place.name in plain
+            places[key] = Place("spare" if spare else "copy", place.module * spare, place.name)
+
+
+def write_key(
+    config: Config, place: Place, sites: Collection[str], tokens: Collection[str] = ()
+) -> str:
+    """Name a tensor as Hugging Face PEFT does; the inverse of `read_keys`.
+
+    Parameters
+    ----------
+    config : Config
+    place : Place
+        Of any part but ``spare``.
+    sites, tokens : collections of str
+        Modules with parameters, and embeddings with rows: what lies in them gets a
+        ``base_layer`` into its name.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> write_key(LoraConfig(), Place("copy", "", "fc.bias"), ["fc"])
+    'base_model.model.fc.base_layer.bias'
+    """
+    if isinstance(config, Prompt):
+        return place.name if place.part == "shared" else f"base_model.{place.name}"
+    if place.part == "shared":
+        return f"base_model.{place.name}"
+    if place.part == "site":
+        return PREFIX + ".".join(p for p in (_nested(place.module, sites), place.name) if p)
+    if place.part == "tokens":
+        return f"{PREFIX}{_nested(place.module, sites)}.token_adapter.{_TOKENS}"
+    module, _, leaf = place.name.rpartition(".")
+    path = _nested(module, sites)
+    if module in tokens:
+        path += ".token_adapter.base_layer"
+    elif module in sites:
+        path += ".base_layer" if path else "base_layer"
+    return PREFIX + (f"{path}.{leaf}" if path else leaf)
+
+
+def _nested(module: str, sites: Collection[str]) -> str:
+    """Put ``base_layer`` after every adapted module on the way to this one."""
+    parts, out = module.split("."), []
+    for i, part in enumerate(parts):
+        out.append(part)
+        if i + 1 < len(parts) and ".".join(parts[: i + 1]) in sites:
+            out.append("base_layer")
+    return ".".join(out)
+
+
+def refuse_unknown(where: str, unknown: list[str]) -> None:
+    """Raise the sentences of `read_keys` as one `TargetError`."""
+    if unknown:
+        raise TargetError(
+            f"{where}: {len(unknown)} tensors cannot be placed:\n" + "\n".join(unknown)
+        )

@@ -1,0 +1,204 @@
+"""The layers of a checkpoint that adapters can sit on, from tensor names and shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft_any._typing import Shape
+from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.layer import CONVOLUTIONS, KINDS, Kind, Site
+
+_EMBEDDING = re.compile(
+    r"wte|wpe|shared|relative_attention_bias|embed_(in|tokens|positions|languages|types)"
+    r"|(\w+_)?(emb|embd|embed|embeds|embedding|embeddings)"
+)
+"""Last parts of the names of embeddings in transformers' and torch's usual models."""
+OUTPUT = re.compile(
+    r"(.*\.)?(lm_head|embed_out|lm_head\.decoder|predictions\.decoder|vocab_projector"
+    r"|generator_lm_head|lm_loss|pred_layer\.proj)|proj_out"
+)
+"""Output embeddings in transformers' usual models: what "all-linear" leaves out."""
+
+
+def looks_like_embedding(module: str) -> bool:
+    """Whether a module is called as an input or output embedding usually is.
+
+    Examples
+    --------
+    >>> [looks_like_embedding(name) for name in ("h.wte", "lm_head", "fc")]
+    [True, True, False]
+    """
+    last = module.rpartition(".")[2]
+    return bool(_EMBEDDING.fullmatch(last) or OUTPUT.fullmatch(module))
+
+
+def shape_of(weights: Mapping[str, Any], name: str) -> Shape:
+    """Look a tensor's shape up without reading it, where the mapping can tell (`info`)."""
+    info = getattr(weights, "info", None)
+    return tuple((weights[name] if info is None else info(name)).shape)
+
+
+def layout(
+    weights: Mapping[str, Any],
+    kinds: Mapping[str, Kind | Site] | None = None,
+    config: Any = None,
+) -> dict[str, Site]:
+    """Find the layers of a checkpoint that adapters can sit on.
+
+    ``<m>.weight`` of two dimensions is a `Linear`, or an `Embedding` where it has no bias and
+    the last part of m is a usual embedding's name (wte, wpe, shared, relative_attention_bias,
+    embed_tokens, ``*embedding(s)``, ``*emb``…), or a `Conv1D` where the length of the bias, its
+    own or that of a layer with the same last name, proves it, or else where
+    ``config.fan_in_fan_out`` says so. Three to five dimensions are convolutions (of one group).
+    ``<m>.in_proj_weight`` with three times as many rows as columns is torch's packed attention.
+
+    Parameters
+    ----------
+    weights : mapping of str to array, or anything with ``shape``
+        A tensor named ``weight`` alone belongs to the module ``""``.
+    kinds : mapping of str to Kind or Site, optional
+        Overrides, by module name, by its last dotted parts, or by regular expression; a `Site`
+        also tells a convolution's groups.
+    config : Config, optional
+        Read for `fan_in_fan_out`.
+
+    Returns
+    -------
+    dict of str to Site
+        By module name, in the order of `weights`.
+
+    Raises
+    ------
+    TargetError
+        If an entry of `kinds` matches no module, or contradicts a shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensors = {"wte.weight": np.zeros((9, 4)), "fc.weight": np.zeros((8, 4))}
+    >>> [(site.kind, site.n_in, site.n_out) for site in layout(tensors).values()]
+    [('Embedding', 9, 4), ('Linear', 4, 8)]
+    """
+    shapes = {name: shape_of(weights, name) for name in weights}
+    flag = bool(getattr(config, "fan_in_fan_out", False))
+    proofs = _proofs(shapes)
+    unused = dict(kinds or {})
+    sites = {}
+    for tensor, shape in shapes.items():
+        module, _, last = tensor.rpartition(".")
+        if last == "in_proj_weight" and len(shape) == 2 and shape[0] == 3 * shape[1]:
+            guess: Kind = "MultiheadAttention"
+        elif last == "weight" and len(shape) == 2:
+            guess = _matrix_kind(module, shapes, proofs, flag)
+        elif last == "weight" and 3 <= len(shape) <= 5:
+            guess = (*CONVOLUTIONS,)[len(shape) - 3]
+        else:
+            continue
+        key = next((k for k in kinds or {} if _named(k, module)), None)
+        given = None if key is None else (kinds or {})[key]
+        if key is not None:
+            unused.pop(key, None)
+        groups = given.groups if isinstance(given, Site) else 1
+        kind = given.kind if isinstance(given, Site) else given or guess
+        site = _site(module, shape, kind, groups)
+        sites[module] = replace(site, bias=site.bias_name in shapes)
+    if unused:
+        lost = "\n".join(f"kinds[{k!r}]: matches no layer{nearest(k, sites)}" for k in unused)
+        raise TargetError(lost)
+    return sites
+
+
+def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
+    if kind not in KINDS:
+        raise ConfigError(f"kinds[{module!r}]: {kind!r} is not one of {', '.join(sorted(KINDS))}")
+    if len(shape) != 2 + CONVOLUTIONS.get(kind, 0):
+        raise TargetError(f"{module}: a weight of shape {shape} cannot be a {kind}")
+    if kind in ("Conv1D", "Embedding"):
+        return Site(module, shape[0], shape[1], kind)
+    return Site(module, shape[1] * groups, shape[0], kind, shape[2:], groups)
+
+
+def _proofs(shapes: Mapping[str, Shape]) -> dict[str, Kind]:
+    """Tell the orientation of each matrix whose bias has the length of just one side."""
+    proven: dict[str, Kind] = {}
+    for tensor, shape in shapes.items():
+        module, _, last = tensor.rpartition(".")
+        bias = shapes.get(tensor.removesuffix("weight") + "bias")
+        if last == "weight" and len(shape) == 2 and bias and shape[0] != shape[1]:
+            if bias == shape[:1]:
+                proven[module] = "Linear"
+            elif bias == shape[1:]:
+                proven[module] = "Conv1D"
+    return proven
+
+
+def _matrix_kind(
+    module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind], flag: bool
+) -> Kind:
+    if not _has_bias(module, shapes) and _EMBEDDING.fullmatch(module.rpartition(".")[2]):
+        return "Embedding"
+    told = _told(module, shapes, proofs)
+    return told or ("Conv1D" if flag and not OUTPUT.fullmatch(module) else "Linear")
+
+
+def _has_bias(module: str, shapes: Mapping[str, Shape]) -> bool:
+    return (f"{module}.bias" if module else "bias") in shapes
+
+
+def _told(module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind]) -> Kind | None:
+    """Read a matrix's orientation from the biases of the checkpoint, where they tell it."""
+    if module in proofs:
+        return proofs[module]
+    if not _has_bias(module, shapes):
+        # transformers' Conv1D always has a bias: one without is linear where there are real ones.
+        return "Linear" if "Conv1D" in proofs.values() else None
+    last = module.rpartition(".")[2]
+    for peers in ([m for m in proofs if m.rpartition(".")[2] == last], proofs):
+        found = {proofs[m] for m in peers}
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def orientations(
+    weights: Mapping[str, Any],
+    modules: Iterable[str],
+    kinds: Mapping[str, Kind | Site] | None = None,
+) -> dict[str, Kind | None]:
+    """Tell Linear from Conv1D where `kinds` or the biases of the checkpoint do.
+
+    None where they only tell that the checkpoint has both; absent where they tell nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> tensors = {"a.fc.weight": np.zeros((2, 3)), "a.fc.bias": np.zeros(3)}
+    >>> tensors |= {"b.fc.weight": np.zeros((3, 3)), "b.fc.bias": np.zeros(3)}
+    >>> orientations(tensors, ["b.fc"])
+    {'b.fc': 'Conv1D'}
+    """
+    asked = list(modules)
+    if not asked:
+        return {}
+    shapes = {name: shape_of(weights, name) for name in weights}
+    proofs = _proofs(shapes)
+    told: dict[str, Kind | None] = {}
+    for module in asked:
+        given = next((v for k, v in (kinds or {}).items() if _named(k, module)), None)
+        kind = given.kind if isinstance(given, Site) else given
+        kind = kind or _told(module, shapes, proofs)
+        if kind is not None or len({*proofs.values()}) > 1:
+            told[module] = kind
+    return told
+
+
+def _named(key: str, module: str) -> bool:
+    if module == key or module.endswith(f".{key}"):
+        return True
+    try:
+        return re.fullmatch(key, module) is not None
+    except re.error as error:
+        raise ConfigError(f"kinds: {key!r} is not a regular expression: {error}") from None

@@ -1,0 +1,339 @@
+"""The contract: a method is a frozen dataclass of numbers with pure functions of arrays."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype, dtype_name, is_floating, resolve
+from peft_any.errors import ConfigError, Irreversible, ShapeError, nearest
+from peft_any.layer import KINDS, Dense, Kind, Layer, Site, linear, narrow, widen
+from peft_any.registry import Config as Config
+from peft_any.registry import method_for as method_for
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner(Config):
+    """A method that maps a dense layer to a dense layer.
+
+    Every method but `at` is called on a configuration already resolved for its site by `at`,
+    with arrays of one library, device and floating dtype; none writes to its inputs.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = KINDS
+    """Layer kinds that the method supports."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are kept beside the trained ones and never trained."""
+
+    target_modules: list[str] | str | None = None
+
+    def at(self, site: Site) -> Self:
+        """Resolve per-site numbers (patterns, block sizes) and check that the site is possible.
+
+        Raises
+        ------
+        ConfigError, ShapeError
+            If the method cannot adapt this layer.
+        """
+        if site.kind not in self.kinds:
+            raise ConfigError(
+                f"{site.name}: {self.peft_type} cannot adapt a {site.kind} layer: it supports "
+                f"{', '.join(sorted(self.kinds))}; leave it out of target_modules"
+            )
+        return self.per_site(site)
+
+    def per_site(self, site: Site) -> Self:  # noqa: ARG002 - a hook: most methods need no site
+        """Give the configuration with this site's numbers; the default has none of its own."""
+        return self
+
+    @abc.abstractmethod
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """Name the site's parameters, by the checkpoint's suffixes, with their shapes."""
+
+    @abc.abstractmethod
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
+
+    @abc.abstractmethod
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """Give the adapted layer as a plain one."""
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """Apply the adapted layer to `x`; overridden where that is cheaper than merging."""
+        return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))(x)
+
+    def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
+        """Give what merging adds to the weight, and to the bias if it changes it."""
+        merged = self.merge(p, base)
+        if base.bias is None or merged.bias is None or not self.changes_bias(base.site):
+            return merged.weight - base.weight, None
+        return merged.weight - base.weight, merged.bias - base.bias
+
+    def changes_bias(self, site: Site) -> bool:  # noqa: ARG002
+        """Whether merging changes the layer's bias."""
+        return False
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:  # noqa: ARG002
+        """Recover the base from the merged layer alone.
+
+        Raises
+        ------
+        Irreversible
+            If the merged layer does not hold enough to do so.
+        """
+        raise Irreversible(
+            f"{merged.site.name}: {self.peft_type} cannot be unmerged from the merged weight "
+            "alone: keep the base weights (a PeftModel does)"
+        )
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:  # noqa: ARG002
+        """Name the arrays that all sites share, with their shapes; most methods have none."""
+        return {}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:  # noqa: ARG002
+        """Draw the arrays that all sites share; `merge` and `forward` get them among `p`."""
+        return {}
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:  # noqa: ARG002
+        """Add what the file leaves out because its writer took it from the base (`new.base`)."""
+        raise ConfigError(f"{site.name}: rederive=True has nothing to redo for {self.where}")
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Give configuration and parameters in the form that a file carries."""
+        return self, dict(sites)
+
+    def layer(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        kind: Kind = "Linear",
+        kernel: Shape = (),
+        weight: Array | None = None,
+        bias: Array | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        dtype: str = "float32",
+    ) -> AdaptedLayer:
+        """Make one adapted layer, without a model.
+
+        Parameters
+        ----------
+        n_in, n_out : int
+            The layer's sizes.
+        kind, kernel
+            As in `Site`.
+        weight, bias : array, optional
+            The base layer in the checkpoint's layout; needed by initial values that read it.
+        seed : int
+            Seed of the initial values: the same numbers on every library.
+        backend, dtype : str
+            Where the parameters live, and their dtype.
+
+        Examples
+        --------
+        >>> from peft_any.methods.lora import LoraConfig
+        >>> LoraConfig(r=8, lora_alpha=16).layer(768, 768, seed=0).num_parameters
+        12288
+        """
+        site = Site("layer", n_in, n_out, kind, kernel, bias=bias is not None)
+        given = [a for a in (weight, bias) if a is not None]
+        base = None if weight is None else Dense.of(weight, bias, site)
+        new = Fresh(seed, resolve(backend, *given), key=site.name, dtype=dtype, base=base)
+        config = self.at(site)
+        shared = config.init_shared([site], new)
+        return AdaptedLayer(config, site, {**shared, **config.init(site, new)}, base)
+
+
+class Additive(Tuner):
+    """W′ = W + ΔW, where ΔW does not depend on W; or g ⊙ (W + ΔW), with a gain g by rows."""
+
+    @abc.abstractmethod
+    def delta(self, p: Params, site: Site) -> Array:
+        """Form ΔW (n_out, width)."""
+
+    def bias_delta(self, p: Params, site: Site) -> Array | None:  # noqa: ARG002
+        """Give what is added to the bias (n_out,), if anything."""
+        return None
+
+    def gain(self, p: Params, base: Layer) -> Array | None:  # noqa: ARG002
+        """Give the factor g (n_out,) of the rows of W + ΔW, if the method has one."""
+        return None
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """Compute ΔW·x + Δb; overridden to not form ΔW."""
+        return linear(x, self.delta(p, site), self.bias_delta(p, site))
+
+    def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
+        """ΔW, Δb."""
+        if self.gain(p, base) is not None:
+            return super().effect(p, base)
+        return self.delta(p, base.site), self.bias_delta(p, base.site)
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """g ⊙ (W + ΔW), b + Δb."""
+        merged, gain = self._shift(base, p, 1.0), self.gain(p, base)
+        return merged if gain is None else merged.replace(weight=gain[:, None] * merged.weight)
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """W′ − ΔW, b′ − Δb: exact but for one rounding of each sum; rows with a gain are lost."""
+        if self.gain(p, merged) is not None:
+            return super().unmerge(p, merged)
+        return self._shift(merged, p, -1.0)
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """base(x) + residual(x); a gain scales all of it but the bias."""
+        y, gain = base(x) + self.residual(p, x, base.site), self.gain(p, base)
+        if gain is None:
+            return y
+        return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
+
+    def _shift(self, base: Dense, p: Params, sign: float) -> Dense:
+        bias, shift = base.bias, self.bias_delta(p, base.site)
+        if shift is not None:
+            if bias is None:
+                raise ConfigError(
+                    f"{base.site.name}: a bias correction cannot be merged: the base layer has no "
+                    "bias; apply the adapter without merging"
+                )
+            bias = bias + sign * shift
+        return base.replace(weight=base.weight + sign * self.delta(p, base.site), bias=bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Config):
+    """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def size(self, field: str) -> int:
+        """Read a size that the maths needs.
+
+        Raises
+        ------
+        ConfigError
+            If the field is not set to a positive integer.
+        """
+        value = getattr(self, field)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self.where}: {field}={value!r} cannot size a prompt: give a positive integer"
+            )
+        return value
+
+    @abc.abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Name the parameters of the file, with their shapes."""
+
+    @abc.abstractmethod
+    def init(self, new: Fresh) -> Params:
+        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer's adapter: configuration, site, parameters and, where given, the base layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> layer = LoraConfig(r=4).layer(6, 5, seed=0)
+    >>> bool(np.all(layer.residual(np.ones((2, 6), dtype="float32")) == 0))
+    True
+    """
+
+    config: Tuner
+    site: Site
+    params: Params
+    base: Dense | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        names = self.config.shapes(self.site)
+        return sum(prod(self.params[k].shape) for k in names if k not in self.config.frozen)
+
+    def residual(self, x: Array) -> Array:
+        """Compute what an additive adapter adds to the base layer's output (..., n_out)."""
+        if not isinstance(self.config, Additive):
+            raise ConfigError(
+                f"{self.config.where}: {self.config.peft_type} has no residual: it does not add "
+                "to the base's output; give layer() the base weight and call the layer"
+            )
+        return self.config.residual(self.params, x, self.site)
+
+    def __call__(self, x: Array) -> Array:
+        """Apply the adapted layer (the base must have been given)."""
+        base = self._base()
+        (p,), layer = widen([self.params], base)
+        out = dtype_name(x if is_floating(x) else base.weight)
+        x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x
+        y: Array = astype(self.config.forward(p, x, layer), out)
+        return y
+
+    def merge(self) -> Dense:
+        """Give the merged layer, rounded once to the base's dtype."""
+        base = self._base()
+        (p,), layer = widen([self.params], base)
+        return narrow(self.config.merge(p, layer), base)
+
+    def _base(self) -> Dense:
+        if self.base is None:
+            raise ConfigError(
+                f"{self.site.name}: this needs the base layer: pass weight= (and bias=) to layer()"
+            )
+        return self.base
+
+
+def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
+    """Check one site's parameters against the shapes the configuration demands.
+
+    Raises
+    ------
+    ShapeError
+        Listing every missing, extra and misshapen array at once.
+    """
+    want = config.shapes(site)
+    wrong = [
+        f"{site.name}.{k}: shape {tuple(p[k].shape)} cannot fit: {config.where} needs {shape}"
+        for k, shape in want.items()
+        if k in p and tuple(p[k].shape) != shape
+    ]
+    wrong += [f"{site.name}.{k}: missing, of shape {want[k]}" for k in want if k not in p]
+    extra = [k for k in p if k not in want and k not in config.frozen]
+    wrong += [f"{site.name}.{k}: unexpected{nearest(k, want)}" for k in extra]
+    if wrong:
+        raise ShapeError("\n".join(wrong))
+
+
+def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    r"""Look a site's number up in a `rank_pattern`-like mapping of regular expressions.
+
+    The first key, in order, that matches the whole name or the name after a dot is the one.
+
+    Examples
+    --------
+    >>> matching({r"layers.\d+.q": 4, "k": 2}, "model.layers.0.q", 8)
+    4
+    >>> matching({"k": 2}, "layers.0.q", 8)
+    8
+    """
+    for key, value in (pattern or {}).items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise ConfigError(f"pattern {key!r}: not a regular expression: {error}") from None
+        if found:
+            return value
+    return default

@@ -1,0 +1,150 @@
+"""AdaLoRA: adaptive budget allocation. Zhang et al. 2023, https://arxiv.org/abs/2303.10512."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import creation_device, namespace
+from peft_any.errors import ConfigError
+from peft_any.layer import Kind, Site, linear
+from peft_any.linalg import orthogonality
+from peft_any.method import Additive
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
+    """ΔW = s·B·diag(E)·A, with A (r, width), B (n_out, r), E (r, 1) and s = α/(init_r + 10⁻⁵).
+
+    Training starts with r = init_r triplets (a column of B, an entry of E, a row of A) at every
+    site and prunes them to `target_r` on average. The scale stays that of the initial rank.
+
+    init_r, target_r, tinit, tfinal, deltaT, beta1, beta2, total_step: the schedule of training.
+    orth_reg_weight: the weight of `regularizer` in the loss.
+    rank_pattern: the triplets kept at each site, ``{"<site>.lora_E": [true, false, …]}``.
+    init_lora_weights: true (A and B normal, σ = 0.02; E = 0) or false (all standard normal).
+    lora_alpha: not above 0, α is the site's number of kept triplets.
+    r, use_rslora, alpha_pattern: no effect, as in Hugging Face PEFT; `at` sets r.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
+    refused: ClassVar[Mapping[str, str]] = {
+        "ensure_weight_tying": "one adapter would serve two tied modules",
+        "layer_replication": "it duplicates layers of the base",
+        "loftq_config": "AdaLoRA has no quantised base",
+        "target_parameters": "its file does not name the parameters it adapts",
+        "use_dora": "AdaLoRA has no magnitude vector",
+    }
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815 - Hugging Face PEFT's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str | None = True
+    alpha_pattern: dict[str, float] | None = None
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        total = self.total_step or 0
+        rules = {
+            "init_r": (self.init_r >= 1, "at least 1 triplet"),
+            "target_r": (self.target_r >= 1, "at least 1 triplet"),
+            "deltaT": (self.deltaT >= 1, "at least 1 step"),
+            "beta1": (0 < self.beta1 < 1, "between 0 and 1, both excluded"),
+            "beta2": (0 < self.beta2 < 1, "between 0 and 1, both excluded"),
+            "lora_dropout": (0 <= self.lora_dropout < 1, "in [0, 1)"),
+            "orth_reg_weight": (self.orth_reg_weight >= 0, "0 or more"),
+            "total_step": (total >= 1, "the number of training steps (HF PEFT demands it)"),
+            "tinit": (self.tinit < total - self.tfinal, "less than total_step - tfinal"),
+            "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
+        }
+        for name, (fine, rule) in rules.items():
+            if not fine:
+                raise ConfigError(f"{self.where}: {name}={getattr(self, name)!r} must be {rule}")
+
+    def kept(self, name: str) -> list[bool]:
+        """Give the mask (init_r,) of the triplets kept at a site: all, where none is given."""
+        mask = (self.rank_pattern or {}).get(f"{name}.lora_E")
+        if mask is None:
+            return [True] * self.init_r
+        if len(mask) != self.init_r:
+            raise ConfigError(
+                f"{name}: a rank_pattern of {len(mask)} entries cannot mask init_r={self.init_r} "
+                "triplets: give one entry for each"
+            )
+        return mask
+
+    def per_site(self, site: Site) -> Self:
+        """Set r to the number of triplets kept."""
+        if site.groups > 1:
+            many = f"{site.name}: ADALORA cannot adapt a convolution of {site.groups} groups"
+            raise ConfigError(f"{many}: its A reads all channels; name it in exclude_modules")
+        return replace(self, r=sum(map(bool, self.kept(site.name))))
+
+    @property
+    def scaling(self) -> float:
+        """α/(init_r + 10⁻⁵)."""
+        # HF divides by the initial rank, which it never saves, also after pruning.
+        return (self.lora_alpha if self.lora_alpha > 0 else float(self.r)) / (self.init_r + 1e-5)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """A, E and B, flat for a convolution too."""
+        r = self.r
+        return {"lora_A": (r, site.width), "lora_E": (r, 1), "lora_B": (site.n_out, r)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """A and B normal, E zero."""
+        std = 0.02 if self.init_lora_weights else 1.0
+        p = {k: new.normal(shape, std) for k, shape in self.shapes(site).items()}
+        return p | {"lora_E": new.zeros((self.r, 1))} if self.init_lora_weights else p
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """s·B·diag(E)·A."""
+        a, b = self._factors(p)
+        return b @ a
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """(B·s·E)·(A·x)."""
+        a, b = self._factors(p)
+        return linear(linear(x, a), b)
+
+    def _factors(self, p: Params) -> tuple[Array, Array]:
+        """A (r, width) and s·B·diag(E) (n_out, r)."""
+        values = self.scaling * namespace(p["lora_E"]).matrix_transpose(p["lora_E"])
+        return p["lora_A"], p["lora_B"] * values
+
+    def regularizer(self, sites: Iterable[Params]) -> Array:
+        """Give orth_reg_weight · the mean of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ over all sites (eq. 4)."""
+        pairs = [(p["lora_A"], namespace(p["lora_B"]).matrix_transpose(p["lora_B"])) for p in sites]
+        gaps = [orthogonality(rows) for pair in pairs for rows in pair]
+        return (self.orth_reg_weight / len(gaps)) * sum(gaps[1:], gaps[0])
+
+    def prune(self, p: Params, mask: Sequence[bool]) -> Params:
+        """Keep the triplets that the mask (init_r,) marks, as a saved file does."""
+        xp, e, keep = namespace(*p.values()), p["lora_E"], [i for i, k in enumerate(mask) if k]
+        if e.shape[0] == len(keep):  # pruned already
+            return dict(p)
+        rows = xp.asarray([*keep, 0], device=creation_device(e))[:-1]  # integers, even if none
+        return {k: xp.take(v, rows, axis=int(k == "lora_B")) for k, v in p.items()}
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Prune every site to `rank_pattern`."""
+        return self, {name: self.prune(p, self.kept(name)) for name, p in sites.items()}

@@ -1,0 +1,130 @@
+"""BOFT: orthogonal fine-tuning by butterfly factors.
+
+Liu et al. 2023, https://arxiv.org/abs/2311.06243.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.blocks import block_matmul, butterfly, cayley
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Dense, Kind, Layer, Site
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
+    """W′ = s ⊙ (W·Rᵀ), y = s ⊙ W·(x·R) + b, with R = B_m ⋯ B₁ and s (n_out, 1).
+
+    Factor Bᵢ rotates pairs of runs of b/2 inputs that lie 2^(i−1) runs apart, each by a block
+    (I − S)·(I + S)⁻¹ with S = (X − Xᵀ)/2; `boft_R` (m, k, b, b) holds the X, k = n_in/b. A
+    convolution's n_in is channels · kernel, and its s (1, n_out).
+
+    boft_block_size: b, a divisor of n_in.
+    boft_block_num: k instead of b; exactly one of the two is not zero.
+    boft_n_butterfly_factor: m; above 1, b is even and k a multiple of 2^(m−1). HF PEFT without
+        its CUDA extension silently takes 1 and cannot load such a file.
+    init_weights: true (X = 0, s = 1) or false (both off by a standard deviation of 0.1).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d"})
+    needs: ClassVar[tuple[str, ...]] = ("linalg",)
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        b, k, m = self.boft_block_size, self.boft_block_num, self.boft_n_butterfly_factor
+        if min(b, k) < 0 or bool(b) == bool(k):
+            raise ConfigError(
+                f"{self.where}: boft_block_size={b} and boft_block_num={k} cannot size the "
+                "blocks: give one of the two, and 0 for the other"
+            )
+        if m < 1:
+            raise ConfigError(
+                f"{self.where}: boft_n_butterfly_factor={m} cannot be a number of factors: give "
+                "at least 1"
+            )
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the block size, and check that blocks and factors fit the layer."""
+        if site.groups > 1 or (site.is_conv and site.kernel[0] != site.kernel[1]):
+            raise ShapeError(
+                f"{site.name}: BOFT cannot adapt a convolution with kernel {site.kernel} and "
+                f"{site.groups} groups: it rotates square kernels without groups"
+            )
+        n, m = site.width, self.boft_n_butterfly_factor
+        given = self.boft_block_size or self.boft_block_num
+        b = self.boft_block_size or n // given
+        if n % given:
+            field = "boft_block_size" if self.boft_block_size else "boft_block_num"
+            near = [d for d in range(1, n + 1) if n % d == 0]
+            raise ShapeError(
+                f"{site.name}: {field}={given} cannot divide {n} inputs; divisors: "
+                f"{', '.join(map(str, near))}"
+            )
+        if m > 1 and (b % 2 or n // b % 2 ** (m - 1)):
+            raise ShapeError(
+                f"{site.name}: boft_n_butterfly_factor={m} cannot pair {n // b} blocks of {b}: "
+                f"the size must be even and the number a multiple of {2 ** (m - 1)}"
+            )
+        return replace(self, boft_block_size=b, boft_block_num=0)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The X of all blocks and factors, and the outputs' scale."""
+        b, m = self.boft_block_size, self.boft_n_butterfly_factor
+        scale = (1, site.n_out) if site.is_conv else (site.n_out, 1)
+        return {"boft_R": (m, site.width // b, b, b), "boft_s": scale}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """No rotation, no scale."""
+        of_r, of_s = self.shapes(site).values()
+        if self.init_weights:
+            return {"boft_R": new.zeros(of_r), "boft_s": new.ones(of_s)}
+        return {"boft_R": new.normal(of_r, 0.1), "boft_s": new.ones(of_s) + new.normal(of_s, 0.1)}
+
+    def factors(self, p: Params) -> list[tuple[Array, int, int]]:
+        """Give R as few block-diagonal factors, as `butterfly` does."""
+        x = p["boft_R"]
+        xp, (m, k, b, _) = namespace(x), x.shape
+        x = xp.reshape(x, (m * k, b, b))
+        r = cayley(0.5 * (x - xp.matrix_transpose(x)))
+        return butterfly(xp.reshape(r, (m, k, b, b)))
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """s ⊙ (W·Rᵀ), R's first factor first."""
+        w = base.weight
+        xp = namespace(w)
+        for r, *lie in self.factors(p):
+            w = block_matmul(w, xp.matrix_transpose(r), *lie, rows=True)
+        return base.replace(weight=w * xp.reshape(p["boft_s"], (-1, 1)))
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """s ⊙ base(x·R), R's last factor first; the bias is not scaled."""
+        for r, *lie in reversed(self.factors(p)):
+            x = block_matmul(x, r, *lie)
+        s = namespace(x).reshape(p["boft_s"], (-1,))
+        if base.bias is None:
+            return base(x) * s
+        return (base(x) - base.bias) * s + base.bias
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """(W′/s)·R: every output within a few roundings of it, however small s; NaN where s = 0."""
+        w = merged.weight
+        w = w / namespace(w).reshape(p["boft_s"], (-1, 1))
+        for r, *lie in reversed(self.factors(p)):
+            w = block_matmul(w, r, *lie, rows=True)
+        return merged.replace(weight=w)

@@ -1,0 +1,110 @@
+"""LoHa: low-rank Hadamard product (FedPara). Hyeon-Woo et al. 2022, https://arxiv.org/abs/2108.06098."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from struct import pack, unpack
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.errors import ConfigError
+from peft_any.layer import Kind, Site, linear
+from peft_any.linalg import khatri_rao, tucker
+from peft_any.method import Additive, matching
+from peft_any.rng import Fresh
+
+PASS = 24
+"""What reading, multiplying and writing one entry costs, in multiply-adds of a matrix product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
+    """ΔW = s·(w1_a·w1_b) ⊙ (w2_a·w2_b), w·_a (n_out, r), w·_b (r, width), s = α/r.
+
+    use_effective_conv2d: a convolution whose kernel has more than one position takes each factor
+        in Tucker form (the paper's Proposition 3), Σ t[i, j, κ]·w_a[i, o]·w_b[j, c], with
+        w·_a (r, n_out), w·_b (r, n_in/groups) and t· (r, r, kernel).
+    rank_pattern, alpha_pattern: r and α of the sites whose names match.
+    init_weights: true (w2_b = 0, all others uniform) or false (all uniform).
+    rank_dropout, module_dropout: in training only.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    init_weights: bool = True
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{self.where}: {name}={getattr(self, name)} is not in [0, 1)")
+
+    @property
+    def scaling(self) -> float:
+        """α/r."""
+        # HF holds it in single precision, whatever the dtype of the layer.
+        return float(unpack("f", pack("f", self.alpha / self.r))[0])
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the patterns."""
+        rank = matching(self.rank_pattern, site.name, self.r)
+        alpha = matching(self.alpha_pattern, site.name, self.alpha)
+        return replace(self, r=rank, alpha=alpha)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """Two pairs of factors, and their cores in Tucker form."""
+        r = self.r
+        a: Shape = (site.n_out, r)
+        b: Shape = (r, site.width)
+        cores: dict[str, Shape] = {}
+        if self.use_effective_conv2d and prod(site.kernel) > 1:
+            a, b = (r, site.n_out), (r, site.n_in // site.groups)
+            # HF gives a Conv1d's core a second spatial axis, of size 1.
+            core = (r, r, *(*site.kernel, 1)[:2])
+            cores = {"hada_t1": core, "hada_t2": core}
+        return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b, **cores}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """All uniform but w2_b, which is zero."""
+        shapes = self.shapes(site)
+        p = {k: new.kaiming(shape) for k, shape in shapes.items()}
+        return p | {"hada_w2_b": new.zeros(shapes["hada_w2_b"])} if self.init_weights else p
+
+    def factors(self, p: Params) -> tuple[Array, Array, Array, Array]:
+        """s·w1_aᵀ (r, n_out), w1_b (r, width), w2_aᵀ (r, n_out), w2_b (r, width)."""
+        a1, b1, a2, b2 = (p[f"hada_w{k}"] for k in ("1_a", "1_b", "2_a", "2_b"))
+        if "hada_t1" in p:
+            b1, b2 = tucker(p["hada_t1"], b1), tucker(p["hada_t2"], b2)
+        else:
+            xp = namespace(a1, a2)
+            a1, a2 = xp.matrix_transpose(a1), xp.matrix_transpose(a2)
+        return self.scaling * a1, b1, a2, b2
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
+        a1, b1, a2, b2 = self.factors(p)
+        xp = namespace(a1, b1, a2, b2)
+        # One expression: NumPy then multiplies into the first product instead of a third array.
+        product: Array = (xp.matrix_transpose(a1) @ b1) * (xp.matrix_transpose(a2) @ b2)
+        return product
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """Σᵢⱼ over the r² products of rows i and j, unless forming ΔW is cheaper."""
+        m, n, r, tokens = site.n_out, site.width, self.r, prod(x.shape[:-1])
+        if r * r * (m + n) * (tokens + PASS) >= m * n * (2 * r + tokens + 2 * PASS):
+            return super().residual(p, x, site)
+        a1, b1, a2, b2 = self.factors(p)
+        return linear(x, khatri_rao(b1, b2)) @ khatri_rao(a1, a2)

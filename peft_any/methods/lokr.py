@@ -1,0 +1,150 @@
+"""LoKr: low-rank Kronecker product (LyCORIS). Yeh et al. 2023, https://arxiv.org/abs/2309.14859."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.errors import ConfigError
+from peft_any.layer import Dense, Kind, Site, flat
+from peft_any.linalg import factored, factorize, linear_kron, tucker
+from peft_any.method import Additive, matching
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
+    """ΔW = s·w1 ⊗ w2, with w1 (l, p), w2 (k, q·kernel), n_out = l·k, n_in/groups = p·q, s = α/r.
+
+    w2 = w2_a·w2_b, (k, r) and (r, q·kernel), where r < max(k, q)/2; s is α/r even where it is not.
+
+    decompose_both: w1 = w1_a·w1_b, (l, r) and (r, p), where r < max(l, p)/2.
+    decompose_factor: l and p, or their upper bound; -1: the most equal factors.
+    use_effective_conv2d: a low-rank w2 of a convolution whose kernel has more than one position
+        is Σ t2[i, j, κ]·w2_a[i, k]·w2_b[j, q], w2_a (r, k), w2_b (r, q), t2 (r, r, kernel).
+    rank_pattern, alpha_pattern: r and α of the sites whose names match.
+    init_weights: true (w1 or w1_a zero, all others uniform), "lycoris" (w2 or w2_b zero), or
+        false (all uniform).
+    rank_dropout, rank_dropout_scale, module_dropout: in training only.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    init_weights: bool | str = True
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
+        for name in ("rank_dropout", "module_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{self.where}: {name}={getattr(self, name)} is not in [0, 1)")
+        if self.init_weights not in (True, False, "lycoris"):
+            given = f"{self.where}: init_weights={self.init_weights!r}"
+            raise ConfigError(f'{given} is unknown: give true, false or "lycoris"')
+
+    @property
+    def scaling(self) -> float:
+        """α/r."""
+        return self.alpha / self.r
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the patterns."""
+        rank = matching(self.rank_pattern, site.name, self.r)
+        alpha = matching(self.alpha_pattern, site.name, self.alpha)
+        return replace(self, r=rank, alpha=alpha)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """w1 and w2, whole or as factors."""
+        r, kernel = self.r, site.kernel
+        rows, k = factorize(site.n_out, self.decompose_factor)
+        p, q = factorize(site.n_in // site.groups, self.decompose_factor)
+        shapes: dict[str, Shape] = {"lokr_w1": (rows, p)}
+        if self.decompose_both and r < max(rows, p) / 2:
+            shapes = {"lokr_w1_a": (rows, r), "lokr_w1_b": (r, p)}
+        if r >= max(k, q) / 2:
+            return shapes | {"lokr_w2": (k, q, *kernel)}
+        if self.use_effective_conv2d and prod(kernel) > 1:
+            # HF gives a Conv1d's core a second spatial axis, of size 1.
+            core = (r, r, *(*kernel, 1)[:2])
+            return shapes | {"lokr_t2": core, "lokr_w2_a": (r, k), "lokr_w2_b": (r, q)}
+        return shapes | {"lokr_w2_a": (k, r), "lokr_w2_b": (r, q * prod(kernel))}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """All uniform but one factor, which is zero."""
+        zero: tuple[str, ...] = ("lokr_w1", "lokr_w1_a") if self.init_weights else ()
+        if self.init_weights == "lycoris":
+            zero = ("lokr_w2", "lokr_w2_b")
+        shapes = self.shapes(site)
+        return {k: (new.zeros if k in zero else new.kaiming)(s) for k, s in shapes.items()}
+
+    def factors(self, p: Params) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """s·w1 and w2, each as one flat matrix or two whose product it is."""
+        if "lokr_w1" in p:
+            left: tuple[Array, ...] = (self.scaling * p["lokr_w1"],)
+        else:
+            left = factored(self.scaling * p["lokr_w1_a"], p["lokr_w1_b"])
+        if "lokr_w2" in p:
+            return left, (flat(p["lokr_w2"]),)
+        a, b = p["lokr_w2_a"], p["lokr_w2_b"]
+        if "lokr_t2" in p:
+            a, b = namespace(a).matrix_transpose(a), tucker(p["lokr_t2"], b)
+        return left, factored(a, b)
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """s·w1 ⊗ w2."""
+        w1, w2 = self._spread(p, site)
+        delta: Array = namespace(w1, w2).reshape(w1 * w2, (site.n_out, site.width))
+        return delta
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W + ΔW."""
+        return self._plus(base, p, 1.0)
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """W′ − ΔW: exact but for one rounding of each sum."""
+        return self._plus(merged, p, -1.0)
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """w1·X·w2ᵀ for every x as a matrix X (p, q)."""
+        if self._scrambled(p, site):
+            return super().residual(p, x, site)
+        return linear_kron(x, *self.factors(p))
+
+    def _plus(self, base: Dense, p: Params, sign: float) -> Dense:
+        w1, w2 = self._spread(p, base.site)
+        xp, blocks = namespace(base.weight), tuple(map(max, w1.shape, w2.shape))
+        # One expression: NumPy then adds into the product instead of a third array.
+        weight = xp.reshape(base.weight, blocks) + (sign * w1) * w2
+        return base.replace(weight=xp.reshape(weight, tuple(base.weight.shape)))
+
+    def _spread(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """s·w1 and w2, their axes apart so that w1 * w2 is ΔW in blocks."""
+        w1, w2 = (f[0] if len(f) == 1 else f[0] @ f[1] for f in self.factors(p))
+        xp = namespace(w1, w2)
+        left: Shape = (w1.shape[0], 1, w1.shape[1], 1)
+        right: Shape = (1, w2.shape[0], 1, w2.shape[1])
+        if self._scrambled(p, site):
+            k, q, taps = p["lokr_w2"].shape
+            left, right = (1, *left), (k, 1, q, 1, taps)
+        return xp.reshape(w1, left), xp.reshape(w2, right)
+
+    def _scrambled(self, p: Params, site: Site) -> bool:
+        """Whether ΔW is no Kronecker product of matrices."""
+        # HF takes the product of w1 with a Conv1d's whole, 3-D w2, then reads it in W's shape.
+        return site.kind == "Conv1d" and "lokr_w2" in p

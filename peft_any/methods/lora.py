@@ -1,0 +1,151 @@
+"""LoRA: low-rank adaptation. Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from typing import ClassVar, Self
+
+from peft_any import starts
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype, namespace
+from peft_any.errors import ConfigError
+from peft_any.layer import Layer, Site, flat, linear, widen
+from peft_any.linalg import row_norms
+from peft_any.method import Additive, matching
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
+    """ΔW = s·B·A, with A (r, n_in), B (n_out, r) and s = α/r.
+
+    An embedding's A is (r, tokens) and B (width, r); a convolution's A carries the kernel.
+
+    use_rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+    use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
+        (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+    lora_bias: the bias gains s·b, b (n_out,).
+    rank_pattern, alpha_pattern: r and α of the sites whose names match.
+    init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
+        (B·A = 0 with neither zero; r even), or an initial B₀·A₀ taken out of the base, so that
+        ΔW = s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets
+        (Meng et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR factors
+        (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); a file folds them into rank 2r.
+    """
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
+    refused: ClassVar[Mapping[str, str]] = starts.VARIANTS
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | str | None = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
+        if self.use_dora and self.lora_bias:
+            raise ConfigError(f"{self.where}: lora_bias cannot go with use_dora")
+        starts.check_init(self.init_lora_weights)
+
+    @property
+    def scaling(self) -> float:
+        """α/r, or α/√r with `use_rslora`."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the patterns; refuse what has no merged form."""
+        if site.groups > 1:
+            why = "its factors mix all input channels; name it in exclude_modules"
+            raise ConfigError(f"{site.name}: LORA cannot adapt {site.groups} groups: {why}")
+        for flag, kinds in starts.MISFITS.items():
+            if getattr(self, flag) and site.kind in kinds:
+                raise ConfigError(f"{site.name}: {flag} cannot adapt a {site.kind} layer")
+        r = matching(self.rank_pattern, site.name, self.r)
+        return replace(
+            self, r=r, lora_alpha=matching(self.alpha_pattern, site.name, self.lora_alpha)
+        )
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """A and B in the layouts of torch's own layers."""
+        ones, table = (1,) * len(site.kernel), site.kind == "Embedding"
+        shapes: dict[str, Shape] = {
+            "lora_embedding_A" if table else "lora_A.weight": (self.r, site.n_in, *site.kernel),
+            "lora_embedding_B" if table else "lora_B.weight": (site.n_out, self.r, *ones),
+        }
+        if self.lora_bias:
+            shapes["lora_B.bias"] = (site.n_out,)
+        if self.use_dora:
+            shapes["lora_magnitude_vector"] = (1, site.n_out, *ones) if ones else (site.n_out,)
+        return shapes
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """A uniform and B zero unless `init_lora_weights` says otherwise."""
+        shapes = self.shapes(site)
+        p = starts.initial_factors(self.init_lora_weights, shapes, site, self.scaling, new)
+        if self.lora_bias:
+            bound = 0.0 if self.init_lora_weights else self.r**-0.5
+            p |= {"lora_B.bias": new.uniform((site.n_out,), bound)}
+        if self.use_dora:
+            (q,), base = widen([p], new.base_for(site.name, "use_dora"))
+            m = astype(row_norms(base.weight, *self.factors(q)), new.dtype)
+            p |= {k: namespace(m).reshape(m, v) for k, v in shapes.items() if k not in p}
+        return p
+
+    def changes_bias(self, site: Site) -> bool:
+        """With `lora_bias`."""
+        return self.lora_bias
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
+        """Add A₀ and B₀, the factors that `init_lora_weights` names."""
+        a, b = starts.starting_pair(str(self.init_lora_weights), site, self.r, self.scaling, new)
+        return {**p, "start_A": a, "start_B": b}
+
+    def factors(self, p: Params) -> tuple[Array, Array]:
+        """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
+        names = ("lora_embedding_A", "lora_embedding_B")
+        a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
+        if starts.has_start(self.init_lora_weights):
+            a, b = starts.less_start(a, b, p)
+        return self.scaling * b, a
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """s·B·A."""
+        b, a = self.factors(p)
+        return b @ a
+
+    def bias_delta(self, p: Params, site: Site) -> Array | None:
+        """s·b."""
+        return self.scaling * p["lora_B.bias"] if self.lora_bias else None
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """s·B·(A·x)."""
+        b, a = self.factors(p)
+        return linear(linear(x, a), b, self.bias_delta(p, site))
+
+    def gain(self, p: Params, base: Layer) -> Array | None:
+        """m/‖W + ΔW‖ by rows, with `use_dora`; W is the weight without any other adapter."""
+        if not self.use_dora:
+            return None
+        norms = row_norms(base.original, *self.factors(p))
+        gain: Array = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms
+        return gain
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Fold the product taken out of the base into factors of rank 2r."""
+        if not starts.has_start(self.init_lora_weights):
+            return self, dict(sites)
+        return starts.fold_config(self), {name: starts.fold_start(p) for name, p in sites.items()}

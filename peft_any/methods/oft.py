@@ -1,0 +1,144 @@
+"""OFT: orthogonal fine-tuning of inputs by blocks.
+
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280; v2: 2025, https://arxiv.org/abs/2506.19847.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import creation_device, namespace
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Dense, Kind, Layer, Site
+from peft_any.blocks import block_matmul, cayley, skew
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
+    """W′ = W·Rᵀ, y = W·(x·R) + b, with R = diag(R₁ … R_k) of rotations (b, b), k = n_in/b.
+
+    Each Rᵢ comes from a skew-symmetric Qᵢ (b, b), whose upper triangle, row by row, is row i of
+    `oft_R.weight` (k, b·(b − 1)/2). A convolution's n_in is channels · kernel; an embedding's
+    rows are rotated, E′ = E·R, by `oft_embedding_R.weight`.
+
+    oft_block_size: b; where it does not divide n_in, the nearest divisor, the smaller of two.
+    r: k instead of b, likewise; exactly one of the two is not zero.
+    use_cayley_neumann: R = I + 2·(Q + … + Q^(K−2)) + Q^(K−1), K = `num_cayley_neumann_terms`, a
+        rotation up to ‖Q‖^(K−1); otherwise Cayley's (I − Q)·(I + Q)⁻¹, which turns the other way:
+        the flag does not mean the same rotation computed otherwise.
+    block_share: one Q for all blocks: (1, b·(b − 1)/2).
+    coft: every block is drawn back to ‖Q‖ ≤ eps/√(rows of the parameter) before use.
+    init_weights: true (Q = 0) or false (upper triangles of standard deviation 0.1).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d", "Embedding"})
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.r, self.oft_block_size) < 0 or bool(self.r) == bool(self.oft_block_size):
+            raise ConfigError(
+                f"{self.where}: r={self.r} and oft_block_size={self.oft_block_size} cannot size "
+                "the blocks: give one of the two, and 0 for the other"
+            )
+        if self.coft and not self.eps > 0:
+            raise ConfigError(f"{self.where}: eps={self.eps} cannot bound a norm: give eps > 0")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the flags
+        """Only the exact rotation inverts matrices."""
+        return () if self.use_cayley_neumann else ("linalg",)
+
+    def per_site(self, site: Site) -> Self:
+        """Choose the block size: a divisor of what is rotated."""
+        if site.groups > 1 or (site.is_conv and site.kernel[0] != site.kernel[1]):
+            raise ShapeError(
+                f"{site.name}: OFT cannot adapt a convolution with kernel {site.kernel} and "
+                f"{site.groups} groups: it rotates square kernels without groups"
+            )
+        n = site.n_out if site.kind == "Embedding" else site.width
+        b = n // nearest_divisor(n, self.r) if self.r else nearest_divisor(n, self.oft_block_size)
+        return replace(self, r=0, oft_block_size=b)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The upper triangles of Q₁ … Q_k."""
+        table, b = site.kind == "Embedding", self.oft_block_size
+        k = 1 if self.block_share else (site.n_out if table else site.width) // b
+        return {"oft_embedding_R.weight" if table else "oft_R.weight": (k, b * (b - 1) // 2)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """All zero."""
+        ((name, shape),) = self.shapes(site).items()
+        return {name: new.zeros(shape) if self.init_weights else new.normal(shape, 0.1)}
+
+    def rotation(self, p: Params) -> Array:
+        """R₁ … R_k (k, b, b), or (1, b, b) under `block_share`."""
+        v = p["oft_R.weight" if "oft_R.weight" in p else "oft_embedding_R.weight"]
+        xp, b, terms = namespace(v), self.oft_block_size, self.num_cayley_neumann_terms
+        if self.coft:
+            bound = self.eps / v.shape[0] ** 0.5
+            norm2 = xp.sum(v * v, axis=1, keepdims=True) * (2.0 / bound**2)  # of Q, not of v
+            v = v / xp.sqrt(xp.where(norm2 > 1.0, norm2, xp.ones_like(norm2)))
+        q = skew(v, b)
+        if not self.use_cayley_neumann:
+            return cayley(q)
+        eye = xp.eye(b, dtype=q.dtype, device=creation_device(q))
+        if terms <= 2:
+            return eye + (2.0 if terms == 2 else 0.0) * q
+        powers = eye + q
+        for _ in range(max(terms, 4) - 3):  # HF computes 4 terms where 3 are asked for
+            powers = eye + q @ powers
+        return powers + q @ powers
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W·Rᵀ; an embedding's flat weight is its table transposed: Rᵀ·W."""
+        return self._turn(self.rotation(p), base)
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """base(x·R); an embedding's output is rotated instead, without its bias."""
+        r = self.rotation(p)
+        if base.site.kind != "Embedding":
+            return base(block_matmul(x, r))
+        if base.bias is None:
+            return block_matmul(base(x), r)
+        return block_matmul(base(x) - base.bias, r) + base.bias
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """W′·R⁻ᵀ: of relative error about ε·κ(R), which is 1 for the exact rotation.
+
+        The truncated one loses |1 − (iσ)^(K−1)| of length in a plane where Q has the singular
+        value σ: all of it for σ = 1 and K = 5, where nothing can bring W back.
+        """
+        r = self.rotation(p)
+        xp = namespace(r)
+        back = xp.linalg.inv(r) if self.use_cayley_neumann else xp.matrix_transpose(r)
+        return self._turn(back, merged)
+
+    @staticmethod
+    def _turn(r: Array, base: Dense) -> Dense:
+        flip = namespace(r, base.weight).matrix_transpose
+        if base.site.kind == "Embedding":
+            return base.replace(weight=flip(block_matmul(flip(base.weight), r, rows=True)))
+        return base.replace(weight=block_matmul(base.weight, flip(r), rows=True))
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """Find the divisor of `n` nearest to a number, the smaller of two equally near."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,0 +1,104 @@
+"""VeRA: vector-based random matrix adaptation. Kopiczko et al. 2024, https://arxiv.org/abs/2310.11454."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.errors import ConfigError
+from peft_any.layer import Kind, Site, linear
+from peft_any.method import Additive
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
+    """ΔW = diag(b)·B·diag(d)·A, with the trained vectors b (n_out,) and d (r,).
+
+    All sites share the frozen A (r, widest n_in) and B (widest n_out, r), each reading its first
+    columns of A and rows of B.
+
+    projection_prng_key: seed of A and B, uniform, drawn by torch's CPU generator.
+    save_projection: whether the file holds A and B; else they are drawn again, bit for bit.
+    d_initial: d's initial value; b = 0.
+    init_weights: false: d standard normal, b = 1.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"vera_A", "vera_B"})
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
+        if not 0 <= self.vera_dropout < 1:
+            raise ConfigError(f"{self.where}: vera_dropout={self.vera_dropout} is not in [0, 1)")
+        if self.bias not in ("none", "all", "vera_only"):
+            raise ConfigError(
+                f'{self.where}: bias={self.bias!r} must be "none", "all" or "vera_only"'
+            )
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """d and b."""
+        return {"vera_lambda_d": (self.r,), "vera_lambda_b": (site.n_out,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """d constant, b zero."""
+        d: Shape = (self.r,)
+        if not self.init_weights:
+            return {"vera_lambda_d": new.normal(d), "vera_lambda_b": new.ones((site.n_out,))}
+        d_initial = new.full(d, self.d_initial)
+        return {"vera_lambda_d": d_initial, "vera_lambda_b": new.zeros((site.n_out,))}
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """A and B, as large as the largest of the sites needs."""
+        widest, tallest = max(s.n_in for s in sites), max(s.n_out for s in sites)
+        return {"vera_A": (self.r, widest), "vera_B": (tallest, self.r)}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """Draw A, then B, as HF PEFT does: uniform within ±√(6/fan_in)."""
+        stream = new.torch(self.projection_prng_key)
+        drawn = {}
+        for name, shape in self.shared_shapes(sites).items():
+            bound = sqrt(3.0) * (sqrt(2.0) / sqrt(shape[1]))  # in torch's order of operations
+            drawn[name] = new.array(stream.uniform(shape, -bound, bound))
+        return drawn
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """diag(b)·B·diag(d)·A."""
+        a, b = self._own(p, site)
+        gain = namespace(b).reshape(p["vera_lambda_b"], (site.n_out, 1))
+        columns: Array = b * gain * p["vera_lambda_d"]
+        return columns @ a
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """b ⊙ B·(d ⊙ A·x)."""
+        a, b = self._own(p, site)
+        y: Array = linear(linear(x, a) * p["vera_lambda_d"], b) * p["vera_lambda_b"]
+        return y
+
+    def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """The site's part of A (r, n_in) and B (n_out, r)."""
+        a, b = p["vera_A"], p["vera_B"]
+        missing = a.shape[1] < site.n_in or b.shape[0] < site.n_out
+        if missing or a.shape[0] != self.r or b.shape[1] != self.r:
+            raise ConfigError(
+                f"{site.name}: projections A {tuple(a.shape)} and B {tuple(b.shape)} cannot adapt "
+                f"it: A has r={self.r} rows and at least {site.n_in} columns, B at least "
+                f"{site.n_out} rows and {self.r} columns"
+            )
+        return a[:, : site.n_in], b[: site.n_out, :]

@@ -1,0 +1,336 @@
+"""A model: base weights, adapters by name, and which of them are active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from math import prod
+from typing import Any
+
+from peft_any import combine
+from peft_any._typing import Array
+from peft_any.adapter import Adapter
+from peft_any.backend import astype, dtype_name
+from peft_any.bound import Bound, BoundLayer, Layers, Parameters
+from peft_any.combine import Part
+from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.layer import Dense, Kind, Site, narrow, widen
+from peft_any.layout import layout
+from peft_any.placed import Placed, dense, fitted, fresh, given, rederived
+from peft_any.registry import Config
+
+
+class PeftModel:
+    """Base weights with adapters beside them; the base is never changed.
+
+    Parameters
+    ----------
+    weights : mapping of str to array
+        The base's tensors under their checkpoint names, all of one library.
+    kinds : mapping of str to Kind or Site, optional
+        Layer kinds of modules whose names and shapes do not tell (see `targets.layout`).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> weights = {"fc.weight": np.ones((3, 4), dtype="float32")}
+    >>> model = PeftModel(weights)
+    >>> _ = model.add("task", LoraConfig(r=2, target_modules=["fc"]), seed=0)
+    >>> print(model.parameters)
+    trainable params: 14 || all params: 26 || trainable%: 53.8462
+    >>> bool(np.all(model.merge()["fc.weight"] == 1))
+    True
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Array], *, kinds: Mapping[str, Kind | Site] | None = None
+    ) -> None:
+        self.weights = weights
+        self._kinds = kinds
+        self._placed: dict[str, Placed] = {}
+        self._active: dict[str, float] = {}
+        self._stacked = True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._placed)
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._placed
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._known(name).adapter
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, in the order they were added."""
+        return [*self._placed]
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Active adapters and the weights of their effects, in order."""
+        return dict(self._active)
+
+    def add(
+        self,
+        name: str,
+        adapter: Adapter | Config,
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        rederive: bool = False,
+    ) -> Adapter:
+        """Attach an adapter, or a fresh one of a configuration; the first becomes active.
+
+        Parameters
+        ----------
+        name : str
+            The name to know it by.
+        adapter : Adapter or Config
+            A loaded adapter, checked against the base, or a configuration to start from.
+        seed, dtype
+            Of a fresh adapter's initial values.
+        rederive : bool
+            Redo the decomposition of the base that an unconverted PiSSA or OLoRA file assumes.
+
+        Raises
+        ------
+        ConfigError, ShapeError, TargetError
+            If the name is taken, or the adapter does not fit the base.
+        """
+        if name in self._placed:
+            raise ConfigError(f"adapter {name!r} is already there: remove it first, or rename")
+        if isinstance(adapter, Config):
+            placed = fresh(adapter, self.weights, self._kinds, seed, dtype)
+        else:
+            placed = fitted(adapter, self.weights, self._kinds)
+        if rederive:
+            placed = rederived(placed, self.weights)
+        self._placed[name] = placed
+        if not self._active:
+            self.activate(name)
+        return placed.adapter
+
+    def remove(self, name: str) -> Adapter:
+        """Take an adapter away, and give it."""
+        adapter = self._known(name).adapter
+        del self._placed[name]
+        self._active.pop(name, None)
+        return adapter
+
+    def activate(self, names: str | Sequence[str] | Mapping[str, float]) -> None:
+        """Choose the adapters that act.
+
+        Parameters
+        ----------
+        names : str, sequence of str, or mapping of str to float
+            One; several, one upon another in this order as in Hugging Face PEFT; or a weighted
+            sum of their effects, each against the base.
+        """
+        weights = {names: 1.0} if isinstance(names, str) else names
+        if not isinstance(weights, Mapping):
+            weights = dict.fromkeys(weights, 1.0)
+        for name in weights:
+            self._known(name)
+        self._active = {name: float(weight) for name, weight in weights.items()}
+        self._stacked = not isinstance(names, Mapping)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let no adapter act within the block."""
+        active, self._active = self._active, {}
+        try:
+            yield
+        finally:
+            self._active = active
+
+    @property
+    def parameters(self) -> Parameters:
+        """The trainable arrays of all adapters, with their counts."""
+        values = {name: placed.adapter.trainable() for name, placed in self._placed.items()}
+        return Parameters(values, sum(prod(w.shape) for w in self.weights.values()))
+
+    def bind(self, params: Mapping[str, Any] | None = None) -> Bound:
+        """Fix the parameters of the active adapters, and give the adapted layers.
+
+        Parameters
+        ----------
+        params : mapping {adapter: {site: {name: array}}}, optional
+            Stands in for the adapters' own arrays, in part or whole: what a gradient is taken of.
+        """
+        model = self._with(params or {})
+        sites = {**layout(self.weights, self._kinds), **self.sites()}
+
+        def make(name: str) -> BoundLayer:
+            site = sites[name]
+            return BoundLayer(model._base(site), model._parts(site), self._stacked)  # noqa: SLF001
+
+        return Bound(Layers([*sites], make))
+
+    def merge(self) -> dict[str, Array]:
+        """Give all weights with the active adapters merged, as a new mapping.
+
+        Untouched arrays are the base's own; touched ones are computed in at least float32 and
+        rounded once to the base's dtype.
+        """
+        return {name: self.merged(name) for name in self.weights}
+
+    def unmerge(self, merged: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Give the base weights back: exactly, or computed from merged weights alone.
+
+        Raises
+        ------
+        Irreversible
+            If `merged` is given and an active method cannot be undone.
+        """
+        if merged is None:
+            return dict(self.weights)
+        if len(self._active) > 1 and not self._stacked:
+            raise ConfigError("a weighted sum cannot be unmerged: call unmerge() without weights")
+        out = dict(merged)
+        for name in reversed(self._active):
+            for site in self._placed[name].sites.values():
+                part = self._part(name, site)
+                base = dense(out, site)
+                (p,), wide = widen([part.params], base)
+                plain = narrow(part.config.unmerge(p, wide), base)
+                out[site.weight] = plain.stored()
+                if plain.bias is not None:
+                    out[site.bias_name] = plain.bias
+            for tensor in self._placed[name].adapter.replaced(self.weights):
+                out[tensor] = self.weights[tensor]
+        return out
+
+    @property
+    def touched(self) -> list[str]:
+        """Names of the tensors that merging the active adapters changes, in the base's order."""
+        names: set[str] = set()
+        for name in self._active:
+            placed = self._placed[name]
+            names.update(placed.adapter.replaced(self.weights))
+            for key, site in placed.sites.items():
+                names.add(site.weight)
+                if placed.configs[key].changes_bias(site):
+                    names.add(site.bias_name)
+        return [name for name in self.weights if name in names]
+
+    def merged(self, tensor: str) -> Array:
+        """Merge one tensor of the base; an untouched one is given as it is."""
+        base = self._replaced(tensor)
+        if (site := self._site_of(tensor)) is None:
+            return base
+        merged = self.merged_site(site)
+        if tensor == site.weight:
+            return merged.stored()
+        return base if merged.bias is None else merged.bias
+
+    def merged_site(self, site: Site) -> Dense:
+        """Merge one adapted layer, rounded to the base's dtypes."""
+        base = self._base(site)
+        parts = self._parts(site)
+        params, wide = widen([part.params for part in parts], base)
+        exact = [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)]
+        return narrow(combine.merge(exact, wide, stacked=self._stacked), base)
+
+    def sites(self) -> dict[str, Site]:
+        """Give the layers that the active adapters adapt, by module name."""
+        return {
+            key: site for name in self._active for key, site in self._placed[name].sites.items()
+        }
+
+    def _site_of(self, tensor: str) -> Site | None:
+        for site in self.sites().values():
+            if tensor in (site.weight, site.bias_name):
+                return site
+        return None
+
+    def _base(self, site: Site) -> Dense:
+        bias = self._replaced(site.bias_name) if site.bias else None
+        return Dense.of(self._replaced(site.weight), bias, site)
+
+    def _replaced(self, tensor: str) -> Array:
+        """Give a base tensor as the active adapters' full copies and token rows leave it."""
+        base = total = self.weights[tensor]
+        owners = []
+        for name, weight in self._active.items():
+            new = self._placed[name].adapter.replacement(tensor, base)
+            if new is None:
+                continue
+            owners.append(name)
+            if weight == 1.0:
+                total = new
+            else:
+                step = "float64" if dtype_name(base) == "float64" else "float32"
+                wide = astype(total, step) + weight * (astype(new, step) - astype(base, step))
+                total = astype(wide, dtype_name(base))
+        if len(owners) > 1 and all(self._active[o] == 1.0 for o in owners):
+            raise TargetError(
+                f"{tensor}: adapters {owners} each carry a full copy of it and cannot act "
+                "together: activate one, or give weights for their sum"
+            )
+        return total
+
+    def _with(self, params: Mapping[str, Any]) -> PeftModel:
+        for name in params:
+            self._known(name)
+        model = copy(self)
+        model._placed = {  # noqa: SLF001 - its own class
+            name: given(placed, params.get(name, {})) for name, placed in self._placed.items()
+        }
+        return model
+
+    def _part(self, name: str, site: Site) -> Part:
+        placed = self._placed[name]
+        params = {**placed.adapter.shared, **placed.adapter.sites[site.name]}
+        return Part(placed.configs[site.name], params, self._active[name])
+
+    def _parts(self, site: Site) -> list[Part]:
+        active = [name for name in self._active if site.name in self._placed[name].sites]
+        return [self._part(name, site) for name in active]
+
+    def _known(self, name: str) -> Placed:
+        if name not in self._placed:
+            raise ConfigError(f"adapter {name!r} is not here{nearest(name, self._placed)}")
+        return self._placed[name]
+
+
+def merge(
+    weights: Mapping[str, Array],
+    adapter: Adapter,
+    *,
+    kinds: Mapping[str, Kind | Site] | None = None,
+) -> dict[str, Array]:
+    """Merge one adapter into a mapping of weights, and give the new mapping.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.ia3 import IA3Config
+    >>> weights = {"fc.weight": np.ones((2, 3), dtype="float32")}
+    >>> model = PeftModel(weights)
+    >>> config = IA3Config(target_modules=["fc"], feedforward_modules=[])
+    >>> merge(weights, model.add("task", config))["fc.weight"].shape
+    (2, 3)
+    """
+    model = PeftModel(weights, kinds=kinds)
+    model.add("default", adapter)
+    return model.merge()
+
+
+def unmerge(
+    merged: Mapping[str, Array], adapter: Adapter, *, kinds: Mapping[str, Kind | Site] | None = None
+) -> dict[str, Array]:
+    """Compute the base weights from merged ones, without the base.
+
+    Raises
+    ------
+    Irreversible
+        If the method's merge cannot be undone, or the adapter replaced whole tensors.
+    """
+    model = PeftModel(merged, kinds=kinds)
+    model.add("default", adapter)
+    return model.unmerge(merged)

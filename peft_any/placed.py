@@ -1,0 +1,141 @@
+"""Putting an adapter on a base: a fresh one, or one that was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from peft_any._typing import Array
+from peft_any.adapter import Adapter
+from peft_any.backend import Backend, backend_of
+from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
+from peft_any.layer import Dense, Kind, Site
+from peft_any.layout import layout
+from peft_any.method import Prompt, Tuner
+from peft_any.registry import Config
+from peft_any.rng import Fresh
+from peft_any.selection import select
+from peft_any.targets import configured, place
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter with the sites it adapts, and its configuration resolved at each."""
+
+    adapter: Adapter
+    sites: dict[str, Site]
+    configs: dict[str, Tuner]
+
+
+def dense(weights: Mapping[str, Array], site: Site) -> Dense:
+    """Take a layer out of a mapping of weights."""
+    return Dense.of(weights[site.weight], weights[site.bias_name] if site.bias else None, site)
+
+
+def library(weights: Mapping[str, Array]) -> Backend:
+    """Say where the weights live.
+
+    Raises
+    ------
+    ShapeError
+        If there are none.
+    """
+    for array in weights.values():
+        return backend_of(array)
+    raise ShapeError("weights: an empty mapping cannot be adapted: give name -> array")
+
+
+def fitted(
+    adapter: Adapter, weights: Mapping[str, Array], kinds: Mapping[str, Kind | Site] | None
+) -> Placed:
+    """Fit a loaded adapter to a base, moving its arrays to the base's library.
+
+    Raises
+    ------
+    ConfigError, ShapeError, TargetError
+        Listing everything that does not fit.
+    """
+    sites = place(adapter, weights, kinds)
+    adapter = adapter.to(library(weights)).with_shared([*sites.values()])
+    config = adapter.config
+    return Placed(adapter, sites, configured(config, sites) if isinstance(config, Tuner) else {})
+
+
+def fresh(
+    config: Config,
+    weights: Mapping[str, Array],
+    kinds: Mapping[str, Kind | Site] | None,
+    seed: int,
+    dtype: str,
+) -> Placed:
+    """Start a new adapter of a configuration on a base.
+
+    Raises
+    ------
+    ConfigError, TargetError
+        If the configuration does not fit the base.
+    """
+    root = Fresh(seed, library(weights), dtype=dtype)
+    if isinstance(config, Prompt):
+        return Placed(Adapter(config, {}, config.init(root)), {}, {})
+    if not isinstance(config, Tuner):
+        raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
+    every = layout(weights, kinds, config)
+    sites = {name: every[name] for name in select(config, every)}
+    configs = configured(config, sites)
+    params = {
+        name: configs[name].init(site, root.at(name, dense(weights, site)))
+        for name, site in sites.items()
+    }
+    shared = config.init_shared([*sites.values()], root)
+    return Placed(Adapter(config, params, shared).with_copies(weights, sites), sites, configs)
+
+
+def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
+    """Add to an unconverted adapter what its writer took from the base.
+
+    Raises
+    ------
+    ConfigError
+        If the method takes nothing from it.
+    """
+    root, params = Fresh(0, library(weights)), {}
+    for name, site in placed.sites.items():
+        new = root.at(name, dense(weights, site))
+        params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)
+    return replace(placed, adapter=placed.adapter.replace(sites=params))
+
+
+def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
+    """Put other arrays in the place of an adapter's own.
+
+    Parameters
+    ----------
+    placed : Placed
+    values : mapping {site: {name: array}}
+        As `Adapter.trainable` names them, in part or whole.
+
+    Raises
+    ------
+    TargetError
+        If a site or a name is not the adapter's.
+    """
+    adapter = placed.adapter
+    own = adapter.trainable()
+    for site, arrays in values.items():
+        for name in arrays:
+            if name not in own.get(site, {}):
+                known = [f"{s}.{n}" for s, names in own.items() for n in names]
+                raise TargetError(
+                    f"{site}.{name}: is not a parameter of the adapter"
+                    f"{nearest(f'{site}.{name}', known)}"
+                )
+    loose = values.get("", {})
+    rows = {f"{module}.trainable_tokens_delta": module for module in adapter.tokens}
+    changed = adapter.replace(
+        sites={s: {**p, **values.get(s, {})} for s, p in adapter.sites.items()},
+        shared={k: loose.get(k, a) for k, a in adapter.shared.items()},
+        extra={k: loose.get(k, a) for k, a in adapter.extra.items()},
+        tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
+    )
+    return replace(placed, adapter=changed)

@@ -1,0 +1,115 @@
+"""Which methods there are: the common part of every configuration, and finding its class."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any, ClassVar
+
+import peft_any.methods as package
+from peft_any.errors import ConfigError, nearest
+
+_known: dict[str, type[Config]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(abc.ABC):
+    """What every method's configuration holds: Hugging Face PEFT's common fields.
+
+    A subclass is a frozen dataclass that names its `peft_type`; its fields are exactly those of
+    `adapter_config.json` under their own names.
+    """
+
+    peft_type: ClassVar[str]
+    prefix: ClassVar[str] = ""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Fields of Hugging Face PEFT that change the maths and are not supported, and why."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Extensions of the array standard that `merge` or `forward` use."""
+
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    peft_version: str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __init_subclass__(cls, *, peft_type: str = "", prefix: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if peft_type:
+            module = f"peft_any.methods.{peft_type.lower()}"
+            if cls.__module__ != module and peft_type in method_names():
+                raise ConfigError(
+                    f"{cls.__module__}.{cls.__qualname__}: the peft_type {peft_type!r} cannot be "
+                    f"taken: {module} has it; choose another name"
+                )
+            cls.peft_type, cls.prefix = peft_type, prefix
+            _known[peft_type] = cls
+
+    @property
+    def where(self) -> str:
+        """The class's name, with which its errors begin."""
+        return type(self).__name__
+
+
+def method_names() -> list[str]:
+    """List the `peft_type` of every method of the package, in alphabetical order.
+
+    Examples
+    --------
+    >>> "LORA" in method_names()
+    True
+    """
+    return sorted(m.name.upper() for m in iter_modules(package.__path__))
+
+
+def method_for(peft_type: str) -> type[Config]:
+    """Find the configuration class of a `peft_type`: ours, or one defined by the user.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, with the nearest names.
+
+    Examples
+    --------
+    >>> method_for("LORA").__name__
+    'LoraConfig'
+    """
+    if peft_type not in _known:
+        module = f"peft_any.methods.{peft_type.lower()}"
+        if not peft_type.isidentifier() or find_spec(module) is None:
+            known = sorted({*method_names(), *_known})
+            raise ConfigError(
+                f"peft_type {peft_type!r} cannot be used: no such method"
+                f"{nearest(peft_type, known)}; known: {', '.join(known)}"
+            )
+        importlib.import_module(module)
+    return _known[peft_type]
+
+
+def config_class(name: str) -> type[Config]:
+    """Find a method of the package by its class's name.
+
+    Raises
+    ------
+    AttributeError
+        If no file of `peft_any.methods` is named as the class without ``Config``.
+
+    Examples
+    --------
+    >>> config_class("LoraConfig").peft_type
+    'LORA'
+    """
+    plain = name.removesuffix("Config").lower()
+    for peft_type in method_names():
+        if peft_type.lower().replace("_", "") == plain:
+            found = method_for(peft_type)
+            if found.__name__ == name:
+                return found
+    raise AttributeError(f"module 'peft_any' has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""Which of a checkpoint's layers a configuration targets: Hugging Face PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.layer import Site
+from peft_any.layout import OUTPUT
+from peft_any.method import Tuner
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that a task type saves whole without being told (Hugging Face PEFT)."""
+_LISTED = 12
+"""How many candidates an error names."""
+
+
+def saved_whole(config: Any) -> list[str]:
+    """List the modules that an adapter carries as full copies: named, or implied by the task."""
+    named = getattr(config, "modules_to_save", None) or []
+    return [*named, *_HEADS.get(str(config.task_type), ())]
+
+
+def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
+    """List the modules that a configuration targets, by Hugging Face PEFT's rules.
+
+    A list of `target_modules` matches whole names or what follows a dot; a string is a regular
+    expression for the whole name; ``"all-linear"`` is every `Linear` and `Conv1D` but the
+    output embedding (lm_head, embed_out…). `exclude_modules` and `modules_to_save` are left
+    out. `layers_to_transform` asks for layer indices, the first number after a name or after a
+    `layers_pattern`, of all modules that the list does not name in full.
+
+    Parameters
+    ----------
+    config : Tuner
+    sites : mapping of str to Site
+        All layers of the base, as `layout` finds them.
+
+    Returns
+    -------
+    list of str
+        Module names in the order of `sites`. A targeted packed attention brings its
+        ``out_proj`` with it.
+
+    Raises
+    ------
+    ConfigError
+        If no targets are given, a pattern is malformed, or a matched layer is of a kind that
+        the method does not support.
+    TargetError
+        If a configured entry matches nothing: all such entries, with the nearest names.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> sites = {name: Site(name, 4, 4) for name in ("a.q", "a.k", "head")}
+    >>> select(LoraConfig(target_modules=["q", "head"]), sites)
+    ['a.q', 'head']
+    """
+    rules = Rules.of(config)
+    if config.target_modules is None:
+        names = sorted({n.rpartition(".")[2] for n, s in sites.items() if s.kind in config.kinds})
+        raise ConfigError(
+            f"{config.where}: target_modules is not set: name the modules to adapt, such as "
+            f"{', '.join(map(repr, names[:_LISTED]))}, or 'all-linear'"
+        )
+    lost = rules.unmatched(sites)
+    if lost:
+        raise TargetError("\n".join(lost))
+    chosen = [name for name, site in sites.items() if rules.wants(name, site)]
+    if not chosen:
+        raise TargetError(
+            f"{config.where}: target_modules={config.target_modules!r} leaves no module: all "
+            "are excluded, saved whole, or of other layers"
+        )
+    return _with_parts(config, chosen, sites)
+
+
+def _with_parts(config: Tuner, chosen: list[str], sites: Mapping[str, Site]) -> list[str]:
+    """Refuse kinds that the method lacks, and add the output half of packed attentions."""
+    wrong = [f"{n}: is a {sites[n].kind}" for n in chosen if sites[n].kind not in config.kinds]
+    if wrong:
+        raise ConfigError(
+            "\n".join(wrong) + f"\n{config.peft_type} cannot adapt these: it supports "
+            f"{', '.join(sorted(config.kinds))}; name them in exclude_modules"
+        )
+    wanted = dict.fromkeys(chosen)
+    for name in chosen:
+        part = out_projection(name)
+        if sites[name].kind == "MultiheadAttention" and part in sites:
+            wanted[part] = None
+    return [name for name in sites if name in wanted]
+
+
+def out_projection(attention: str) -> str:
+    """Name the output half of a packed attention."""
+    return f"{attention}.out_proj" if attention else "out_proj"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A configuration's target fields, ready to be asked about modules."""
+
+    config: Tuner
+    targets: list[str] | str
+    exclude: list[str] | str
+    saved: list[re.Pattern[str]]
+    layers: list[int]
+    patterns: list[re.Pattern[str]]
+
+    @classmethod
+    def of(cls, config: Tuner) -> Rules:
+        """Read the fields; `ConfigError` where they are malformed or contradict one another."""
+
+        def get(field: str) -> Any:
+            return getattr(config, field, None)
+
+        layers, patterns = get("layers_to_transform"), get("layers_pattern") or []
+        targets, exclude = config.target_modules or [], get("exclude_modules") or []
+        if patterns and layers is None:
+            raise ConfigError(f"{config.where}: layers_pattern cannot act: set layers_to_transform")
+        if isinstance(targets, str) and layers not in (None, []):
+            raise ConfigError(
+                f"{config.where}: layers_to_transform cannot go with target_modules={targets!r}: "
+                "it filters a list of names; put the layers into the expression"
+            )
+        for field, value in (("target_modules", targets), ("exclude_modules", exclude)):
+            if isinstance(value, str):
+                _compiled(value, f"{config.where}: {field}")
+        named = [patterns] if isinstance(patterns, str) else patterns
+        first = [rf"(?:^|.*?\.){p}" for p in named] or [r".*?\.[^.]*"]
+        return cls(
+            config,
+            targets,
+            exclude,
+            [_compiled(rf"(^|.*\.){m}($|\..*)", "modules_to_save") for m in saved_whole(config)],
+            [layers] if isinstance(layers, int) else list(layers or []),
+            [_compiled(rf"{p}\.(?P<idx>\d+)\.", "layers_pattern") for p in first],
+        )
+
+    def wants(self, name: str, site: Site) -> bool:
+        """Whether a layer is targeted."""
+        if self.excluded(name):
+            return False
+        if self.all_linear:
+            return self.linear(name, site)
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        if name in self.targets:
+            return True
+        return _ends(name, self.targets) and (not self.layers or self.layer(name) in self.layers)
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether the target is the short form for every linear layer."""
+        return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
+
+    def linear(self, name: str, site: Site) -> bool:
+        """Whether a layer is among "all-linear"."""
+        head = self.config.task_type == "SEQ_CLS" and name in ("score", "classifier")
+        return site.kind in ("Linear", "Conv1D") and not (head or OUTPUT.fullmatch(name))
+
+    def excluded(self, name: str) -> bool:
+        """Whether a layer is excluded, or saved whole."""
+        out = self.exclude
+        named = re.fullmatch(out, name) if isinstance(out, str) and out else _ends(name, out)
+        return bool(named) or any(m.match(name) for m in self.saved)
+
+    def layer(self, name: str) -> int | None:
+        """Read the index of the layer that a module belongs to."""
+        found = next((m for p in self.patterns if (m := p.match(name))), None)
+        return None if found is None else int(found["idx"])
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Describe every configured entry that matches nothing."""
+        known = list(names)
+        lost = self.unmatched_targets(known)
+        if not isinstance(self.exclude, str):
+            lost += self._unmatched("exclude_modules", self.exclude, known)
+        return lost
+
+    def unmatched_targets(self, names: Iterable[str]) -> list[str]:
+        """Describe every target and layer index that matches nothing."""
+        known, where = list(names), self.config.where
+        if isinstance(self.targets, str):
+            if self.all_linear or any(re.fullmatch(self.targets, n) for n in known):
+                return []
+            return [f"{where}: target_modules={self.targets!r} matches no layer"]
+        lost = self._unmatched("target_modules", self.targets, known)
+        there = {self.layer(n) for n in known if self.layers and _ends(n, self.targets)}
+        gone = [i for i in self.layers if i not in there and not lost]
+        if gone:
+            numbers = sorted(i for i in there if i is not None)
+            lost.append(f"{where}: layers_to_transform {gone} match no layer: there are {numbers}")
+        return lost
+
+    def _unmatched(self, field: str, entries: list[str], known: list[str]) -> list[str]:
+        return [
+            f"{self.config.where}: {field} entry {entry!r} matches no layer{_near(entry, known)}"
+            for entry in entries
+            if not any(_ends(n, [entry]) for n in known)
+        ]
+
+
+def _ends(name: str, entries: Iterable[str]) -> bool:
+    return any(name == e or name.endswith(f".{e}") for e in entries)
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def _near(entry: str, names: Iterable[str]) -> str:
+    def tails(name: str) -> Iterator[str]:
+        parts = name.split(".")
+        return (".".join(parts[-k:]) for k in range(1, min(len(parts), entry.count(".") + 2) + 1))
+
+    return nearest(entry, dict.fromkeys(tail for name in names for tail in tails(name)))

@@ -1,0 +1,267 @@
+"""LoRA's variants: initial values, products taken out of the base, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace, to_numpy
+from peft_any.errors import ConfigError, nearest
+from peft_any.layer import Kind, Site
+from peft_any.rng import Fresh
+
+FOREIGN = {
+    "corda": "it needs the covariance of the layer's inputs",
+    "eva": "it needs the layer's inputs",
+    "loftq": "it needs a quantiser",
+    "lora_ga": "it needs gradients",
+    "mica": "it is not supported yet",
+}
+"""Inits that cannot be computed from the base alone, and why."""
+
+
+VARIANTS = {
+    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes every token between experts",
+    "ensure_weight_tying": "one adapter would serve two tied modules",
+    "kasa_config": "KaSA truncates the base by its singular values",
+    "layer_replication": "it duplicates layers of the base",
+    "monteclora_config": "MonteCLoRA keeps a sampler's tensors beside A and B",
+    "target_parameters": "its file does not name the parameters it adapts",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "use_qalora": "QALoRA needs its quantised base",
+    "velora_config": "VeLoRA keeps a projection beside A and B",
+}
+"""Fields of a LoRA file that change the maths and are not supported, and what they do."""
+
+
+MISFITS: dict[str, tuple[Kind, ...]] = {
+    "lora_bias": ("Embedding", "MultiheadAttention"),
+    "use_dora": ("MultiheadAttention",),
+}
+"""Layer kinds that a flag of LoRA cannot adapt."""
+
+
+def has_start(init: bool | str | None) -> bool:
+    """Whether an `init_lora_weights` takes an initial product out of the base.
+
+    Examples
+    --------
+    >>> has_start("pissa_niter_16"), has_start("gaussian")
+    (True, False)
+    """
+    how = str(init)
+    return how in ("pissa", "olora") or (how[:12] == "pissa_niter_" and how[12:].isdigit())
+
+
+def check_init(init: bool | str | None) -> None:
+    """Refuse an `init_lora_weights` that does not exist.
+
+    Raises
+    ------
+    ConfigError
+        With the ones that do.
+    """
+    known = ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", *FOREIGN)
+    if isinstance(init, str) and init not in known and not has_start(init):
+        raise ConfigError(
+            f"init_lora_weights={init!r} is not known{nearest(init, known)}: true, false, "
+            f"{', '.join(known)}"
+        )
+
+
+def starting_pair(how: str, site: Site, r: int, scale: float, new: Fresh) -> tuple[Array, Array]:
+    """Make the factors a (r, n_in) and b (n_out, r) that an `init_lora_weights` names.
+
+    Decompositions run on the host, so that every library starts from the same numbers.
+
+    Raises
+    ------
+    ConfigError
+        If the init needs data or a quantiser, no base is at hand, or the layer does not fit.
+    """
+    if how in FOREIGN:
+        raise ConfigError(
+            f"{site.name}: init_lora_weights={how!r} cannot be computed here: {FOREIGN[how]}; "
+            "make the adapter where that is at hand, and load it"
+        )
+    if site.kind not in ("Linear", "Conv1D") or r > min(site.n_in, site.n_out):
+        raise ConfigError(
+            f"{site.name}: init_lora_weights={how!r} cannot start a {site.kind} of {site.n_in} "
+            f"inputs and {site.n_out} outputs at r={r}: it needs a linear layer of that rank"
+        )
+    draw, half = new.host.standard_normal, r // 2
+    if how == "orthogonal":
+        if r % 2:
+            raise ConfigError(f"{site.name}: 'orthogonal' cannot halve r={r}: give an even rank")
+        a, b = annihilating_factors(draw((r, r)), draw((site.n_in, half)), draw((site.n_out, half)))
+    else:
+        w = to_numpy(new.base_for(site.name, f"init_lora_weights={how!r}").weight)
+        sketch = draw((site.n_in, min(r + 8, *w.shape))).astype(w.dtype)
+        a, b = starting_factors(how, w, r, scale, sketch)
+    return new.array(a), new.array(b)
+
+
+def initial_factors(
+    init: bool | str | None, shapes: Mapping[str, Shape], site: Site, scale: float, new: Fresh
+) -> Params:
+    """Draw A and B, the first two of `shapes`, as an `init_lora_weights` says."""
+    (a, of_a), (b, of_b) = list(shapes.items())[:2]
+    if site.kind == "Embedding":  # HF gives embeddings these values whatever the init's name
+        return {a: new.zeros(of_a) if init else new.normal(of_a), b: new.normal(of_b)}
+    if init == "gaussian":
+        return {a: new.normal(of_a, 1 / of_a[0]), b: new.zeros(of_b)}
+    if not isinstance(init, str):
+        return {a: new.kaiming(of_a), b: new.zeros(of_b) if init else new.kaiming(of_b)}
+    first, second = starting_pair(init, site, of_a[0], scale, new)
+    kept = {"start_A": first, "start_B": second} if has_start(init) else {}
+    return {a: first, b: second, **kept}
+
+
+def less_start(a: Array, b: Array, p: Params) -> tuple[Array, Array]:
+    """Append the product taken out of the base, so that b·a is what is left of it.
+
+    Raises
+    ------
+    ConfigError
+        If the parameters do not hold that product, as in an unconverted file.
+    """
+    if "start_A" not in p:
+        raise ConfigError(
+            "init_lora_weights: this adapter cannot be applied without the product that was taken "
+            "out of the base: add it with rederive=True, or convert the file where it was made"
+        )
+    xp = namespace(a, b)
+    return xp.concat([a, p["start_A"]], axis=0), xp.concat([b, -p["start_B"]], axis=1)
+
+
+def fold_config(config: Any) -> Any:
+    """Give a LoRA configuration of twice the rank and the same scaling."""
+    grow = 2**0.5 if config.use_rslora else 2.0
+    return replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=grow * config.lora_alpha,
+        rank_pattern={k: 2 * v for k, v in config.rank_pattern.items()},
+        alpha_pattern={k: grow * v for k, v in config.alpha_pattern.items()},
+        init_lora_weights=True,
+    )
+
+
+def fold_start(p: Params) -> Params:
+    """Fold the product taken out of the base into the factors: a over a₀, b beside −b₀.
+
+    Parameters
+    ----------
+    p : dict
+        ``lora_A.weight`` (r, n_in), ``lora_B.weight`` (n_out, r), ``start_A`` and ``start_B`` of
+        the same shapes; other parameters are kept.
+    """
+    a, b = less_start(p["lora_A.weight"], p["lora_B.weight"], p)
+    kept = {k: v for k, v in p.items() if not k.startswith("start_")}
+    return kept | {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def starting_factors(
+    how: str, w: Array, r: int, scale: float, sketch: Array | None = None
+) -> tuple[Array, Array]:
+    """Factor the leading part of a matrix as ``scale · b @ a``, for a LoRA to start from.
+
+    Parameters
+    ----------
+    how : {"olora", "pissa", "pissa_niter_k"}
+        The first r columns and rows of the QR factors (whose product is not scaled), or the
+        leading singular triplets, found with k power iterations on `sketch`.
+    w : array (m, n)
+    r : int
+        Rank, at most min(m, n).
+    scale : float
+        What the product will be multiplied with.
+    sketch : array (n, k), optional
+        As in `leading_svd`.
+
+    Returns
+    -------
+    a (r, n), b (m, r)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = starting_factors("pissa", np.diag(np.asarray([4.0, 1.0])), 1, 2.0)
+    >>> np.allclose(2.0 * b @ a, [[4, 0], [0, 0]])
+    True
+    """
+    xp = namespace(w)
+    if how == "olora":
+        q, upper = xp.linalg.qr(w)
+        return upper[:r, :], q[:, :r]
+    if how == "pissa":
+        u, s, vt = leading_svd(w, r)
+    else:
+        u, s, vt = leading_svd(w, r, sketch, sweeps=int(how.rsplit("_", 1)[1]))
+    root = xp.sqrt(s / scale)
+    return root[:, None] * vt, u * root
+
+
+def annihilating_factors(q: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    """Make a (r, n) and b (m, r) with b·a = 0, neither zero.
+
+    Parameters
+    ----------
+    q : array (r, r), r even
+        Its QR factor's even and odd rows span the two orthogonal halves.
+    x : array (n, r/2)
+    y : array (m, r/2)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> draw = np.random.default_rng(0).standard_normal
+    >>> a, b = annihilating_factors(draw((4, 4)), draw((6, 2)), draw((5, 2)))
+    >>> bool(np.max(np.abs(b @ a)) < 1e-15)
+    True
+    """
+    xp = namespace(q, x, y)
+    basis = xp.linalg.qr(q)[0]
+    return xp.matrix_transpose(x @ basis[1::2, :]) / 10, y @ basis[0::2, :] / 10
+
+
+def leading_svd(
+    w: Array, r: int, sketch: Array | None = None, sweeps: int = 0
+) -> tuple[Array, ...]:
+    """Find the leading singular triplets of a matrix.
+
+    Parameters
+    ----------
+    w : array (m, n)
+    r : int
+        How many triplets.
+    sketch : array (n, k), k ≥ r, optional
+        Random directions: the triplets are then those of the randomised range finder with
+        `sweeps` power iterations (Halko, Martinsson, Tropp 2011, https://arxiv.org/abs/0909.4061,
+        algorithm 4.4) instead of the full decomposition's.
+
+    Returns
+    -------
+    u (m, r), s (r,), vt (r, n)
+        Signs are those of the library.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> leading_svd(np.diag(np.asarray([3.0, 2.0, 1.0])), 2)[1]
+    array([3., 2.])
+    """
+    xp = namespace(w, sketch)
+    q = None
+    if sketch is not None:
+        q = xp.linalg.qr(w @ sketch)[0]
+        for _ in range(sweeps):
+            q = xp.linalg.qr(xp.matrix_transpose(w) @ q)[0]
+            q = xp.linalg.qr(w @ q)[0]
+    core = w if q is None else xp.matrix_transpose(q) @ w
+    u, s, vt = xp.linalg.svd(core, full_matrices=False)
+    u = u[:, :r]
+    return (u if q is None else q @ u), s[:r], vt[:r, :]

@@ -1,0 +1,207 @@
+"""Where adapters go: the layers of a base, the ones a configuration targets, a file's places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft_any._typing import Params, Shape
+from peft_any.errors import PeftError, ShapeError, TargetError, nearest
+from peft_any.layer import Kind, Site
+from peft_any.layout import layout, orientations
+from peft_any.method import Tuner, check_params
+from peft_any.selection import Rules, saved_whole, select
+
+__all__ = ["configured", "layout", "place", "saved_whole", "select", "sites_of_params"]
+
+
+def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
+    """Resolve a configuration for each of its sites.
+
+    The output half of a packed attention has the numbers of the attention, as in Hugging Face
+    PEFT, whose patterns only know the latter.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> sites = {"fc": Site("fc", 4, 4), "out": Site("out", 4, 2)}
+    >>> [c.r for c in configured(LoraConfig(rank_pattern={"out": 2}), sites).values()]
+    [8, 2]
+    """
+    return {name: config.at(_alias(site, sites)) for name, site in sites.items()}
+
+
+def _alias(site: Site, sites: Mapping[str, Any]) -> Site:
+    owner = site.name.removesuffix("out_proj").removesuffix(".")
+    whole = sites.get(owner) if owner != site.name else None
+    packed = isinstance(whole, Site) and whole.kind == "MultiheadAttention"
+    return replace(site, name=owner) if packed else site
+
+
+def sites_of_params(
+    config: Tuner,
+    params: Mapping[str, Params],
+    weights: Mapping[str, Any],
+    kinds: Mapping[str, Kind | Site] | None = None,
+) -> dict[str, Site]:
+    """Decide what layer each set of a loaded adapter's parameters sits on.
+
+    A layer is of the kind, orientation and groups for which the configuration asks for exactly
+    these parameters. A square matrix leaves two: the bias tells, its own or its namesakes'
+    (`layout`), then the other layers of the adapter, then ``config.fan_in_fan_out``, which
+    Hugging Face PEFT writes for whichever layer came last.
+
+    Parameters
+    ----------
+    config : Tuner
+    params : mapping {module: {suffix: array}}
+    weights : mapping of str to array, or anything with ``shape``
+        The base.
+    kinds : mapping, optional
+        As for `layout`: settles what stays undecided.
+
+    Returns
+    -------
+    dict of str to Site
+
+    Raises
+    ------
+    TargetError
+        Naming every module that the base lacks, or whose kind cannot be told.
+    ShapeError
+        Naming every parameter that is missing, extra or misshapen.
+    """
+    base = layout(weights, kinds, config)
+    missing = [name for name in params if name not in base]
+    if missing:
+        hint = _prefix_hint(missing, base)
+        raise TargetError(
+            "\n".join(f"{n}: the base has no such layer{nearest(n, base)}" for n in missing) + hint
+        )
+    sites, undecided, wrong = {}, [], []
+    here = {name: base[name] for name in params}
+    for name, p in params.items():
+        fits = [s for s in _candidates(base[name]) if not _misfit(config, p, s, here)]
+        if not fits:
+            wrong.append(_misfit(config, p, base[name], here))
+        elif len(fits) > 1 and {s.kind for s in fits} == {"Linear", "Conv1D"}:
+            undecided.append(fits)
+        else:
+            sites[name] = fits[0]
+    if wrong:
+        raise ShapeError("\n".join(wrong))
+    told = orientations(weights, [fits[0].name for fits in undecided], kinds)
+    proven = {s.kind for s in sites.values() if s.kind in ("Linear", "Conv1D")}
+    flag: Kind = "Conv1D" if getattr(config, "fan_in_fan_out", False) else "Linear"
+    for fits in undecided:
+        name = fits[0].name
+        kind = told.get(name, flag if proven <= {flag} else None)
+        if kind is None:
+            wrong.append(name)
+        sites[name] = next((s for s in fits if s.kind == kind), fits[0])
+    if wrong:
+        raise TargetError(
+            f"{', '.join(wrong)}: square matrices that cannot be told to be Linear or Conv1D: "
+            f"fan_in_fan_out says {flag}, but not all other layers are; pass kinds="
+        )
+    return {name: sites[name] for name in params}
+
+
+def _candidates(guess: Site) -> Iterator[Site]:
+    """What a layer can be, the guess first; a matrix has three readings, a kernel its groups."""
+    yield guess
+    a, b = guess.stored_shape[:2]
+    if guess.is_conv:
+        for groups in range(2, guess.n_out + 1):
+            if guess.n_out % groups == 0 and groups != guess.groups:
+                yield replace(guess, n_in=b * groups, groups=groups)
+    elif guess.kind != "MultiheadAttention":
+        if guess.kind != "Linear":
+            yield replace(guess, kind="Linear", n_in=b, n_out=a)
+        for kind in ("Conv1D", "Embedding"):
+            if guess.kind != kind:
+                yield replace(guess, kind=kind, n_in=a, n_out=b)
+
+
+def _misfit(config: Tuner, p: Params, site: Site, sites: Mapping[str, Site]) -> str:
+    """Say why parameters cannot be a site's; empty where they can."""
+    try:
+        check_params(config.at(_alias(site, sites)), p, site)
+    except PeftError as error:
+        return str(error)
+    return ""
+
+
+def _prefix_hint(missing: list[str], base: Mapping[str, Any]) -> str:
+    """Suggest the prefix with which, or without which, all missing modules are there."""
+    more = [{b[: -len(n)] for b in base if b.endswith(f".{n}")} for n in missing]
+    less = [{n[: -len(b)] for b in base if b and n.endswith(f".{b}")} for n in missing]
+    for found, how in ((set.intersection(*more), ""), (set.intersection(*less), "out")):
+        if len(found) == 1:
+            return (
+                f"\nall of them are there with{how} the prefix {found.pop()!r}: rename the "
+                "adapter's modules (Adapter.renamed)"
+            )
+    return ""
+
+
+def _holds(shape: Shape, needed: Shape) -> bool:
+    return len(shape) == len(needed) and all(a >= b for a, b in zip(shape, needed, strict=True))
+
+
+def place(
+    adapter: Any,
+    weights: Mapping[str, Any],
+    kinds: Mapping[str, Kind | Site] | None = None,
+    *,
+    strict: bool = True,
+) -> dict[str, Site]:
+    """Fit a loaded adapter to a base: every tensor has its place, every target its tensors.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    weights, kinds
+        As in `sites_of_params`.
+    strict : bool
+        Whether a target that the base has and the adapter has no tensors for is an error.
+
+    Returns
+    -------
+    dict of str to Site
+        By the adapter's module names, in its order.
+
+    Raises
+    ------
+    ShapeError, TargetError
+        Listing everything that does not fit.
+    """
+    config = adapter.config
+    adapter.check_copies(weights)
+    if not isinstance(config, Tuner):
+        return {}
+    sites = sites_of_params(config, adapter.sites, weights, kinds)
+    shared = config.shared_shapes([*sites.values()]) if adapter.shared else {}
+    wrong = [
+        f"{name}: shape {tuple(adapter.shared[name].shape)} cannot fit: {config.where} needs "
+        f"{shape} or larger"
+        for name, shape in shared.items()
+        if name in adapter.shared and not _holds(tuple(adapter.shared[name].shape), shape)
+    ]
+    extra = [name for name in adapter.shared if name not in shared]
+    wrong += [f"{name}: unexpected{nearest(name, shared)}" for name in extra]
+    if wrong:
+        raise ShapeError("\n".join(wrong))
+    if strict and config.target_modules and config.target_modules != "dummy-target-modules":
+        every = layout(weights, kinds, config) | sites
+        rules = Rules.of(config)
+        lost = rules.unmatched_targets(sites) if sites else []
+        lost += [
+            f"{name}: is targeted, and the adapter has no tensors for it"
+            for name, site in every.items()
+            if name not in sites and site.kind in config.kinds and rules.wants(name, site)
+        ]
+        if lost:
+            raise TargetError("\n".join(lost))
+    return sites

@@ -1,0 +1,336 @@
+"""THE table: one row for every method, flag and layer kind; all laws run over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from peft_any.backend import resolve
+from peft_any.layer import Dense, Site
+from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.methods.ia3 import IA3Config
+from peft_any.methods.loha import LoHaConfig
+from peft_any.methods.lokr import LoKrConfig
+from peft_any.methods.lora import LoraConfig
+from peft_any.methods.vera import VeraConfig
+from peft_any.registry import Config
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.
+
+    Attributes
+    ----------
+    name : str
+        Also the name of its golden file.
+    config : Config
+    site : Site
+    identity : str or None
+        Why a fresh adapter does not leave the layer as it was; None: it does.
+    reverts : float
+        Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
+    hf : str or None
+        Why Hugging Face PEFT has no such case; None: it has, and a golden file holds its result.
+    """
+
+    name: str
+    config: Config
+    site: Site
+    identity: str | None = None
+    reverts: float = 20.0
+    hf: str | None = None
+
+    def base(self, seed: int = 0, *, dtype: str = "float32", bias: bool | None = None) -> Dense:
+        """Draw a base layer for the row, on the host."""
+        rng = np.random.default_rng([seed, 1])
+        bias = self.site.bias if bias is None else bias
+        weight = rng.standard_normal((self.site.n_out, self.site.width)) / self.site.width**0.5
+        shift = rng.standard_normal(self.site.n_out).astype(dtype) if bias else None
+        return Dense(weight.astype(dtype), shift, self.site)
+
+    def fresh(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
+        """Draw the initial parameters, shared ones included, on the host."""
+        config = self.config.at(self.site)
+        new = Fresh(seed, resolve("numpy"), key=self.site.name, dtype=dtype, base=base)
+        return {**config.init_shared([self.site], new), **config.init(self.site, new)}
+
+    def params(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
+        """Draw parameters as training leaves them: none at its initial value."""
+        rng = np.random.default_rng([seed, 2])
+        p = self.fresh(base, seed, dtype)
+        trained = self.config.at(self.site).shapes(self.site)
+        return {
+            k: (v + 0.2 * rng.standard_normal(v.shape)).astype(dtype) if k in trained else v
+            for k, v in p.items()
+        }
+
+
+RANDOM = "HF's init_weights=False draws every factor"
+FC = Site("fc", 12, 32)
+MASK = [True, False, False, True, True, False]
+HARD = "HF initialises every vector at random"
+
+CASES = [
+    Case("lora", LoraConfig(r=4, lora_alpha=10), FC),
+    Case("lora-no-bias", LoraConfig(r=3), Site("a.fc", 13, 7, bias=False)),
+    Case("lora-rank-above-size", LoraConfig(r=16), Site("fc", 5, 3)),
+    Case("rslora", LoraConfig(r=5, lora_alpha=3, use_rslora=True), FC),
+    Case("lora-bias", LoraConfig(r=2, lora_bias=True), FC),
+    Case("lora-pattern", LoraConfig(r=2, rank_pattern={"fc": 3}, alpha_pattern={"f.": 7}), FC),
+    Case("lora-gaussian", LoraConfig(r=4, init_lora_weights="gaussian"), FC),
+    Case("lora-random", LoraConfig(r=4, init_lora_weights=False), FC, identity=RANDOM),
+    Case("lora-orthogonal", LoraConfig(r=4, init_lora_weights="orthogonal"), FC),
+    Case("pissa", LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa"), FC),
+    Case("pissa-niter", LoraConfig(r=4, init_lora_weights="pissa_niter_3"), FC),
+    Case("pissa-rslora", LoraConfig(r=4, use_rslora=True, init_lora_weights="pissa"), FC),
+    Case("olora", LoraConfig(r=4, lora_alpha=2, init_lora_weights="olora"), FC),
+    Case(
+        "lora-conv1d-transposed", LoraConfig(r=4, fan_in_fan_out=True), Site("fc", 6, 9, "Conv1D")
+    ),
+    Case("lora-embedding", LoraConfig(r=4), Site("wte", 11, 6, "Embedding", bias=False)),
+    Case("lora-conv1", LoraConfig(r=3), Site("c", 5, 7, "Conv1d", (3,))),
+    Case("lora-conv2", LoraConfig(r=3), Site("c", 5, 7, "Conv2d", (3, 2))),
+    Case("lora-conv2-1x1", LoraConfig(r=3), Site("c", 5, 7, "Conv2d", (1, 1), bias=False)),
+    Case("lora-conv3", LoraConfig(r=3, use_rslora=True), Site("c", 2, 3, "Conv3d", (3, 2, 2))),
+    Case("lora-attention", LoraConfig(r=3), Site("attn", 6, 18, "MultiheadAttention")),
+    Case("dora", LoraConfig(r=4, lora_alpha=10, use_dora=True), FC, reverts=0),
+    Case("dora-no-bias", LoraConfig(r=3, use_dora=True), Site("fc", 13, 7, bias=False), reverts=0),
+    Case("dora-rslora", LoraConfig(r=4, use_dora=True, use_rslora=True), FC, reverts=0),
+    Case(
+        "dora-conv1d-transposed",
+        LoraConfig(r=4, use_dora=True, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        reverts=0,
+    ),
+    Case(
+        "dora-embedding",
+        LoraConfig(r=4, use_dora=True),
+        Site("wte", 11, 6, "Embedding", bias=False),
+        reverts=0,
+    ),
+    Case(
+        "dora-conv2", LoraConfig(r=3, use_dora=True), Site("c", 5, 7, "Conv2d", (3, 3)), reverts=0
+    ),
+    Case("dora-pissa", LoraConfig(r=3, use_dora=True, init_lora_weights="pissa"), FC, reverts=0),
+    # AdaLoRA
+    Case("adalora", AdaLoraConfig(init_r=4, target_r=2, lora_alpha=10, total_step=10), FC),
+    Case("adalora-default-ranks", AdaLoraConfig(total_step=10, tinit=2, tfinal=3, deltaT=2), FC),
+    Case("adalora-no-bias", AdaLoraConfig(init_r=3, total_step=9), Site("a.fc", 13, 7, bias=False)),
+    Case("adalora-rank-above-size", AdaLoraConfig(init_r=16, total_step=9), Site("fc", 5, 3)),
+    Case(
+        "adalora-pruned",
+        AdaLoraConfig(init_r=6, total_step=9, rank_pattern={"a.fc.lora_E": MASK}),
+        Site("a.fc", 13, 7),
+    ),
+    Case(
+        "adalora-alpha-zero",  # the scale is then kept/(init_r + 1e-5)
+        AdaLoraConfig(init_r=6, lora_alpha=0, total_step=9, rank_pattern={"fc.lora_E": MASK}),
+        FC,
+    ),
+    Case(
+        "adalora-ignored-fields",
+        AdaLoraConfig(init_r=3, r=5, use_rslora=True, alpha_pattern={"fc": 99}, total_step=9),
+        FC,
+    ),
+    Case(
+        "adalora-random",
+        AdaLoraConfig(init_r=4, init_lora_weights=False, total_step=9),
+        FC,
+        identity=RANDOM,
+    ),
+    Case(
+        "adalora-conv1d-transposed",
+        AdaLoraConfig(init_r=4, fan_in_fan_out=True, total_step=9),
+        Site("fc", 6, 9, "Conv1D"),
+    ),
+    Case("adalora-conv2", AdaLoraConfig(init_r=3, total_step=9), Site("c", 5, 7, "Conv2d", (3, 2))),
+    Case(
+        "adalora-conv2-1x1",
+        AdaLoraConfig(init_r=3, total_step=9),
+        Site("c", 5, 7, "Conv2d", (1, 1), bias=False),
+    ),
+    Case(
+        "adalora-emptied",  # all triplets pruned: ΔW = 0
+        AdaLoraConfig(init_r=2, total_step=9, rank_pattern={"fc.lora_E": [False, False]}),
+        FC,
+    ),
+    # IA³
+    Case("ia3", IA3Config(), FC, reverts=3),
+    Case("ia3-no-bias", IA3Config(), Site("a.fc", 13, 7, bias=False), reverts=3),
+    Case("ia3-feedforward", IA3Config(feedforward_modules=["fc"]), FC, reverts=3),
+    Case(
+        "ia3-feedforward-regex",
+        IA3Config(feedforward_modules=r"a\.f."),
+        Site("a.fc", 13, 7),
+        reverts=3,
+    ),
+    Case(
+        "ia3-regex-not-in-full",
+        IA3Config(feedforward_modules=r"fc"),
+        Site("a.fc", 13, 7),
+        reverts=3,
+    ),
+    Case(
+        "ia3-undotted-suffix",
+        IA3Config(feedforward_modules=["wo"]),
+        Site("a.two", 13, 7),
+        reverts=3,
+    ),
+    Case("ia3-random", IA3Config(init_ia3_weights=False), FC, identity=HARD, reverts=3),
+    Case(
+        "ia3-conv1d-transposed",
+        IA3Config(fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        reverts=3,
+    ),
+    Case(
+        "ia3-conv1d-transposed-feedforward",
+        IA3Config(feedforward_modules=["fc"], fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        reverts=3,
+    ),
+    Case("ia3-conv2", IA3Config(), Site("c", 5, 7, "Conv2d", (3, 2)), reverts=3),
+    Case(
+        "ia3-conv2-feedforward",
+        IA3Config(feedforward_modules=["c"]),
+        Site("c", 5, 7, "Conv2d", (3, 2)),
+        reverts=3,
+    ),
+    Case("ia3-conv2-groups", IA3Config(), Site("c", 6, 9, "Conv2d", (2, 2), groups=3), reverts=3),
+    Case(
+        "ia3-conv2-groups-feedforward",
+        IA3Config(feedforward_modules=["c"]),
+        Site("c", 6, 9, "Conv2d", (2, 2), groups=3),
+        reverts=3,
+    ),
+    Case(
+        "ia3-conv2-depthwise",
+        IA3Config(feedforward_modules=["c"]),
+        Site("c", 5, 5, "Conv2d", (3, 3), groups=5),
+        reverts=3,
+    ),
+    Case("ia3-conv3", IA3Config(), Site("c", 2, 3, "Conv3d", (3, 2, 1), bias=False), reverts=3),
+    Case(
+        "ia3-conv3-feedforward",
+        IA3Config(feedforward_modules=["c"]),
+        Site("c", 2, 3, "Conv3d", (3, 2, 1)),
+        reverts=3,
+    ),
+    # LoHa
+    Case("loha", LoHaConfig(r=3, alpha=10), FC),
+    Case("loha-no-bias", LoHaConfig(r=2), Site("a.fc", 13, 7, bias=False)),
+    Case("loha-rank-above-size", LoHaConfig(r=16), Site("fc", 5, 3)),
+    Case("loha-rank-1-wide", LoHaConfig(r=1), Site("fc", 61, 53)),  # Khatri-Rao in every call
+    Case("loha-pattern", LoHaConfig(r=2, rank_pattern={"fc": 3}, alpha_pattern={"f.": 7}), FC),
+    Case("loha-random", LoHaConfig(r=3, init_weights=False), FC, identity=RANDOM),
+    Case("loha-conv1", LoHaConfig(r=3), Site("c", 5, 7, "Conv1d", (3,))),
+    Case(
+        "loha-conv1-effective",
+        LoHaConfig(r=3, use_effective_conv2d=True),
+        Site("c", 5, 7, "Conv1d", (4,)),
+    ),
+    Case(
+        "loha-conv1-kernel-1",
+        LoHaConfig(r=3, use_effective_conv2d=True),
+        Site("c", 5, 7, "Conv1d", (1,)),
+    ),
+    Case("loha-conv2", LoHaConfig(r=3), Site("c", 5, 7, "Conv2d", (3, 2))),
+    Case(
+        "loha-conv2-effective",
+        LoHaConfig(r=3, use_effective_conv2d=True),
+        Site("c", 5, 7, "Conv2d", (3, 2)),
+    ),
+    Case(
+        "loha-conv2-effective-1xk",
+        LoHaConfig(r=2, use_effective_conv2d=True),
+        Site("c", 5, 7, "Conv2d", (1, 3)),
+    ),
+    Case(
+        "loha-conv2-1x1",
+        LoHaConfig(r=3, use_effective_conv2d=True),
+        Site("c", 5, 7, "Conv2d", (1, 1)),
+    ),
+    Case("loha-conv2-groups", LoHaConfig(r=2), Site("c", 6, 9, "Conv2d", (2, 2), groups=3)),
+    Case(
+        "loha-conv2-groups-effective",
+        LoHaConfig(r=2, use_effective_conv2d=True),
+        Site("c", 6, 9, "Conv2d", (2, 2), groups=3),
+    ),
+    Case("loha-linear-effective", LoHaConfig(r=2, use_effective_conv2d=True), FC),
+    # LoKr: w1 and w2 whole or as factors
+    Case("lokr", LoKrConfig(r=8, alpha=3), FC),  # both whole
+    Case("lokr-low-rank", LoKrConfig(r=1, alpha=2), Site("fc", 14, 22)),  # w2 as factors
+    Case("lokr-both", LoKrConfig(r=1, decompose_both=True), Site("fc", 12, 40)),  # both as factors
+    Case(
+        "lokr-left-only",
+        LoKrConfig(r=4, decompose_both=True, decompose_factor=9),
+        Site("fc", 18, 27),
+    ),
+    Case("lokr-primes", LoKrConfig(r=3), Site("fc", 13, 7, bias=False)),  # w1 is 1×1
+    Case("lokr-factor", LoKrConfig(r=1, decompose_factor=4), Site("fc", 12, 32)),
+    Case(
+        "lokr-factor-above-root", LoKrConfig(r=3, decompose_factor=8), Site("fc", 16, 24)
+    ),  # l > k
+    Case("lokr-factor-not-dividing", LoKrConfig(r=2, decompose_factor=5), Site("fc", 12, 32)),
+    Case("lokr-factor-whole", LoKrConfig(r=2, decompose_factor=6), Site("fc", 6, 6)),  # w2 is 1×1
+    Case("lokr-tall", LoKrConfig(r=2), Site("fc", 7, 60)),
+    Case("lokr-wide-columns", LoKrConfig(r=40), Site("fc", 36, 272)),  # stacked products of w1
+    Case(
+        "lokr-pattern",
+        LoKrConfig(r=9, rank_pattern={"fc": 1}, alpha_pattern={"f.": 7}),
+        Site("fc", 14, 22),
+    ),
+    Case("lokr-random", LoKrConfig(r=2, init_weights=False), FC, identity=RANDOM),
+    Case("lokr-lycoris", LoKrConfig(r=8, init_weights="lycoris"), FC),
+    Case("lokr-lycoris-low-rank", LoKrConfig(r=1, init_weights="lycoris"), Site("fc", 14, 22)),
+    Case("lokr-conv1", LoKrConfig(r=8), Site("c", 6, 10, "Conv1d", (3,))),  # HF's scrambled order
+    Case("lokr-conv1-kernel-1", LoKrConfig(r=8), Site("c", 6, 10, "Conv1d", (1,))),  # likewise
+    Case("lokr-conv1-low-rank", LoKrConfig(r=1), Site("c", 6, 10, "Conv1d", (3,))),
+    Case(
+        "lokr-conv1-effective",
+        LoKrConfig(r=2, use_effective_conv2d=True),
+        Site("c", 22, 15, "Conv1d", (3,)),
+    ),
+    Case(
+        "lokr-conv1-effective-rank-1",
+        LoKrConfig(r=1, use_effective_conv2d=True),
+        Site("c", 6, 10, "Conv1d", (3,)),
+        hf="torch.kron fails on the strides of HF's tensors of rank 1",
+    ),
+    Case("lokr-conv2", LoKrConfig(r=8), Site("c", 6, 10, "Conv2d", (3, 2))),
+    Case("lokr-conv2-low-rank", LoKrConfig(r=1), Site("c", 6, 10, "Conv2d", (3, 2))),
+    Case(
+        "lokr-conv2-both",
+        LoKrConfig(r=1, decompose_both=True),
+        Site("c", 12, 40, "Conv2d", (3, 2), bias=False),
+    ),
+    Case(
+        "lokr-conv2-effective",
+        LoKrConfig(r=1, use_effective_conv2d=True),
+        Site("c", 6, 10, "Conv2d", (3, 2)),
+    ),
+    Case(
+        "lokr-conv2-1x1",
+        LoKrConfig(r=1, use_effective_conv2d=True),
+        Site("c", 6, 10, "Conv2d", (1, 1)),
+    ),
+    Case("lokr-conv2-groups", LoKrConfig(r=1), Site("c", 12, 9, "Conv2d", (2, 2), groups=3)),
+    Case(
+        "lokr-conv2-groups-effective",
+        LoKrConfig(r=1, use_effective_conv2d=True),
+        Site("c", 12, 9, "Conv2d", (2, 2), groups=3),
+    ),
+    # VeRA
+    Case("vera", VeraConfig(r=5), FC),
+    Case("vera-no-bias", VeraConfig(r=3, d_initial=0.5), Site("a.fc", 13, 7, bias=False)),
+    Case("vera-rank-above-size", VeraConfig(r=40, projection_prng_key=7), Site("fc", 5, 3)),
+    Case("vera-regenerated", VeraConfig(r=4, save_projection=False, projection_prng_key=12345), FC),
+    Case("vera-random", VeraConfig(r=4, init_weights=False), FC, identity=RANDOM),
+    Case(
+        "vera-conv1d-transposed", VeraConfig(r=4, fan_in_fan_out=True), Site("fc", 6, 9, "Conv1D")
+    ),
+]

@@ -1,0 +1,127 @@
+"""Record what Hugging Face PEFT makes of every row of the table.
+
+Run in an environment with peft and transformers::
+
+    python -m tests.golden.make            # write tests/golden/<row>.safetensors
+    python -m tests.golden.make --check    # compare with what is committed
+
+A file holds the base and merged tensors, the layer's input and output, and, byte for byte, the
+adapter's two files (``adapter_config.json`` in the metadata).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from tests.cases import CASES, Case
+from tests.hf.reference import config_text, run
+
+HERE = Path(__file__).parent
+WEIGHTS = "adapter_model.safetensors"
+TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+
+
+def rows() -> Iterator[tuple[str, Case, str]]:
+    """Name every file to make: one for each row, and the first of each method in float64 too."""
+    methods = set()
+    for case in CASES:
+        if case.hf is not None:
+            continue
+        yield case.name, case, "float32"
+        if case.config.peft_type not in methods:
+            methods.add(case.config.peft_type)
+            yield f"{case.name}@float64", case, "float64"
+
+
+def record(case: Case, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Let Hugging Face PEFT work on a row, and pack what it gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(case, Path(folder), dtype)
+        tensors = {f"base.{k}": v for k, v in result.base.items()}
+        tensors |= {f"merged.{k}": v for k, v in result.merged.items()}
+        if result.x is not None and result.y is not None:
+            tensors |= {"x": result.x, "y": result.y}
+        texts = {}
+        for form, saved in (("", result.folder), ("raw/", result.raw)):
+            if saved is not None:
+                data = (saved / WEIGHTS).read_bytes()
+                tensors[form + WEIGHTS] = np.frombuffer(data, dtype="uint8")
+                texts[form + "adapter_config.json"] = config_text(saved)
+    return tensors, texts
+
+
+def differences(
+    path: Path, tensors: dict[str, np.ndarray], texts: dict[str, str], dtype: str
+) -> list[str]:
+    """Say where a committed file differs from what has just been made."""
+    if not path.is_file():
+        return ["it is missing"]
+    old = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        said = [] if file.metadata() == texts else ["the configuration differs"]
+    if old.keys() != tensors.keys():
+        return [*said, f"tensors differ: {sorted(old.keys() ^ tensors.keys())}"]
+    for key, new in tensors.items():
+        if key.endswith(WEIGHTS):
+            a, b = (safetensors.numpy.load(np.array(v).tobytes()) for v in (old[key], new))
+            pairs = {f"{key}: {k}": (a[k], b[k]) for k in a.keys() & b.keys()}
+            said += [f"{key}: keys differ"] if a.keys() != b.keys() else []
+        else:
+            pairs = {key: (old[key], new)}
+        for name, (was, now) in pairs.items():
+            if was.shape != now.shape or not close(was, now, TOLERANCE[dtype]):
+                said.append(f"{name} differs")
+    return said
+
+
+def close(a: np.ndarray, b: np.ndarray, rtol: float) -> bool:
+    """Compare relative to the largest entry."""
+    if a.dtype.kind in "iu":
+        return bool(np.array_equal(a, b))
+    return float(np.max(np.abs(a - b), initial=0.0)) <= rtol * float(np.max(np.abs(a), initial=0.0))
+
+
+def main() -> int:
+    """Write, or compare; return the number of files that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("only", nargs="*", help="names of rows; all by default")
+    options = parser.parse_args()
+    wrong = 0
+    for name, case, dtype in rows():
+        if options.only and case.name not in options.only:
+            continue
+        try:
+            tensors, texts = record(case, dtype)
+        except Exception:  # noqa: BLE001 - one row that fails does not hide the others
+            print(f"{name}: {traceback.format_exc(limit=-4)}")
+            wrong += 1
+            continue
+        path = HERE / f"{name}.safetensors"
+        if options.check:
+            said = differences(path, tensors, texts, dtype)
+        else:
+            path.write_bytes(safetensors.numpy.save(tensors, texts))
+            said = [] if path.stat().st_size < 40_000 else ["larger than 40 kB"]
+        for line in said:
+            print(f"{name}: {line}")
+        wrong += bool(said)
+    if not options.only:
+        wanted = {f"{name}.safetensors" for name, _, _ in rows()}
+        for path in sorted(HERE.glob("*.safetensors")):
+            if path.name not in wanted:
+                print(f"{path.name}: no row of the table has this name")
+                wrong += 1
+    return min(wrong, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Write small adapters of every shape that Hugging Face PEFT's files come in.
+
+Run in an environment with peft and transformers::
+
+    python -m tests.golden.make_files            # write tests/golden/files/<name>/
+    python -m tests.golden.make_files --check    # compare what it writes now with these
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+from torch import nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+FILES = Path(__file__).parent / "files"
+TEXT, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 6)
+        self.k = nn.Linear(8, 6, bias=False)
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.norm = nn.LayerNorm(8)
+        self.fc1 = nn.Linear(8, 12)
+        self.fc2 = nn.Linear(12, 8)
+        self.c1d = Conv1D(10, 8)
+
+
+class Net(nn.Module):
+    """A layer of every kind; no layer is ever called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(16, 8)
+        self.emb = nn.Embedding(9, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.conv1 = nn.Conv1d(4, 6, 3)
+        self.conv2 = nn.Conv2d(4, 6, 3)
+        self.conv3 = nn.Conv3d(2, 4, 3)
+        self.score = nn.Linear(8, 3)
+        self.lm_head = nn.Linear(8, 16, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+class Deep(nn.Module):
+    """More than twenty modules to name: Hugging Face PEFT shortens such lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(11)])
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net()
+
+
+def make_gpt(kind: type = GPT2LMHeadModel) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "n_positions": 32, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    return kind(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+
+
+def make_classifier() -> nn.Module:
+    return make_gpt(GPT2ForSequenceClassification)
+
+
+def make_half() -> nn.Module:
+    return make_net().to(torch.bfloat16)
+
+
+def make_deep() -> nn.Module:
+    torch.manual_seed(0)
+    return Deep()
+
+
+Made = tuple[Callable[[], nn.Module], Callable[[], Any]]
+LANGUAGE = {"task_type": "CAUSAL_LM"}
+SCALES = {r"layers.0.attn.q": 4, "conv2": 3}
+MADE: dict[str, Made] = {
+    "lora": (make_net, lambda: LoraConfig(r=2, lora_alpha=5, target_modules=["q", "fc1", "fc2"])),
+    "lora-kinds": (
+        make_net,
+        lambda: LoraConfig(
+            r=2,
+            target_modules=["q", "emb", "conv1", "conv2", "conv3", "c1d"],
+            rank_pattern=SCALES,
+            alpha_pattern={"emb": 3},
+        ),
+    ),
+    "dora": (
+        make_net,
+        lambda: LoraConfig(r=2, target_modules=["q", "emb", "conv2", "c1d"], use_dora=True),
+    ),
+    "lora-attention": (make_net, lambda: LoraConfig(r=2, target_modules=["mha"])),
+    "lora-attention-bias": (make_net, lambda: LoraConfig(r=1, target_modules=["mha"], bias="all")),
+    "lora-all-linear": (make_net, lambda: LoraConfig(r=1, target_modules="all-linear")),
+    "lora-regex": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=r".*\.(q|fc1)", exclude_modules=["layers.0.attn.q"]),
+    ),
+    "lora-bias-all": (make_net, lambda: LoraConfig(r=1, target_modules=["q"], bias="all")),
+    "lora-bias-own": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["q", "k", "c1d"], bias="lora_only"),
+    ),
+    "lora-of-bias": (make_net, lambda: LoraConfig(r=1, target_modules=["q"], lora_bias=True)),
+    "lora-saved": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["q"], modules_to_save=["score", "norm"]),
+    ),
+    "lora-tokens": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["q"], trainable_token_indices=[3, 1]),
+    ),
+    "lora-tokens-named": (
+        make_net,
+        lambda: LoraConfig(
+            r=1,
+            target_modules=["q"],
+            trainable_token_indices={"embed_tokens": [0, 2], "emb": [5]},
+        ),
+    ),
+    "lora-embeddings": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["embed_tokens", "lm_head"]),
+    ),
+    "lora-layers": (
+        make_net,
+        lambda: LoraConfig(
+            r=1, target_modules=["q"], layers_to_transform=[1], layers_pattern="layers"
+        ),
+    ),
+    "lora-many": (
+        make_deep,
+        lambda: LoraConfig(
+            r=1,
+            target_modules=[f"layers.{i}.{name}" for i in range(11) for name in ("fc1", "fc2")],
+        ),
+    ),
+    "lora-half": (make_half, lambda: LoraConfig(r=2, target_modules=["q"], use_rslora=True)),
+    "lora-gpt": (
+        make_gpt,
+        lambda: LoraConfig(
+            r=1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **LANGUAGE
+        ),
+    ),
+    "lora-classifier": (
+        make_classifier,
+        lambda: LoraConfig(r=1, target_modules=["c_fc"], task_type="SEQ_CLS"),
+    ),
+    "adalora": (
+        make_net,
+        lambda: AdaLoraConfig(init_r=4, target_r=2, target_modules=["q", "fc1"], total_step=10),
+    ),
+    "ia3": (
+        make_net,
+        lambda: IA3Config(
+            target_modules=["q", "fc2", "conv2", "conv3", "c1d"],
+            feedforward_modules=["fc2", "conv3"],
+        ),
+    ),
+    "loha": (
+        make_net,
+        lambda: LoHaConfig(r=2, target_modules=["q", "conv2", "conv1"], use_effective_conv2d=True),
+    ),
+    "lokr": (
+        make_net,
+        lambda: LoKrConfig(r=2, target_modules=["q", "fc1", "conv2"], decompose_both=True),
+    ),
+    "oft": (
+        make_net,
+        lambda: OFTConfig(oft_block_size=4, target_modules=["q", "fc1", "emb"], bias="oft_only"),
+    ),
+    "boft": (
+        make_net,
+        lambda: BOFTConfig(
+            boft_block_size=4, target_modules=["q", "fc1", "conv2"], bias="boft_only"
+        ),
+    ),
+    "vera": (make_net, lambda: VeraConfig(r=4, target_modules=["q", "fc1"])),
+    "vera-seeded": (
+        make_net,
+        lambda: VeraConfig(r=4, target_modules=["q", "fc1", "c1d"], save_projection=False),
+    ),
+    "prefix": (make_gpt, lambda: PrefixTuningConfig(num_virtual_tokens=3, **LANGUAGE)),
+    "prefix-projected": (
+        make_gpt,
+        lambda: PrefixTuningConfig(
+            num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, **LANGUAGE
+        ),
+    ),
+    "prompt": (make_gpt, lambda: PromptTuningConfig(num_virtual_tokens=3, **LANGUAGE)),
+    "prompt-classifier": (
+        make_classifier,
+        lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    ),
+    # `save_embedding_layers=True`, as after a resized vocabulary
+    "embeddings": (make_net, lambda: LoraConfig(r=1, target_modules=["q"])),
+    "embeddings-saved": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["q"], modules_to_save=["embed_tokens", "lm_head"]),
+    ),
+    "embeddings-tokens": (
+        make_net,
+        lambda: LoraConfig(r=1, target_modules=["q"], trainable_token_indices=[3, 1]),
+    ),
+}
+
+
+def adapt(name: str) -> Any:
+    """Make one adapted model, with random parameters."""
+    base, config = MADE[name]
+    half = {"autocast_adapter_dtype": name != "lora-half"}
+    model = peft.get_peft_model(base(), config(), **half)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            values = torch.randn(parameter.shape, generator=generator) / 8
+            parameter.data = values.to(parameter.dtype)
+    if name == "adalora":
+        names = [f"layers.{i}.{part}.lora_E" for i in (0, 1) for part in ("attn.q", "fc1")]
+        kept = {n: [True, False, True, i == 0] for i, n in enumerate(names)}
+        model.peft_config["default"].rank_pattern = kept
+    return model
+
+
+def write(name: str, folder: Path) -> None:
+    """Save one adapter as Hugging Face PEFT does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save = True if name.startswith("embeddings") else "auto"
+        adapt(name).save_pretrained(str(folder), save_embedding_layers=save)
+    (folder / "README.md").unlink()
+    text = json.loads((folder / TEXT).read_text())
+    if isinstance(text.get("target_modules"), list):  # a set there: its order is random
+        text["target_modules"].sort()
+    (folder / TEXT).write_text(json.dumps(text, indent=2, sort_keys=True))
+
+
+def bases() -> dict[str, nn.Module]:
+    """Make the base checkpoints, by the function that does."""
+    makers = {base for base, _ in MADE.values()}
+    return {make.__name__.removeprefix("make_"): make() for make in makers - {make_half}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    different = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) if check else FILES
+        for name in MADE:
+            write(name, root / name)
+            if check:
+                texts = [json.loads((at / name / TEXT).read_text()) for at in (root, FILES)]
+                for text in texts:
+                    text.pop("peft_version")
+                tensors = [(at / name / TENSORS).read_bytes() for at in (root, FILES)]
+                if texts[0] != texts[1] or tensors[0] != tensors[1]:
+                    different.append(name)
+        if not check:
+            for name, base in bases().items():
+                shapes = {k: list(v.shape) for k, v in base.state_dict().items()}
+                (FILES / f"{name}.json").write_text(json.dumps(shapes, indent=1) + "\n")
+    print(f"{len(MADE)} adapters, different: {different or 'none'}")
+    return bool(different)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Rows of the table as Hugging Face PEFT sees them: torch modules, its configs, its results."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_any.layer import Dense, Site
+from peft_any.registry import Config
+from tests.cases import Case
+
+PREFIX = "base_model.model."
+OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Silence what Hugging Face PEFT says about toy models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def layer_module(site: Site) -> nn.Module:
+    """Make the torch module that a site describes."""
+    n, m, bias = site.n_in, site.n_out, site.bias
+    if site.kind == "Linear":
+        return nn.Linear(n, m, bias=bias)
+    if site.kind == "Conv1D":
+        assert bias, "transformers' Conv1D always has a bias"
+        return Conv1D(m, n)
+    if site.kind == "Embedding":
+        return nn.Embedding(n, m)
+    if site.kind == "MultiheadAttention":
+        return nn.MultiheadAttention(n, 1, bias=bias)
+    conv = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}[site.kind]
+    return conv(n, m, site.kernel, groups=site.groups, bias=bias)
+
+
+def module_at(name: str, leaf: nn.Module) -> nn.Module:
+    """Put a module under a dotted name."""
+    for part in reversed(name.split(".")):
+        root = nn.Module()
+        root.add_module(part, leaf)
+        leaf = root
+    return leaf
+
+
+def model_of(base: Dense) -> nn.Module:
+    """Make a model that has nothing but the site's layer, with the base's numbers."""
+    torch.manual_seed(0)
+    site = base.site
+    leaf = layer_module(site)
+    model = module_at(site.name, leaf).to(getattr(torch, str(base.weight.dtype)))
+    numbers = {site.weight: torch.tensor(np.ascontiguousarray(base.stored()))}
+    if base.bias is not None:
+        numbers[site.bias_name] = torch.tensor(base.bias)
+    lost = model.load_state_dict(numbers, strict=False)
+    assert not lost.unexpected_keys
+    return model.eval()
+
+
+def config_of(config: Config, **changes: Any) -> Any:
+    """Make Hugging Face PEFT's configuration: only what differs from our default is passed."""
+    changed = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in OURS_ALONE and getattr(config, f.name) != _default(f)
+    }
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(config.peft_type)]
+    return cls(**{**copy.deepcopy(changed), **changes})
+
+
+def _default(f: Any) -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def host(tensor: torch.Tensor) -> np.ndarray:
+    """Copy to NumPy."""
+    return np.array(tensor.detach().numpy())
+
+
+def state_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Give a model's tensors as NumPy arrays."""
+    return {k: host(v) for k, v in model.state_dict().items()}
+
+
+@dataclass
+class Result:
+    """What Hugging Face PEFT made of a row.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it saved the adapter, in the form that needs no second look at the base.
+    raw : Path or None
+        Where it saved the adapter as trained, if that changes the base.
+    base, merged : dict
+        State dicts without and with the adapter.
+    x, y : array or None
+        The layer's input and output; None where it cannot be called alone.
+    """
+
+    folder: Path | None
+    raw: Path | None
+    base: dict[str, np.ndarray]
+    merged: dict[str, np.ndarray] = field(default_factory=dict)
+    x: np.ndarray | None = None
+    y: np.ndarray | None = None
+
+
+def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Name parameters as a file does."""
+    own = case.config.at(case.site).shapes(case.site)
+    frozen = case.config.frozen
+    return {
+        (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
+        for k, v in params.items()
+        if k not in frozen
+    }
+
+
+def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.Tensor]:
+    """Make trained-looking values for an adapter, in agreement with our names and shapes."""
+    with quietly():
+        state = get_peft_model_state_dict(model)
+    rng = np.random.default_rng([0, 4])
+
+    def noisy(v: torch.Tensor) -> torch.Tensor:
+        return v + torch.tensor(0.2 * rng.standard_normal(tuple(v.shape)), dtype=v.dtype)
+
+    if takes_from_base(case, base):
+        ours = {f"{PREFIX}{case.site.name}.{k}": s for k, s in shapes_of(case).items()}
+        assert {k: tuple(v.shape) for k, v in state.items()} == ours
+        return {k: noisy(v) for k, v in state.items()}
+    ours = file_keys(case, case.params(base, dtype=dtype))
+    other = {k: v for k, v in state.items() if ".out_proj." in k}
+    theirs = {k: tuple(v.shape) for k, v in state.items() if k not in other}
+    pruned = bool(getattr(case.config, "rank_pattern", None)) and "ADALORA" in case.config.peft_type
+    assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
+    if not pruned:
+        assert {k: v.shape for k, v in ours.items()} == theirs
+    values = {k: noisy(v) for k, v in other.items()}
+    return {k: torch.tensor(v) for k, v in ours.items()} | values
+
+
+def takes_from_base(case: Case, base: Dense) -> bool:
+    """Whether a row's initial values are taken out of the base."""
+    return "start_A" in case.fresh(base)
+
+
+def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of a row's parameters."""
+    return case.config.at(case.site).shapes(case.site)
+
+
+def attach(case: Case, base: Dense, model: nn.Module) -> Any:
+    """Give a model a fresh adapter of the row's configuration."""
+    config = case.config
+    given = {"target_modules": config.target_modules or [case.site.name]}
+    if getattr(config, "feedforward_modules", ()) is None:
+        given["feedforward_modules"] = []  # null asks for a guess by the model's type
+    with quietly():
+        return peft.get_peft_model(model, config_of(config, **given)).eval()
+
+
+def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Result:
+    """Let Hugging Face PEFT attach, fill, save, apply and merge a row's adapter."""
+    base = case.base(seed, dtype=dtype)
+    plain = model_of(base)
+    result = Result(folder / "adapter", None, state_of(plain))
+    model = attach(case, base, plain)
+    starts = takes_from_base(case, base)
+    if starts:
+        with quietly():
+            model.save_pretrained(folder / "start")
+    load(model, trained(model, case, base, dtype))
+    with quietly():
+        if starts:
+            result.raw = folder / "raw"
+            model.save_pretrained(result.raw)
+            if getattr(case.config, "use_dora", False):
+                result.folder = None  # its conversion loses the magnitudes
+            else:
+                converted = copy.deepcopy(model)
+                initial = str(folder / "start")
+                converted.save_pretrained(
+                    result.folder, path_initial_model_for_weight_conversion=initial
+                )
+        else:
+            model.save_pretrained(result.folder)
+    if not case.site.is_conv and case.site.kind != "MultiheadAttention":
+        result.x = inputs(case, dtype)
+        leaf = model.base_model.model.get_submodule(case.site.name)
+        with torch.no_grad():
+            result.y = host(leaf(torch.tensor(result.x)))
+    with quietly():
+        result.merged = state_of(model.merge_and_unload())
+    return result
+
+
+def load(model: Any, state: dict[str, torch.Tensor], name: str = "default") -> None:
+    """Set every tensor of a model's adapter."""
+    with quietly():
+        lost = set_peft_model_state_dict(model, state, adapter_name=name)
+        now = get_peft_model_state_dict(model, adapter_name=name)
+    assert not lost.unexpected_keys, lost.unexpected_keys
+    assert now.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(now[key], value, rtol=0, atol=0)
+
+
+def inputs(case: Case, dtype: str) -> np.ndarray:
+    """Draw the input of a row's layer."""
+    rng = np.random.default_rng([0, 3])
+    if case.site.kind == "Embedding":
+        return rng.integers(0, case.site.n_in, (2, 3))
+    return rng.standard_normal((3, case.site.n_in)).astype(dtype)
+
+
+def config_text(folder: Path) -> str:
+    """Read a saved configuration, and see that it names no path of this machine."""
+    text = (folder / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] is None
+    return text

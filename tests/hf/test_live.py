@@ -1,0 +1,100 @@
+"""Law 6, live: what Hugging Face PEFT writes we read, and what we write it reads."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft")
+
+from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.errors import ConfigError  # noqa: E402
+from peft_any.model import PeftModel  # noqa: E402
+from tests.cases import CASES, Case  # noqa: E402
+from tests.hf import reference  # noqa: E402
+
+ROUNDING = {"float32": 1e-5, "float64": 1e-10}
+rows = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.hf is None], ids=lambda case: case.name
+)
+dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+EXCUSED = [
+    # HF says so at every start on a machine without a CUDA compiler.
+    ("ignore", ".*fbd_cuda.*"),
+    ("ignore", "Failed to load the CUDA extension.*"),
+]
+
+
+def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype, key
+        size = float(np.max(np.abs(value)))
+        np.testing.assert_allclose(got[key], value, rtol=0, atol=rtol * size, err_msg=key)
+
+
+@rows
+@dtypes
+def test_what_hf_writes_we_read(case: Case, dtype: str, tmp_path: Path) -> None:
+    if dtype == "float64" and reference.takes_from_base(case, case.base()):
+        pytest.skip("HF decomposes no float64 weights")
+    result = reference.run(case, tmp_path, dtype, seed=5)
+    for folder, rederive in ((result.folder, False), (result.raw, True)):
+        if folder is None:
+            continue
+        if rederive and "niter" in str(case.config.init_lora_weights):
+            with pytest.raises(ConfigError, match="weight_conversion"):
+                Adapter.load(folder)
+            continue
+        model = PeftModel(result.base)
+        model.add("a", Adapter.load(folder), rederive=rederive)
+        compare(model.merge(), result.merged, ROUNDING[dtype])
+        if result.x is not None and result.y is not None:
+            y = model.bind().layers[case.site.name](result.x)
+            compare({"y": y}, {"y": result.y}, ROUNDING[dtype])
+
+
+def ours(case: Case, base: dict[str, np.ndarray], dtype: str) -> tuple[PeftModel, Adapter]:
+    """Make an adapter without Hugging Face PEFT, with trained-looking values."""
+    model = PeftModel(base, kinds={case.site.name: case.site})
+    config = replace(case.config, target_modules=case.config.target_modules or [case.site.name])
+    adapter = model.add("fresh", config, seed=5, dtype=dtype)
+    rng = np.random.default_rng([5, 4])
+    own = case.params(case.base(5, dtype=dtype), 5, dtype)
+    shapes = reference.shapes_of(case)
+    sites = {
+        name: {
+            k: own[k] if name == case.site.name else (v + 0.2 * rng.standard_normal(v.shape)).astype(dtype)
+            for k, v in p.items()
+        }
+        for name, p in adapter.sites.items()
+    }
+    assert shapes.keys() <= sites[case.site.name].keys()
+    shared = {k: own[k] for k in adapter.shared}
+    return model, adapter.replace(sites=sites, shared=shared)
+
+
+@rows
+@dtypes
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_what_we_write_hf_reads_without_a_warning(
+    case: Case, dtype: str, name: str, tmp_path: Path
+) -> None:
+    plain = reference.model_of(case.base(5, dtype=dtype))
+    model, adapter = ours(case, reference.state_of(plain), dtype)
+    model.add("a", adapter)
+    model.activate("a")
+    adapter.save(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for action, message in EXCUSED:
+            warnings.filterwarnings(action, message)
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a", adapter_name=name)
+    with reference.quietly():
+        merged = reference.state_of(theirs.merge_and_unload())
+    compare(model.merge(), merged, ROUNDING[dtype])

@@ -1,0 +1,330 @@
+"""Choosing a library and passing arrays between libraries."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import timeit
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import peft_any.backend as module
+from peft_any import _libraries
+from peft_any.backend import (
+    Backend,
+    astype,
+    backend,
+    backend_of,
+    compute_dtype,
+    dtype_by_name,
+    dtype_name,
+    from_numpy,
+    from_numpy_like,
+    is_array,
+    is_floating,
+    namespace,
+    resolve,
+    to_numpy,
+)
+from peft_any.errors import BackendError
+
+MODULES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax"}
+MODULES["dask"] = "dask.array"
+LIBS = list(MODULES)
+HALVES = ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+DTYPES = ["float32", "float64", "int32", "int64", "uint8", "bool", "complex64", *HALVES]
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    monkeypatch.delenv("PEFT_ANY_BACKEND", raising=False)
+    jax = sys.modules.get("jax")
+    before = jax.config.jax_enable_x64 if jax else None
+    yield
+    if jax:
+        jax.config.update("jax_enable_x64", before)
+
+
+def need(*libraries: str, x64: bool = True) -> Any:
+    """Skip where one is not installed; JAX with 64-bit dtypes."""
+    for library in libraries:
+        found = pytest.importorskip(MODULES[library])
+        if library == "jax":
+            found.config.update("jax_enable_x64", x64)
+    return found
+
+
+def holds(library: str, dtype: str) -> bool:
+    return library != "strict" or dtype not in HALVES
+
+
+def sample(dtype: str) -> np.ndarray:
+    values = np.asarray([[0.0, 1.0, 1.5], [2.0, 96.0, 0.25]])
+    return values.astype(module.numpy_dtype(dtype))
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# --- resolving -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIBS)
+def test_every_library_resolves_and_its_arrays_lead_back(name):
+    need(name)
+    found = resolve(name)
+    x = from_numpy(np.ones((2, 3), dtype="float32"), found)
+    assert found.name == name == backend_of(x).name == resolve("auto", x, None, 3).name
+    assert namespace(x) is found.xp is backend_of(x).xp
+    assert str(found).partition(":")[0] == name
+
+
+def test_the_order_is_arrays_spec_context_environment_auto(monkeypatch):
+    need("torch", "strict")
+    x = np.ones(2)
+    assert resolve().name == "numpy"
+    monkeypatch.setenv("PEFT_ANY_BACKEND", "strict:device1")
+    assert str(resolve().device) == "array_api_strict.Device('device1')"
+    with backend("torch:meta") as chosen:
+        assert resolve() is chosen
+        assert chosen.device.type == "meta"
+        with backend("numpy"):
+            assert resolve().name == "numpy"
+        assert resolve("strict").name == "strict"
+        assert resolve("auto", x).name == "numpy"
+        assert resolve(chosen) is chosen
+    assert resolve().name == "strict"
+    monkeypatch.setenv("PEFT_ANY_BACKEND", "auto")
+    assert resolve().name == "numpy"
+
+
+def test_the_context_is_left_after_an_error():
+    need("torch")
+    with pytest.raises(ZeroDivisionError), backend("torch"):
+        1 / 0  # noqa: B018
+    assert resolve().name == "numpy"
+
+
+def test_auto_takes_a_gpu_only_where_it_is_cheap_to_know(monkeypatch):
+    torch = need("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_libraries.TORCH, "device", lambda place: place, raising=False)
+    assert resolve().device == "cuda"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert resolve().name == "numpy"
+
+
+def test_auto_prefers_cupy_and_survives_a_broken_one(monkeypatch):
+    cupy = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert _libraries.CUPY.available
+    cupy.cuda = None
+    assert not _libraries.CUPY.available
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(_libraries, "find_spec", lambda name: None)
+    assert not _libraries.CUPY.available
+
+
+def test_cupy_opens_the_device_asked_for(monkeypatch):
+    class Device:
+        def __init__(self, index):
+            self.id = index
+
+    runtime = SimpleNamespace(getDeviceCount=lambda: 2)
+    cuda = SimpleNamespace(is_available=lambda: True, runtime=runtime, Device=Device)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "array_api_compat.cupy", SimpleNamespace())
+    assert [resolve(s).device.id for s in ("cupy", "cupy:1", "cupy:cuda:1")] == [0, 1, 1]
+    assert resolve("cupy", device=Device(1)).device.id == 1
+    with pytest.raises(BackendError, match="'2': this machine has 2, numbered from 0"):
+        resolve("cupy:2")
+
+
+def test_cupy_without_a_gpu_says_so():
+    cupy = pytest.importorskip("cupy")
+    if cupy.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(BackendError, match="no CUDA device"):
+        resolve("cupy")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torhc", "is not a known library.*nearest: 'torch'"),
+        ("numpy:cuda", "computes on the CPU only"),
+        ("dask:1", "computes on the CPU only"),
+        ("torch:cuda:99", "cannot use the device 'cuda:99'"),
+        ("torch:nowhere", "cannot use the device 'nowhere'"),
+        ("jax:cpu:99", "cannot use the device"),
+        ("jax:tpu", "cannot use the device"),
+        ("strict:device9", "'device9' is not a valid choice"),
+    ],
+)
+def test_a_wrong_spec_is_explained(spec, message, monkeypatch):
+    name = spec.partition(":")[0]
+    need(name) if name in MODULES else None
+    with pytest.raises(BackendError, match=message):
+        resolve(spec)
+    monkeypatch.setenv("PEFT_ANY_BACKEND", spec)
+    with pytest.raises(BackendError, match=f"^PEFT_ANY_BACKEND={spec}: .*{message}"):
+        resolve()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("torch", "torch"), ("jax", "jax"), ("cupy", "cupy-cuda12x"), ("dask", "dask")],
+)
+def test_a_missing_library_names_its_extra(name, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, MODULES.get(name, name), None)
+    with pytest.raises(BackendError, match=rf'pip install "peft_any\[{extra}\]"'):
+        resolve(name)
+
+
+def test_a_spec_that_contradicts_the_arrays_says_how_to_fix_it():
+    strict, x = need("strict"), np.ones(2)
+    with pytest.raises(BackendError, match=r"are numpy's.*peft_any.move\(arrays, 'strict'\)"):
+        resolve("strict", x)
+    y = strict.asarray([1.0], device=strict.Device("device1"))
+    assert resolve("strict:device1", y) == backend_of(y) == resolve("strict", y)
+    with pytest.raises(BackendError, match=r"on 'strict:.*device1.*peft_any.move"):
+        resolve("strict:device2", y)
+    with pytest.raises(BackendError, match="cannot meet: bring them to one device"):
+        resolve("auto", y, strict.asarray([1.0]))
+    with pytest.raises(BackendError, match="arrays of numpy and strict cannot be used together"):
+        resolve("auto", x, y)
+    with pytest.raises(BackendError, match="is not a known library"):
+        resolve("nympy", x)
+
+
+def test_a_device_can_be_given_apart_but_only_once():
+    torch = need("torch")
+    assert resolve("torch", device="meta").device == torch.device("meta")
+    assert resolve(resolve("torch:cpu"), device="cpu").device == torch.device("cpu")
+    with backend("torch"):
+        assert resolve(device="meta").device.type == "meta"
+    with pytest.raises(BackendError, match="contradicts device='meta'"):
+        resolve("torch:cpu", device="meta")
+
+
+def run(code: str, **env: str) -> str:
+    """Run code in a fresh interpreter."""
+    command, env = [sys.executable, "-c", code], os.environ | {"JAX_PLATFORMS": "cpu"} | env
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_resolving_numpy_imports_no_other_library():
+    code = "import sys; from peft_any.backend import *; import numpy as np; resolve()\n"
+    code += "move({'a': np.ones(2)}, 'numpy'); astype(np.ones(2), 'float32')\n"
+    code += "print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = set(run(code).split())
+    assert not loaded & {"torch", "jax", "dask", "cupy", "array_api_strict", "ml_dtypes"}
+
+
+# --- asking arrays -------------------------------------------------------------------------------
+
+
+def test_namespace_ignores_scalars_and_needs_an_array():
+    xp = namespace(np.ones(2))
+    assert namespace(None, 1.0, np.float64(1), True, np.ones(2)) is xp is namespace(np.float32(1))
+    for arrays in ((), (None, 2.0)):
+        with pytest.raises(BackendError, match="without an array"):
+            namespace(*arrays)
+    with pytest.raises(BackendError, match="str: is not an array"):
+        namespace("text")
+
+
+@pytest.mark.parametrize("other", LIBS[1:])
+def test_mixed_libraries_are_refused_whatever_the_order(other):
+    need(other)
+    x, y = np.ones(2), from_numpy(np.ones(2), resolve(other))
+    for pair in ((x, y), (y, x)):
+        with pytest.raises(BackendError, match=r"peft_any.move\(arrays"):
+            namespace(*pair)
+
+
+def test_namespace_is_quick():
+    x = np.ones(2)
+    namespace(x, x, None)
+    n = 20000
+    assert min(timeit.repeat(lambda: namespace(x, x, None), number=n, repeat=5)) / n < 5e-6
+
+
+def test_a_library_of_ones_own_is_asked_for_its_namespace():
+    class Tape:
+        def __init__(self, inner):
+            self.space = SimpleNamespace(
+                __name__="tape[numpy]", float32=np.float32, asarray=lambda a, device: ("taped", a)
+            )
+            self.dtype, self.shape, self.device = inner.dtype, inner.shape, "cpu"
+
+        def __array_namespace__(self, api_version=None):
+            return self.space
+
+    a, b = Tape(np.ones(2)), Tape(np.ones(2))
+    assert namespace(a, a) is a.space
+    assert namespace(b, 1.0) is b.space
+    assert is_array(a)
+    assert backend_of(a) == Backend("tape[numpy]", a.space, "cpu")
+    assert dtype_by_name(a.space, "bfloat16") == ml_dtypes.bfloat16
+    assert from_numpy_like(np.ones(1, dtype="float32"), a)[0] == "taped"
+    with pytest.raises(BackendError, match=r"numpy and tape\[numpy\]"):
+        namespace(a, np.ones(2))
+
+
+@pytest.mark.parametrize("name", LIBS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_have_one_name_everywhere(name, dtype):
+    need(name)
+    b = resolve(name)
+    if not holds(name, dtype):
+        with pytest.raises(BackendError, match=f"strict: cannot hold {dtype}: .*use float32"):
+            dtype_by_name(b.xp, dtype)
+        return
+    x = from_numpy(sample(dtype), b)
+    assert dtype_name(x) == dtype_name(x.dtype) == dtype_name(dtype) == dtype
+    assert dtype_name(dtype_by_name(b.xp, dtype)) == dtype
+    assert is_floating(x) == ("float" in dtype)
+    assert astype(x, dtype) is x
+    if is_floating(x):
+        up = astype(x, "float32")
+        assert same(to_numpy(up), sample(dtype).astype("float32"))
+        assert same(to_numpy(astype(up, dtype)), sample(dtype))
+
+
+def test_what_has_no_dtype_is_refused():
+    for wrong in (None, 1.0, [1.0], "float33", object()):
+        with pytest.raises(BackendError, match="neither an array nor a dtype"):
+            dtype_name(wrong)
+    for wrong in ("zeros", "linalg", "float33"):
+        with pytest.raises(BackendError, match="no such dtype"):
+            dtype_by_name(namespace(np.ones(1)), wrong)
+
+
+def test_compute_dtype_is_single_unless_something_is_double():
+    half, single, double = (np.ones(1, t) for t in (ml_dtypes.bfloat16, "float32", "float64"))
+    assert compute_dtype() == compute_dtype(half, np.ones(1, "int64"), None, 2.0) == "float32"
+    assert compute_dtype(half, single, double) == compute_dtype(np.float64(1)) == "float64"
+    assert compute_dtype("complex64", single) == "complex64"
+    assert compute_dtype("complex64", double) == compute_dtype("complex128", half) == "complex128"
+
+
+@given(hnp.arrays("float32", 7, elements=st.floats(-300, 300, width=32)))
+def test_halves_round_alike_on_every_library(values):
+    for dtype, name in itertools.product(HALVES, ("torch", "jax", "dask")):
+        if find_spec(MODULES[name].partition(".")[0]):
+            x = from_numpy(values, resolve(name))
+            assert same(to_numpy(astype(x, dtype)), astype(values, dtype))

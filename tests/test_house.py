@@ -1,0 +1,123 @@
+"""Law 8, the house: imports run one way, every method has its row, public names are few."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peft_any
+from peft_any.registry import method_for, method_names
+from tests.cases import CASES, PROMPTS
+
+PACKAGE = Path(peft_any.__file__).parent
+LAYERS = [
+    {"_typing", "errors"},
+    {"_dtypes", "_arrays", "_libraries"},
+    {"backend"},
+    {"linalg", "rng", "layer"},
+    {"starts", "registry"},
+    {"method"},
+    {"methods", "layout", "selection", "targets", "extras", "io"},
+    {"adapter"},
+    {"combine", "bound", "placed"},
+    {"model", "receipt"},
+    {"surgery"},
+    {"demo"},
+    {"cli"},
+]
+RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "array_api_compat"}
+
+
+def modules() -> list[Path]:
+    """List the package's source files."""
+    return [
+        p for p in sorted(PACKAGE.rglob("*.py")) if p.name not in ("__init__.py", "__main__.py")
+    ]
+
+
+def imports(path: Path) -> set[str]:
+    """Read the modules that a file imports anywhere, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def rank(module: str) -> int | None:
+    """Place a module in the order of imports."""
+    parts = module.split(".")
+    return RANK.get(parts[1]) if parts[0] == "peft_any" and len(parts) > 1 else None
+
+
+def relative(path: Path) -> str:
+    """Name a file for a test's id."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", modules(), ids=relative)
+def test_imports_run_one_way(path: Path) -> None:
+    own = RANK[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
+    above = {m for m in imports(path) if (r := rank(m)) is not None and r > own}
+    assert not above
+
+
+@pytest.mark.parametrize("path", modules(), ids=relative)
+def test_one_module_names_the_array_libraries(path: Path) -> None:
+    if path.stem in ("backend", "_libraries", "_dtypes"):
+        pytest.skip("these are the modules that do")
+    named = {m.split(".")[0] for m in imports(path)}
+    assert not named & LIBRARIES
+    if path.parent.name == "methods":
+        assert "numpy" not in named
+
+
+@pytest.mark.parametrize("path", modules(), ids=relative)
+def test_files_are_short(path: Path) -> None:
+    limit = 150 if path.parent.name == "methods" else 350
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_every_method_has_rows() -> None:
+    rows = {case.config.peft_type for case in [*CASES, *PROMPTS]}
+    assert rows == set(method_names())
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [case.name for case in [*CASES, *PROMPTS]]
+    assert len(names) == len(set(names))
+    assert len(names) >= 60
+
+
+@pytest.mark.parametrize("peft_type", method_names())
+def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
+    method = method_for(peft_type)
+    module = sys.modules[method.__module__].__doc__ or ""
+    assert "https://" in module.splitlines()[0]
+    assert method.__doc__
+    assert "(" in method.__doc__
+
+
+def test_public_names_exist() -> None:
+    assert len(peft_any.__all__) <= 35
+    for name in peft_any.__all__:
+        assert getattr(peft_any, name) is not None
+    assert peft_any.LoraConfig.peft_type == "LORA"
+    with pytest.raises(AttributeError, match="NoSuchConfig"):
+        _ = peft_any.NoSuchConfig
+
+
+def test_importing_loads_no_method_and_no_other_library() -> None:
+    code = "import sys, peft_any, peft_any.model; print(*sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    roots = {m.split(".")[0] for m in loaded}
+    assert not roots & {"torch", "jax", "cupy", "dask", "typer", "rich", "transformers", "peft"}
+    assert not {m for m in loaded if m.startswith("peft_any.methods.")}
