@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import nox
@@ -120,11 +119,7 @@ def hf(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure import time, adapted calls and merges; `-- --hf` adds Hugging Face PEFT's merges."""
+    """Measure import time, adapted calls and merges, against Hugging Face PEFT where it applies."""
     install(session, "test")
-    if "--hf" in session.posargs:
-        session.install(*CONSTRAINTS, *HF)
-    threads = os.environ.get("OMP_NUM_THREADS", "2")
-    session.run(
-        "python", "-m", "tests.benchmarks", *session.posargs, env={"OMP_NUM_THREADS": threads}
-    )
+    session.install(*CONSTRAINTS, *HF)
+    session.run("python", "-m", "tests.benchmarks", *session.posargs)

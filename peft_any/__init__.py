@@ -10,10 +10,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Bound at once: loaded later, the module of the same name would stand in its place.
+from peft_any.backend import backend as backend
+
 if TYPE_CHECKING:
     from peft_any.adapter import Adapter as Adapter
     from peft_any.backend import Backend as Backend
-    from peft_any.backend import backend as backend
     from peft_any.backend import move as move
     from peft_any.backend import resolve as resolve
     from peft_any.errors import BackendError as BackendError

@@ -30,7 +30,8 @@ def skew(v: Array, b: int) -> Array:
     """
     xp, device = namespace(v), creation_device(v)
     if b == 1:
-        return xp.zeros((v.shape[0], 1, 1), dtype=v.dtype, device=device)
+        empty: Array = xp.zeros((v.shape[0], 1, 1), dtype=v.dtype, device=device)
+        return empty
     row = xp.reshape(xp.arange(b, device=device), (b, 1))
     column = xp.reshape(row, (1, b))
     above, below = row < column, column < row
@@ -89,7 +90,42 @@ def cayley(q: Array) -> Array:
             [ 1.,  0.]]])
     """
     eye = namespace(q).eye(q.shape[-1], dtype=q.dtype, device=creation_device(q))
-    return 2.0 * inverse(eye + q) - eye
+    rotations: Array = 2.0 * inverse(eye + q) - eye
+    return rotations
+
+
+def cayley_neumann(q: Array, terms: int) -> Array:
+    """Near-rotations I + 2·(q + … + q^(K−2)) + q^(K−1) of skew-symmetric blocks q (k, b, b).
+
+    The Neumann series of (I + q)·(I − q)⁻¹, cut (Qiu et al. 2025, https://arxiv.org/abs/2506.19847):
+    it turns the other way than `cayley`.
+
+    Parameters
+    ----------
+    q : array (k, b, b)
+    terms : int
+        K; 3 counts as 4, and less than 1 as 1, as Hugging Face PEFT computes them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cayley_neumann(np.asarray([[[0.0, 0.5], [-0.5, 0.0]]]), 2)
+    array([[[ 1.,  1.],
+            [-1.,  1.]]])
+    """
+    xp = namespace(q)
+    eye = xp.eye(q.shape[-1], dtype=q.dtype, device=creation_device(q))
+    r: Array
+    if terms < 2:
+        r = xp.broadcast_to(eye, q.shape)
+    elif terms == 2:
+        r = eye + 2.0 * q
+    else:
+        r = eye + q  # and then (I + q)·(I + q + … + q^(K−2)), by Horner's rule
+        for _ in range(max(terms, 4) - 3):
+            r = eye + q @ r
+        r = r + q @ r
+    return r
 
 
 def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool = False) -> Array:
@@ -122,20 +158,19 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
     array([3., 4., 1., 2.])
     """
     xp, shape, n, b = namespace(x, r), tuple(x.shape), x.shape[-1], r.shape[-1]
-    count = prod(shape[:-1])
+    count, high = prod(shape[:-1]), n // (b * apart)
     if r.shape[0] == 1:
         y = xp.reshape(x, (count * (n // b), b)) @ r[0, ...]
     elif rows:
-        split = (n // (b * apart), b // run, apart, run)
-        y = xp.permute_dims(xp.reshape(x, (count, *split)), (1, 3, 0, 2, 4))
-        y = xp.reshape(y, (n // b, count, b)) @ r
-        y = xp.reshape(y, (split[0], apart, count, split[1], run))
+        y = xp.reshape(x, (count, high, b // run, apart, run))
+        y = xp.reshape(xp.permute_dims(y, (1, 3, 0, 2, 4)), (n // b, count, b)) @ r
+        y = xp.reshape(y, (high, apart, count, b // run, run))
         y = xp.permute_dims(y, (2, 0, 3, 1, 4))
     else:
-        split = (n // (b * apart), b // run, apart, run, count)
-        y = xp.reshape(xp.matrix_transpose(xp.reshape(x, (count, n))), split)
+        y = xp.matrix_transpose(xp.reshape(x, (count, n)))
+        y = xp.reshape(y, (high, b // run, apart, run, count))
         y = xp.reshape(xp.permute_dims(y, (0, 2, 1, 3, 4)), (n // b, b, count))
-        y = xp.reshape(xp.matrix_transpose(r) @ y, (split[0], apart, split[1], run, count))
+        y = xp.reshape(xp.matrix_transpose(r) @ y, (high, apart, b // run, run, count))
         y = xp.matrix_transpose(xp.reshape(xp.permute_dims(y, (0, 2, 1, 3, 4)), (n, count)))
     product: Array = xp.reshape(y, shape)
     return product

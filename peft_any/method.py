@@ -178,14 +178,20 @@ class Additive(Tuner):
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """g ⊙ (W + ΔW), b + Δb."""
-        merged, gain = self._shift(base, p, 1.0), self.gain(p, base)
-        return merged if gain is None else merged.replace(weight=gain[:, None] * merged.weight)
+        bias, shift = base.bias, self.bias_delta(p, base.site)
+        if shift is not None:
+            bias = _bias(base) + shift
+        weight, gain = base.weight + self.delta(p, base.site), self.gain(p, base)
+        return base.replace(weight=weight if gain is None else gain[:, None] * weight, bias=bias)
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """W′ − ΔW, b′ − Δb: exact but for one rounding of each sum; rows with a gain are lost."""
         if self.gain(p, merged) is not None:
             return super().unmerge(p, merged)
-        return self._shift(merged, p, -1.0)
+        bias, shift = merged.bias, self.bias_delta(p, merged.site)
+        if shift is not None:
+            bias = _bias(merged) - shift
+        return merged.replace(weight=merged.weight - self.delta(p, merged.site), bias=bias)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x); a gain scales all of it but the bias."""
@@ -194,16 +200,14 @@ class Additive(Tuner):
             return y
         return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
 
-    def _shift(self, base: Dense, p: Params, sign: float) -> Dense:
-        bias, shift = base.bias, self.bias_delta(p, base.site)
-        if shift is not None:
-            if bias is None:
-                raise ConfigError(
-                    f"{base.site.name}: a bias correction cannot be merged: the base layer has no "
-                    "bias; apply the adapter without merging"
-                )
-            bias = bias + sign * shift
-        return base.replace(weight=base.weight + sign * self.delta(p, base.site), bias=bias)
+
+def _bias(base: Dense) -> Array:
+    if base.bias is None:
+        raise ConfigError(
+            f"{base.site.name}: a bias correction cannot be merged: the base layer has no bias; "
+            "apply the adapter without merging"
+        )
+    return base.bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +234,11 @@ class Prompt(Config):
                 f"{self.where}: {field}={value!r} cannot size a prompt: give a positive integer"
             )
         return value
+
+    @property
+    def submodules(self) -> int:
+        """How many transformers take a prompt: an encoder-decoder's two, otherwise one."""
+        return self.num_transformer_submodules or 1 + (self.task_type == "SEQ_2_SEQ_LM")
 
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:

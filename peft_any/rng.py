@@ -92,7 +92,7 @@ class TorchGenerator:
         for start in range(0, out.size, _BLOCK):
             part = out[start : start + _BLOCK]
             if dtype == "float64":
-                x = _fma(self._doubles(part.size), high - low, low)
+                x = _fma(self._doubles(part.size), float(b - a), float(a))
             else:
                 u = (self._words(part.size) & np.uint64(0xFFFFFF)) * 2.0**-24
                 x = _round_odd_sum(u * float(b - a), float(a)).astype(np.float32).astype(kind)
@@ -210,7 +210,7 @@ def _round_odd_sum(a: Any, b: Any) -> Any:
 
 
 def _fma(a: Host, b: float, c: float) -> Any:
-    """Form a·b + c in float64, rounded once (Boldo & Melquiond 2008, with Dekker's product)."""
+    """Form a·b + c in float64, rounded once where nothing underflows (Boldo & Melquiond 2008)."""
     if c == 0:
         return a * b + c
     high = a * b

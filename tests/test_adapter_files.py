@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,14 +203,11 @@ def test_shared_arrays_may_carry_the_adapter_name() -> None:
     keys = ["base_model.vera_A.default", "base_model.vera_B", "fc.vera_lambda_d.default"]
     places, unknown = read_keys(config, keys)
     assert not unknown
-    assert [*places.values()] == [
+    assert [places[k] for k in keys] == [
+        Place("shared", "", "vera_A"),
+        Place("shared", "", "vera_B"),
         Place("site", "fc", "vera_lambda_d"),
-        Place("shared", "", "vera_A"),
-        Place("shared", "", "vera_B"),
-    ] or {places[k] for k in keys[:2]} == {
-        Place("shared", "", "vera_A"),
-        Place("shared", "", "vera_B"),
-    }
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -265,7 +261,9 @@ def test_changes_alone_are_written_over_the_file_that_was_read(tmp_path: Path) -
     adapter = Adapter.load(FILES / "lora")
     changed = dataclasses.replace(adapter.config, lora_alpha=7, revision="main")
     adapter.replace(config=changed).save(tmp_path / "a")
-    before, after = (json.loads((d / PARTS[0]).read_text()) for d in (FILES / "lora", tmp_path / "a"))
+    before, after = (
+        json.loads((d / PARTS[0]).read_text()) for d in (FILES / "lora", tmp_path / "a")
+    )
     assert {k for k in after if after[k] != before[k]} == {"lora_alpha", "revision"}
 
 
@@ -342,7 +340,7 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
         ({"r": 0}, "r=0 cannot be a rank"),
         ({"lora_alpha": 1e999}, "Infinity cannot stand in JSON"),
         ({"rank_pattern": {"q": "a"}}, r"Expected `int`, got `str` - at `\$.rank_pattern"),
-        ({"target_modules": [1]}, r"at `\$.target_modules\[...\]`"),
+        ({"target_modules": [1]}, r"Expected `str`, got `int` - at `\$.target_modules\[0\]`"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* cannot be used: BD-LoRA's"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* only after its"),
         ({"target_parameters": ["w"], "use_qalora": True}, "(?s)target_parameters.*use_qalora"),
@@ -350,7 +348,7 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' cannot be loaded: .*gradients"),
         ({"init_lora_weights": "loftq"}, "'loftq' cannot be loaded: .*quantised"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' cannot be loaded: .*random"),
-        ({"init_lora_weights": "nonsense"}, "init_lora_weights='nonsense' is unknown"),
+        ({"init_lora_weights": "nonsense"}, "init_lora_weights='nonsense' is not known"),
     ],
 )
 def test_a_configuration_with_wrong_values_is_refused(
@@ -549,7 +547,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         bad.save(tmp_path / "a")
     with pytest.raises(ConfigError):
         Adapter(LoraConfig(lora_alpha=float("nan"))).save(tmp_path / "b")
-    assert os.listdir(tmp_path) == []
+    assert not [*tmp_path.iterdir()]
 
 
 def test_every_method_has_a_file() -> None:

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,6 @@ from hypothesis.extra import numpy as hnp
 
 from peft_any._dtypes import is_native
 from peft_any.backend import (
-    Backend,
     astype,
     backend_of,
     creation_device,
@@ -304,40 +302,3 @@ print("ok")
 def test_sharded_jax_arrays_are_met_by_replicated_ones():
     need("jax")
     assert run(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=4") == "ok"
-
-
-# --- within a GPU (its part is played) -----------------------------------------------------------
-
-
-def test_libraries_on_one_gpu_pass_arrays_by_dlpack(monkeypatch):
-    torch = need("torch")
-    copies = []
-
-    class OnGpu:
-        def __dlpack_device__(self):
-            return (2, 0)
-
-        def __array_namespace__(self):
-            return SimpleNamespace(__name__="elsewhere", float32=np.float32)
-
-    class Unwilling(OnGpu):
-        def __array__(self, dtype=None, copy=None):
-            return np.ones(2, dtype="float32")
-
-        def __dlpack_device__(self):
-            raise BufferError("sharded")
-
-    cuda = SimpleNamespace(type="cuda")
-    made = torch.ones(2)
-    xp = SimpleNamespace(
-        __name__="array_api_compat.torch",
-        float32=torch.float32,
-        from_dlpack=lambda x: x,
-        asarray=lambda x, copy: copies.append(copy) or made,
-    )
-    target = Backend("torch", xp, cuda)
-    monkeypatch.setattr("peft_any._libraries._Torch.put", lambda self, x, device: (x, device))
-    assert move(OnGpu(), target) == (made, cuda)
-    assert copies == [True]
-    with pytest.raises((TypeError, AttributeError)):  # it went by way of the host
-        move(Unwilling(), target)

@@ -116,10 +116,8 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
         """s ⊙ base(x·R), R's last factor first; the bias is not scaled."""
         for r, *lie in reversed(self.factors(p)):
             x = block_matmul(x, r, *lie)
-        s = namespace(x).reshape(p["boft_s"], (-1,))
-        if base.bias is None:
-            return base(x) * s
-        return (base(x) - base.bias) * s + base.bias
+        y, s = base(x), namespace(x).reshape(p["boft_s"], (-1,))
+        return y * s if base.bias is None else (y - base.bias) * s + base.bias
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """(W′/s)·R: every output within a few roundings of it, however small s; NaN where s = 0."""

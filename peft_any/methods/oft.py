@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import creation_device, namespace
+from peft_any.backend import namespace
+from peft_any.blocks import block_matmul, cayley, cayley_neumann, skew
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.blocks import block_matmul, cayley, skew
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
 
@@ -91,21 +91,13 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
     def rotation(self, p: Params) -> Array:
         """R₁ … R_k (k, b, b), or (1, b, b) under `block_share`."""
         v = p["oft_R.weight" if "oft_R.weight" in p else "oft_embedding_R.weight"]
-        xp, b, terms = namespace(v), self.oft_block_size, self.num_cayley_neumann_terms
+        xp, terms = namespace(v), self.num_cayley_neumann_terms
         if self.coft:
             bound = self.eps / v.shape[0] ** 0.5
             norm2 = xp.sum(v * v, axis=1, keepdims=True) * (2.0 / bound**2)  # of Q, not of v
             v = v / xp.sqrt(xp.where(norm2 > 1.0, norm2, xp.ones_like(norm2)))
-        q = skew(v, b)
-        if not self.use_cayley_neumann:
-            return cayley(q)
-        eye = xp.eye(b, dtype=q.dtype, device=creation_device(q))
-        if terms <= 2:
-            return eye + (2.0 if terms == 2 else 0.0) * q
-        powers = eye + q
-        for _ in range(max(terms, 4) - 3):  # HF computes 4 terms where 3 are asked for
-            powers = eye + q @ powers
-        return powers + q @ powers
+        q = skew(v, self.oft_block_size)
+        return cayley_neumann(q, terms) if self.use_cayley_neumann else cayley(q)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W·Rᵀ; an embedding's flat weight is its table transposed: Rᵀ·W."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +36,7 @@ from peft import (
     PromptTuningConfig,
     VeraConfig,
 )
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -277,6 +280,49 @@ def write(name: str, folder: Path) -> None:
     (folder / TEXT).write_text(json.dumps(text, indent=2, sort_keys=True))
 
 
+def rules(count: int = 120) -> list[list[Any]]:
+    """Draw module names and target fields, with the names that Hugging Face PEFT chooses."""
+    rng = random.Random(0)
+    words = [
+        "layers",
+        "h",
+        "0",
+        "1",
+        "2",
+        "attn",
+        "q",
+        "k",
+        "mlp",
+        "experts",
+        "fc",
+        "xfc",
+        "head",
+        "score",
+        "enc",
+        "base",
+    ]
+    drawn: list[list[Any]] = []
+    while len(drawn) < count:
+        names = {".".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(8)}
+        ends = [".".join(n.split(".")[-rng.randint(1, 3) :]) for n in sorted(names)]
+        some = [sorted({*rng.choices(sorted(names) + ends, k=k)}) for k in (1, 2, 3)]
+        regex = [r".*\.(q|fc)", r"layers\.\d+\..*", r"(.*\.)?fc"]
+        fields: dict[str, Any] = {"target_modules": rng.choice([*some, *regex])}
+        fields["exclude_modules"] = rng.choice([None, None, some[0], r".*\.k"])
+        fields["modules_to_save"] = rng.choice([None, None, rng.choices(words)])
+        if isinstance(fields["target_modules"], list) and rng.random() < 0.6:
+            fields["layers_to_transform"] = rng.choice([0, 1, [1], [0, 2], []])
+            patterns = [None, "layers", "h", ["h", "layers"], "attn"]
+            fields["layers_pattern"] = rng.choice(patterns)
+        config = SimpleNamespace(target_parameters=None, **fields)
+        found = {n: check_target_module_exists(config, n) for n in sorted(names)}
+        hit = [n for n, r in found.items() if r and not isinstance(r, _ExcludedModule)]
+        if hit or rng.random() < 0.1:
+            given = {k: v for k, v in fields.items() if v is not None}
+            drawn.append([sorted(names), given, hit])
+    return drawn
+
+
 def bases() -> dict[str, nn.Module]:
     """Make the base checkpoints, by the function that does."""
     makers = {base for base, _ in MADE.values()}
@@ -299,7 +345,12 @@ def main() -> int:
                 tensors = [(at / name / TENSORS).read_bytes() for at in (root, FILES)]
                 if texts[0] != texts[1] or tensors[0] != tensors[1]:
                     different.append(name)
-        if not check:
+        choices = [json.dumps(rule, separators=(",", ":")) for rule in rules()]
+        text = "[\n" + ",\n".join(choices) + "\n]\n"
+        if check:
+            different += ["rules"] if (FILES / "rules.json").read_text() != text else []
+        else:
+            (FILES / "rules.json").write_text(text)
             for name, base in bases().items():
                 shapes = {k: list(v.shape) for k, v in base.state_dict().items()}
                 (FILES / f"{name}.json").write_text(json.dumps(shapes, indent=1) + "\n")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import peft
+import peft.tuners.boft.layer as hf_boft
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -24,6 +25,18 @@ from tests.cases import Case
 
 PREFIX = "base_model.model."
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
+
+
+class BlockDiagonal:
+    """What Hugging Face PEFT's CUDA kernel does; without one it takes no butterfly factor but 1."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        """Put blocks (factors, blocks, b, b) on the diagonals of (factors, n, n)."""
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+
+hf_boft._FBD_CUDA = BlockDiagonal
 
 
 @contextlib.contextmanager
@@ -124,13 +137,18 @@ class Result:
 
 def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name parameters as a file does."""
-    own = case.config.at(case.site).shapes(case.site)
-    frozen = case.config.frozen
+    own, saved = shapes_of(case), getattr(case.config, "save_projection", True)
     return {
         (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
         for k, v in params.items()
-        if k not in frozen
+        if k in own or saved
     }
+
+
+def targets_of(case: Case) -> list[str] | str:
+    """Say how a row's layer is named: IA³ wants feed-forward names among those of a list."""
+    named: list[str] | str = case.config.target_modules or [case.site.name]
+    return case.site.name if getattr(case.config, "feedforward_modules", None) else named
 
 
 def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.Tensor]:
@@ -153,6 +171,8 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
     assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
     if not pruned:
         assert {k: v.shape for k, v in ours.items()} == theirs
+    for key in ours.keys() - {f"{PREFIX}{case.site.name}.{k}" for k in shapes_of(case)}:
+        np.testing.assert_array_equal(ours[key], host(state[key]), err_msg=key)
     values = {k: noisy(v) for k, v in other.items()}
     return {k: torch.tensor(v) for k, v in ours.items()} | values
 
@@ -170,7 +190,7 @@ def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
 def attach(case: Case, base: Dense, model: nn.Module) -> Any:
     """Give a model a fresh adapter of the row's configuration."""
     config = case.config
-    given = {"target_modules": config.target_modules or [case.site.name]}
+    given: dict[str, Any] = {"target_modules": targets_of(case)}
     if getattr(config, "feedforward_modules", ()) is None:
         given["feedforward_modules"] = []  # null asks for a guess by the model's type
     with quietly():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +25,6 @@ rows = pytest.mark.parametrize(
     "case", [case for case in CASES if case.hf is None], ids=lambda case: case.name
 )
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
-
-EXCUSED = [
-    # HF says so at every start on a machine without a CUDA compiler.
-    ("ignore", ".*fbd_cuda.*"),
-    ("ignore", "Failed to load the CUDA extension.*"),
-]
-
 
 def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
     assert got.keys() == want.keys()
@@ -62,7 +58,7 @@ def test_what_hf_writes_we_read(case: Case, dtype: str, tmp_path: Path) -> None:
 def ours(case: Case, base: dict[str, np.ndarray], dtype: str) -> tuple[PeftModel, Adapter]:
     """Make an adapter without Hugging Face PEFT, with trained-looking values."""
     model = PeftModel(base, kinds={case.site.name: case.site})
-    config = replace(case.config, target_modules=case.config.target_modules or [case.site.name])
+    config = replace(case.config, target_modules=reference.targets_of(case))
     adapter = model.add("fresh", config, seed=5, dtype=dtype)
     rng = np.random.default_rng([5, 4])
     own = case.params(case.base(5, dtype=dtype), 5, dtype)
@@ -79,22 +75,50 @@ def ours(case: Case, base: dict[str, np.ndarray], dtype: str) -> tuple[PeftModel
     return model, adapter.replace(sites=sites, shared=shared)
 
 
+def loaded(case: Case, folder: Path, dtype: str, name: str) -> tuple[Any, set[str]]:
+    """Let Hugging Face PEFT load an adapter, and collect what it warns of."""
+    plain = reference.model_of(case.base(5, dtype=dtype))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(plain, folder, adapter_name=name)
+    return model, {str(w.message) for w in caught}
+
+
+@cache
+def own_warnings(case_name: str) -> frozenset[str]:
+    """What Hugging Face PEFT warns of when it loads its own file of a row."""
+    case = next(case for case in CASES if case.name == case_name)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = reference.run(case, Path(folder), seed=5).folder
+        return frozenset(loaded(case, saved, "float32", "default")[1]) if saved else frozenset()
+
+
 @rows
 @dtypes
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_what_we_write_hf_reads_without_a_warning(
     case: Case, dtype: str, name: str, tmp_path: Path
 ) -> None:
+    """No warning, that is, but those of its own file of the same row."""
     plain = reference.model_of(case.base(5, dtype=dtype))
     model, adapter = ours(case, reference.state_of(plain), dtype)
     model.add("a", adapter)
     model.activate("a")
     adapter.save(tmp_path / "a")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for action, message in EXCUSED:
-            warnings.filterwarnings(action, message)
-        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a", adapter_name=name)
+    theirs, said = loaded(case, tmp_path / "a", dtype, name)
+    assert said <= own_warnings(case.name)
     with reference.quietly():
         merged = reference.state_of(theirs.merge_and_unload())
     compare(model.merge(), merged, ROUNDING[dtype])
+
+
+def test_few_rows_make_hf_warn_of_its_own_files() -> None:
+    """A row that warns is one that Hugging Face PEFT cannot write without a warning either."""
+    noisy = {case.name: own_warnings(case.name) for case in CASES if case.hf is None}
+    said = [(name, text) for name, texts in noisy.items() for text in texts]
+    reasons = (
+        "rank_pattern keys did not match",  # AdaLoRA's masks, taken for LoRA's patterns
+        "`r` is not used in AdaLora",  # the row sets it
+        "vera_A and vera_B",  # the row asks not to save them
+    )
+    assert not [(name, text) for name, text in said if not any(r in text for r in reasons)]

@@ -1,0 +1,160 @@
+"""Prefix tuning: trained keys and values before those of every attention layer.
+
+Li & Liang 2021, https://arxiv.org/abs/2101.00190.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.method import Prompt
+from peft_any.prompts import draw_encoder, encode, fresh, prepend
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
+    """k′ = [K; k], v′ = [V; v] along the tokens, K and V (heads, T, d/heads) in each layer.
+
+    `prompt_embeddings` (T, 2·L·d) holds them all, T = `num_virtual_tokens`, L = `num_layers`:
+    a row is (layer, key or value, head, channel). With grouped-query attention d = `token_dim`
+    and `num_attention_heads` are those of the keys. Attention masks grow by ones:
+    `peft_any.prompts.extend_mask`.
+
+    init_weights: null (standard normal) or "zero".
+    prefix_projection: the table is trained as U₂·tanh(U₁·e + b₁) + b₂, e (T, d) and a hidden
+        width `encoder_hidden_size`; a file holds the resulting table alone. Train what
+        `projection` draws through `project`; once saved, the table itself is all there is.
+    """
+
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+    def __post_init__(self) -> None:
+        heads, d = self.num_attention_heads, self.token_dim
+        if self.init_weights not in (None, "zero"):
+            raise ConfigError(f"{self.where}: init_weights={self.init_weights!r}: null or 'zero'")
+        if heads and d and d % heads:
+            raise ConfigError(
+                f"{self.where}: token_dim={d} cannot be split into num_attention_heads={heads}: "
+                "both are those of the keys under grouped-query attention"
+            )
+
+    def shapes(self) -> dict[str, Shape]:
+        """The table of all keys and values."""
+        width = 2 * self.size("num_layers") * self.size("token_dim")
+        return {"prompt_embeddings": (self.size("num_virtual_tokens"), width)}
+
+    def init(self, new: Fresh) -> Params:
+        """Draw the table; under `prefix_projection` the one that a fresh net gives."""
+        if self.prefix_projection:
+            return self.project(self.projection(new))
+        (shape,) = self.shapes().values()
+        draw = new.zeros if self.init_weights == "zero" else new.normal
+        return {"prompt_embeddings": draw(shape)}
+
+    def projection(self, new: Fresh) -> Params:
+        """Draw the net that makes the table: torch's layers, under their own names."""
+        ((count, width),), d = self.shapes().values(), self.size("token_dim")
+        net = draw_encoder(new, count, d, self.encoder_hidden_size or d, width)
+        if self.init_weights == "zero":
+            last = ("transform.2.weight", "transform.2.bias")
+            net |= {name: new.zeros(tuple(net[name].shape)) for name in last}
+        return net
+
+    def project(self, net: Params) -> Params:
+        """Compute the table from the net that `projection` drew and training changed."""
+        return {"prompt_embeddings": encode(net)}
+
+    def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
+        """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
+        layers = []
+        for pair in map(partial(self._pair, p), range(self.size("num_layers"))):
+            k, v = (namespace(a).broadcast_to(a, (batch, *a.shape)) for a in pair)
+            layers.append((k, v))
+        return layers
+
+    def concat_to_kv(self, p: Params, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
+        """Put a layer's prefix before its keys and values.
+
+        Parameters
+        ----------
+        p : dict of arrays
+        k, v : array (..., heads, tokens, d/heads)
+        layer : int
+
+        Returns
+        -------
+        k, v : array (..., heads, T + tokens, d/heads)
+            In the dtypes of those given.
+
+        Raises
+        ------
+        ShapeError
+            If heads or widths differ, or there is no such layer.
+        """
+        longer = []
+        for x, prefix in zip((k, v), self._pair(p, layer), strict=True):
+            heads, _, width = prefix.shape
+            if x.ndim < 3 or (x.shape[-3], x.shape[-1]) != (heads, width):
+                raise ShapeError(
+                    f"{self.where}: keys or values of shape {tuple(x.shape)} cannot follow a "
+                    f"prefix: they must be (..., {heads}, tokens, {width})"
+                )
+            longer.append(prepend(prefix, x))
+        return longer[0], longer[1]
+
+    def layer(self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32") -> PrefixLayer:
+        """Make the prefix alone, without a model."""
+        return PrefixLayer(self, self.init(fresh(seed, backend, dtype)))
+
+    def _pair(self, p: Params, layer: int) -> list[Array]:
+        """One layer's K and V (heads, T, d/heads)."""
+        if not 0 <= layer < self.size("num_layers"):
+            raise ShapeError(
+                f"{self.where}: layer {layer} cannot have a prefix: num_layers={self.num_layers}"
+            )
+        # HF repeats the layers for an encoder-decoder's n = 2 and deals them out n at a time.
+        at = layer * self.submodules % self.size("num_layers")
+        table, d = p["prompt_embeddings"], self.size("token_dim")
+        heads, xp = self.size("num_attention_heads"), namespace(table)
+        shape = (table.shape[0], heads, d // heads)
+        rows = [table[:, i * d : (i + 1) * d] for i in (2 * at, 2 * at + 1)]
+        return [xp.permute_dims(xp.reshape(a, shape), (1, 0, 2)) for a in rows]
+
+
+@dataclass(frozen=True)
+class PrefixLayer:
+    """A prefix with its parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sizes = {"num_layers": 2, "token_dim": 6, "num_attention_heads": 3}
+    >>> layer = PrefixTuningConfig(num_virtual_tokens=4, **sizes).layer(seed=0)
+    >>> k, v = layer.concat_to_kv(np.zeros((1, 3, 5, 2)), np.zeros((1, 3, 5, 2)), layer=1)
+    >>> k.shape
+    (1, 3, 9, 2)
+    """
+
+    config: PrefixTuningConfig
+    params: Params
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(prod(a.shape) for a in self.params.values())
+
+    def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
+        """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
+        return self.config.key_values(self.params, batch)
+
+    def concat_to_kv(self, k: Array, v: Array, layer: int = 0) -> tuple[Array, Array]:
+        """Put a layer's prefix before its keys and values (..., heads, tokens, d/heads)."""
+        return self.config.concat_to_kv(self.params, k, v, layer)

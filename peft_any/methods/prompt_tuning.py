@@ -1,0 +1,143 @@
+"""Prompt tuning: trained virtual tokens before the embedded input.
+
+Lester et al. 2021, https://arxiv.org/abs/2104.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import dtype_name, is_floating
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.method import Prompt
+from peft_any.prompts import fresh, prepend, table_rows
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
+    """x′ = [P; x]: the rows of P stand before the embedded input x (..., tokens, d).
+
+    `prompt_embeddings` (n·T, d), T = `num_virtual_tokens`, d = `token_dim`, holds one P for each
+    of n = `num_transformer_submodules` (null: 2, the encoder's and the decoder's, if `task_type`
+    is SEQ_2_SEQ_LM; otherwise 1). Attention masks grow by ones: `peft_any.prompts.extend_mask`.
+
+    prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (rows drawn from the embedding
+        table) or "TEXT" (the rows of a text's tokens, repeated or cut to length; there is no
+        tokenizer here: give `layer` their numbers).
+    """
+
+    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        init, text = self.prompt_tuning_init, self.prompt_tuning_init_text
+        if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
+            raise ConfigError(
+                f"{self.where}: prompt_tuning_init={init!r} is unknown: RANDOM, SAMPLE_VOCAB, TEXT"
+            )
+        if init == "TEXT" and (text is None or not self.tokenizer_name_or_path):
+            raise ConfigError(
+                f"{self.where}: prompt_tuning_init='TEXT' cannot stand alone: name the text and "
+                "its tokenizer, prompt_tuning_init_text and tokenizer_name_or_path"
+            )
+
+    def shapes(self) -> dict[str, Shape]:
+        """The table of virtual tokens."""
+        rows = self.size("num_virtual_tokens") * self.submodules
+        return {"prompt_embeddings": (rows, self.size("token_dim"))}
+
+    def init(self, new: Fresh, tokens: Sequence[int] | None = None) -> Params:
+        """Draw the table, or take rows of the embedding table that is `new`'s base."""
+        shape, init = self.shapes()["prompt_embeddings"], self.prompt_tuning_init
+        if init == "RANDOM":
+            return {"prompt_embeddings": new.normal(shape)}
+        if init == "TEXT" and tokens is None:
+            raise ConfigError(
+                f"{self.where}: prompt_tuning_init='TEXT' cannot be computed without a tokenizer: "
+                "give the text's numbers, layer(weight=…, tokens=[…]), or use 'SAMPLE_VOCAB'"
+            )
+        columns = new.base_for(self.where, f"prompt_tuning_init={init!r}").weight
+        if columns.shape[0] != shape[1]:
+            raise ShapeError(
+                f"{self.where}: an embedding table of width {columns.shape[0]} cannot start a "
+                f"prompt of token_dim={shape[1]}"
+            )
+        chosen = tokens if init == "TEXT" else None
+        return {"prompt_embeddings": table_rows(columns, shape[0], chosen, new)}
+
+    def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
+        """Put the virtual tokens before embedded input.
+
+        Parameters
+        ----------
+        p : dict of arrays
+        embeds : array (..., tokens, d), floating
+        submodule : int
+            Whose input it is: 0, or 1 for the decoder's of an encoder-decoder.
+
+        Returns
+        -------
+        array (..., T + tokens, d)
+            In `embeds`'s dtype.
+
+        Raises
+        ------
+        ShapeError
+            If the widths differ, `embeds` are token numbers, or there is no such submodule.
+        """
+        table, count = p["prompt_embeddings"], self.size("num_virtual_tokens")
+        if embeds.ndim < 2 or embeds.shape[-1] != table.shape[1] or not is_floating(embeds):
+            raise ShapeError(
+                f"{self.where}: {dtype_name(embeds)} of shape {tuple(embeds.shape)} cannot follow "
+                f"a prompt: embed the tokens first, as (..., tokens, {table.shape[1]})"
+            )
+        if not 0 <= submodule < self.submodules:
+            raise ShapeError(
+                f"{self.where}: submodule {submodule} cannot have a prompt: there are "
+                f"{self.submodules}; set num_transformer_submodules"
+            )
+        return prepend(table[submodule * count : (submodule + 1) * count, :], embeds)
+
+    def layer(
+        self,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        dtype: str = "float32",
+        weight: Array | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> PromptLayer:
+        """Make the prompt alone; `weight` (vocabulary, d) and `tokens` serve its initial values."""
+        return PromptLayer(self, self.init(fresh(seed, backend, dtype, weight), tokens))
+
+
+@dataclass(frozen=True)
+class PromptLayer:
+    """A prompt with its parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = PromptTuningConfig(num_virtual_tokens=20, token_dim=768).layer(seed=0)
+    >>> layer.prepend(np.zeros((2, 100, 768), dtype="float32")).shape
+    (2, 120, 768)
+    """
+
+    config: PromptTuningConfig
+    params: Params
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(prod(a.shape) for a in self.params.values())
+
+    def prepend(self, embeds: Array, submodule: int = 0) -> Array:
+        """Put the virtual tokens before embedded input (..., tokens, d)."""
+        return self.config.prepend(self.params, embeds, submodule)

@@ -1,0 +1,149 @@
+"""What methods that make virtual tokens share: initial rows, and masks that cover them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peft_any._typing import Array, Params
+from peft_any.backend import (
+    astype,
+    creation_device,
+    dtype_name,
+    from_numpy_like,
+    namespace,
+    resolve,
+    to_numpy,
+)
+from peft_any.errors import ConfigError
+from peft_any.layer import Dense, Site, linear
+from peft_any.rng import Fresh
+
+
+def extend_mask(mask: Array, count: int, value: int = 1) -> Array:
+    """Lengthen a mask, or labels, by virtual tokens in front.
+
+    Parameters
+    ----------
+    mask : array (..., tokens)
+        An attention mask, or labels.
+    count : int
+        How many virtual tokens there are.
+    value : int
+        What stands for them: 1 in a mask; in labels the number that the loss ignores (-100).
+
+    Returns
+    -------
+    array (..., count + tokens)
+        In the mask's dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> extend_mask(np.asarray([[0, 1]]), 3)
+    array([[1, 1, 1, 0, 1]])
+    """
+    xp = namespace(mask)
+    fill = bool(value) if dtype_name(mask) == "bool" else value
+    shape, device = (*mask.shape[:-1], count), creation_device(mask)
+    virtual = xp.full(shape, fill, dtype=mask.dtype, device=device)
+    longer: Array = xp.concat([virtual, mask], axis=-1)
+    return longer
+
+
+def prepend(rows: Array, x: Array) -> Array:
+    """Put rows before others along the last but one axis.
+
+    Parameters
+    ----------
+    rows : array (..., T, d)
+        Repeated along the leading axes that `x` has more.
+    x : array (..., tokens, d), floating
+
+    Returns
+    -------
+    array (..., T + tokens, d)
+        In `x`'s dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> prepend(np.zeros((2, 3)), np.ones((5, 4, 3))).shape
+    (5, 6, 3)
+    """
+    xp, rows = namespace(rows, x), astype(rows, dtype_name(x))
+    rows = xp.broadcast_to(rows, (*x.shape[: x.ndim - rows.ndim], *rows.shape))
+    longer: Array = xp.concat([rows, x], axis=-2)
+    return longer
+
+
+def fresh(seed: int, backend: str, dtype: str, weight: Array | None = None) -> Fresh:
+    """Open the draws of a prompt that stands alone, perhaps beside an embedding table (V, d)."""
+    if weight is None:
+        return Fresh(seed, resolve(backend), dtype=dtype)
+    vocabulary, d = weight.shape
+    base = Dense.of(weight, None, Site("embeddings", vocabulary, d, "Embedding", bias=False))
+    return Fresh(seed, resolve(backend, weight), dtype=dtype, base=base)
+
+
+def table_rows(columns: Array, count: int, tokens: Sequence[int] | None, new: Fresh) -> Array:
+    """Take rows of an embedding table as initial virtual tokens.
+
+    Parameters
+    ----------
+    columns : array (d, vocabulary)
+        The table's flat weight, as in `Dense`.
+    count : int
+    tokens : sequence of int, optional
+        Which rows, repeated or cut to `count`; by default drawn with equal chances.
+    new : Fresh
+
+    Returns
+    -------
+    array (count, d)
+
+    Raises
+    ------
+    ConfigError
+        If there are no tokens, or some that the table does not have.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> new = fresh(0, "numpy", "float32")
+    >>> table_rows(np.asarray([[5.0, 6.0, 7.0]]), 3, [2, 0], new)
+    array([[7.],
+           [5.],
+           [7.]], dtype=float32)
+    """
+    vocabulary = columns.shape[1]
+    chosen = new.host.integers(0, vocabulary, count)
+    if tokens is not None:
+        strange = [t for t in tokens if not 0 <= t < vocabulary]
+        if strange or not tokens:
+            raise ConfigError(
+                f"tokens {strange[:5]}: cannot start a prompt: give at least one number, each from "
+                f"0 to {vocabulary - 1}"
+            )
+        chosen[:] = [tokens[i % len(tokens)] for i in range(count)]
+    xp = namespace(columns)
+    rows = xp.take(columns, from_numpy_like(chosen, columns), axis=1)
+    drawn: Array = new.array(to_numpy(xp.matrix_transpose(rows)))
+    return drawn
+
+
+def draw_encoder(new: Fresh, count: int, d: int, hidden: int, width: int) -> Params:
+    """Draw the net of `encode`, as torch draws its layers."""
+    return {
+        "embedding.weight": new.normal((count, d)),
+        "transform.0.weight": new.kaiming((hidden, d)),
+        "transform.0.bias": new.uniform((hidden,), d**-0.5),
+        "transform.2.weight": new.kaiming((width, hidden)),
+        "transform.2.bias": new.uniform((width,), hidden**-0.5),
+    }
+
+
+def encode(net: Params) -> Array:
+    """Compute U₂·tanh(U₁·e + b₁) + b₂ (count, width) of embeddings e (count, d)."""
+    inner, outer = ((net[f"transform.{i}.weight"], net[f"transform.{i}.bias"]) for i in (0, 2))
+    hidden = linear(net["embedding.weight"], *inner)
+    return linear(namespace(hidden).tanh(hidden), *outer)

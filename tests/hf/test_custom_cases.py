@@ -1,0 +1,278 @@
+"""The toy models and configurations with which Hugging Face PEFT tests its own methods.
+
+Its table (``TEST_CASES`` of its ``tests/test_custom_models.py``) has 155 rows of these methods;
+each of them stands here, in our own words, or under `LEFT_OUT` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.errors import PeftError  # noqa: E402
+from peft_any.model import PeftModel  # noqa: E402
+from tests.hf.reference import quietly, state_of  # noqa: E402
+from tests.hf.test_models import compare, fill  # noqa: E402
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"lin0": lambda: nn.Linear(10, 20), "lin1": lambda: nn.Linear(20, 2)},
+    "wide": {"lin0": lambda: nn.Linear(10, 32), "lin1": lambda: nn.Linear(32, 2)},
+    "table": {
+        "emb": lambda: nn.Embedding(100, 5),
+        "conv1d": lambda: Conv1D(1, 5),
+        "lin0": lambda: nn.Linear(10, 2),
+    },
+    "conv1": {"conv": lambda: nn.Conv1d(1, 1, 2), "lin0": lambda: nn.Linear(9, 2)},
+    "conv1-big": {"conv": lambda: nn.Conv1d(64, 16, 2), "lin0": lambda: nn.Linear(144, 2)},
+    "conv1-groups": {"conv": lambda: nn.Conv1d(8, 8, 3, groups=2)},
+    "conv2": {"conv": lambda: nn.Conv2d(5, 10, 3), "lin0": lambda: nn.Linear(10, 2)},
+    "conv2-even": {"lin0": lambda: nn.Linear(10, 40), "conv": lambda: nn.Conv2d(8, 32, 3)},
+    "conv2-1x1": {"conv": lambda: nn.Conv2d(1, 10, 1), "lin0": lambda: nn.Linear(90, 2)},
+    "conv2-groups-8": {"conv": lambda: nn.Conv2d(16, 16, 3, groups=8)},
+    "conv2-groups-2": {"conv": lambda: nn.Conv2d(16, 32, 3, padding=1, groups=2)},
+    "conv3": {"conv": lambda: nn.Conv3d(5, 10, 3), "lin0": lambda: nn.Linear(10, 2)},
+    "attention": {"mha": lambda: nn.MultiheadAttention(10, 2), "lin0": lambda: nn.Linear(10, 2)},
+}
+FIRST, SECOND, BOTH = ["lin0"], ["lin1"], ["lin0", "lin1"]
+CONV, MORE = ["conv"], ["conv", "lin0"]
+SAVED = {"modules_to_save": SECOND}
+
+Row = tuple[str, str, Any, dict[str, Any]]
+
+
+def over(method: str, rows: list[tuple[str, Any, dict[str, Any]]]) -> list[Row]:
+    """Name the method of several rows."""
+    return [(method, model, targets, fields) for model, targets, fields in rows]
+
+
+def on_mlp(*, dropouts: list[dict[str, Any]]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """The targets that most methods are tried with on two linear layers."""
+    rows: list[tuple[str, Any, dict[str, Any]]] = [
+        ("mlp", targets, {}) for targets in ("lin0", FIRST, SECOND, BOTH)
+    ]
+    return [*rows, ("mlp", FIRST, SAVED), *(("mlp", FIRST, fields) for fields in dropouts)]
+
+
+DORA = {"use_dora": True}
+BIASED = {"lora_bias": True, "lora_alpha": 32}
+EFFECTIVE = {"use_effective_conv2d": True}
+LORA = over("LORA", [
+    *on_mlp(dropouts=[{"lora_alpha": 4, "lora_dropout": 0.1}]),
+    ("mlp", FIRST, DORA),
+    ("mlp", BOTH, DORA),
+    ("mlp", "lin1", {**DORA, "lora_alpha": 32}),
+    *(("table", t, f) for f in ({}, DORA) for t in (["conv1d"], ["emb"], ["emb", "conv1d"])),
+    ("table", ["conv1d"], {"trainable_token_indices": {"emb": [0, 10]}}),
+    *(("conv1", CONV, f) for f in ({}, DORA)),
+    *(("conv2", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
+    *((f"conv2-groups-{g}", CONV, f) for f in ({}, DORA) for g in (8, 2)),
+    *(("conv3", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
+    ("mlp", BOTH, BIASED),
+    ("conv2", CONV, BIASED),
+    ("conv3", CONV, BIASED),
+    ("attention", ["mha"], {}),
+    ("attention", ["mha", "lin0"], {}),
+])
+ADALORA = over("ADALORA", [
+    ("mlp", FIRST, {"orth_reg_weight": 0}),
+    ("mlp", BOTH, {}),
+    ("conv2", CONV, {}),
+    ("conv2", MORE, {}),
+])
+IA3 = over("IA3", [
+    ("mlp", "lin0", {}),
+    ("mlp", "lin0", {"feedforward_modules": "lin0"}),
+    *(("mlp", t, {"feedforward_modules": f}) for t in (FIRST, SECOND, BOTH) for f in ([], t)),
+    ("mlp", FIRST, {"feedforward_modules": FIRST, **SAVED}),
+    ("table", ["conv1d"], {"feedforward_modules": ["conv1d"]}),
+    ("table", ["conv1d", "lin0"], {"feedforward_modules": ["conv1d", "lin0"]}),
+    ("table", ["conv1d"], {"feedforward_modules": ["conv1d"], "modules_to_save": FIRST}),
+    *(
+        (model, t, {"feedforward_modules": f})
+        for model in ("conv2", "conv3")
+        for t, f in ((CONV, []), (CONV, CONV), (MORE, []), (MORE, CONV), (MORE, MORE))
+    ),
+])
+LOHA = over("LOHA", [
+    *on_mlp(dropouts=[{"alpha": 4, "module_dropout": 0.1}, {"rank_dropout": 0.5}]),
+    *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
+    ("conv1", CONV, {}),
+    ("conv1", CONV, {"r": 8}),
+    ("conv1", CONV, {"r": 2}),
+    ("conv1-groups", CONV, {"r": 4}),
+    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
+    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
+    ("conv2-1x1", CONV, {}),
+    ("conv2-groups-8", CONV, {}),
+    ("conv2-groups-2", CONV, {}),
+])
+LOKR = over("LOKR", [
+    *on_mlp(dropouts=[
+        {"alpha": 4, "module_dropout": 0.1},
+        {"rank_dropout": 0.5},
+        {"decompose_both": True, "r": 1, "alpha": 1},
+    ]),
+    ("conv1", CONV, {}),
+    ("conv1", CONV, {"r": 2}),
+    ("conv1-groups", CONV, {"r": 4}),
+    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
+    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
+    *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
+    ("conv2-1x1", CONV, {}),
+    *(
+        ("conv2", MORE, {**EFFECTIVE, **f})
+        for f in (
+            {"decompose_both": True},
+            {"decompose_factor": 4},
+            {"decompose_both": True, "decompose_factor": 4},
+        )
+    ),
+    ("conv2-groups-8", CONV, {}),
+    ("conv2-groups-2", CONV, {}),
+])
+TWO = {"r": 2, "oft_block_size": 0}
+PAIRS = {"r": 0, "oft_block_size": 2}
+EXACT = {"use_cayley_neumann": False}
+NEAR = {"coft": True, "eps": 0.01}
+SHARED = {"block_share": True}
+OFT = over("OFT", [
+    ("mlp", "lin0", {**TWO, **EXACT}),
+    *(
+        ("mlp", FIRST, {**size, **fields})
+        for size, fields in (
+            (TWO, EXACT),
+            (TWO, {**EXACT, **SAVED}),
+            (TWO, {**EXACT, "module_dropout": 0.1}),
+            (TWO, NEAR),
+            (TWO, {**EXACT, **SHARED}),
+            (TWO, {**NEAR, **SHARED}),
+            (PAIRS, {}),
+            (PAIRS, EXACT),
+            (PAIRS, {**NEAR, **SHARED}),
+            (PAIRS, {**NEAR, **SHARED, **EXACT}),
+        )
+    ),
+    *(("table", ["emb"], {"r": 1, "oft_block_size": 0, **f}) for f in ({}, SHARED)),
+    *(
+        ("conv2", CONV, {"r": 5, "oft_block_size": 0, **f})
+        for f in ({}, {"coft": True}, SHARED, {"coft": True, **SHARED})
+    ),
+])
+
+
+def blocks(size: int, number: int, factor: int = 1) -> dict[str, Any]:
+    """BOFT's sizes: one of block size and number is 0."""
+    return {
+        "boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": factor
+    }
+
+
+BOFT = over("BOFT", [
+    ("mlp", SECOND, {"boft_block_size": 2}),
+    ("mlp", SECOND, {"boft_block_size": 2, "modules_to_save": FIRST}),
+    ("mlp", SECOND, {"boft_block_size": 2, "boft_dropout": 0.1}),
+    ("mlp", SECOND, blocks(2, 0)),
+    ("mlp", SECOND, blocks(0, 2)),
+    ("mlp", SECOND, blocks(10, 0, 2)),
+    ("conv2", CONV, blocks(45, 0)),
+    ("conv2", CONV, blocks(0, 1)),
+    ("wide", SECOND, blocks(2, 0, 3)),
+    ("wide", SECOND, blocks(0, 8, 3)),
+    ("conv2-even", CONV, blocks(2, 0, 2)),
+    ("conv2-even", CONV, blocks(2, 0, 3)),
+])
+VERA = over("VERA", [*on_mlp(dropouts=[]), ("table", ["conv1d"], {})])
+ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
+
+LEFT_OUT = {
+    "LORA with kasa_config": (1, "KaSA comes with the methods that follow"),
+    "LORA with init_lora_weights='mica'": (1, "likewise; such a file loads as a plain LoRA"),
+    "LORA with velora_config": (3, "likewise"),
+    "LORA with monteclora_config": (1, "likewise"),
+    "LORA with target_parameters": (2, "likewise"),
+    "LORA with use_bdlora": (3, "likewise"),
+}
+"""Rows of the table that are not here: how many, and why."""
+THEIRS = {"LORA": 46, "ADALORA": 4, "IA3": 22, "LOHA": 20, "LOKR": 23, "OFT": 17, "BOFT": 12, "VERA": 6}
+"""How many rows Hugging Face PEFT's table has."""
+
+
+def unmergeable(method: str, model: str) -> str | None:
+    """Say why Hugging Face PEFT itself cannot merge a row."""
+    if method == "LORA" and "groups" in model:
+        return "HF PEFT raises NotImplementedError: the factors mix all channels of all groups"
+    return None
+
+
+class Net(nn.Module):
+    """A toy model: its layers by name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        for layer, make in MODELS[name].items():
+            self.add_module(layer, make())
+
+
+def adapted(method: str, model: str, targets: Any, fields: dict[str, Any]) -> tuple[Any, Any]:
+    """Give the state dict of the base, and the model with a trained-looking adapter."""
+    plain = Net(model).eval()
+    with torch.no_grad():  # a Conv1D starts at 0.02
+        for parameter in plain.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    weights = state_of(plain)
+    extra: dict[str, Any] = {"target_modules": targets}
+    extra |= {"total_step": 1} if method == "ADALORA" else {}
+    extra |= {"feedforward_modules": []} if method == "IA3" else {}
+    make = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    with quietly():
+        theirs = peft.get_peft_model(plain, make(**{**extra, **fields})).eval()
+    fill(theirs, "default", 1)
+    return weights, theirs
+
+
+def label(row: Row) -> str:
+    method, model, targets, fields = row
+    said = [f"{k}={v}" for k, v in fields.items() if k != "target_modules"]
+    return "-".join([method.lower(), model, "+".join(np.atleast_1d(targets)), *said])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=label)
+def test_our_merge_is_hfs(row: Row, tmp_path: Path) -> None:
+    method, model, targets, fields = row
+    weights, theirs = adapted(method, model, targets, fields)
+    with quietly():
+        theirs.save_pretrained(tmp_path / "a")
+    ours = PeftModel(weights)
+    if unmergeable(method, model):
+        with pytest.raises(NotImplementedError), quietly():
+            theirs.merge_and_unload()
+        with pytest.raises(PeftError, match="conv"):
+            ours.add("a", Adapter.load(tmp_path / "a"))
+        return
+    ours.add("a", Adapter.load(tmp_path / "a"))
+    with quietly():
+        want = state_of(theirs.merge_and_unload())
+    compare(ours.merge(), want)
+
+
+def test_every_row_of_hfs_table_is_here_or_left_out_with_a_reason() -> None:
+    left_out = sum(number for number, _ in LEFT_OUT.values())
+    counts = Counter(method for method, _, _, _ in ROWS)
+    counts["LORA"] += left_out
+    assert counts == THEIRS
+    refused = sum(bool(unmergeable(method, model)) for method, model, _, _ in ROWS)
+    print(
+        f"\n{len(ROWS) - refused} merges compared, {refused} refused by both, {left_out} left out"
+    )

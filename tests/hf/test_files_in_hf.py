@@ -1,0 +1,140 @@
+"""What we write, Hugging Face PEFT loads: every tensor, under any name, without a warning."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+make_files = pytest.importorskip("tests.golden.make_files")
+
+from peft.utils import get_peft_model_state_dict  # noqa: E402
+
+from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.io.safetensors import read_safetensors  # noqa: E402
+from peft_any.model import PeftModel  # noqa: E402
+from peft_any.registry import Config, method_for  # noqa: E402
+
+pytestmark = pytest.mark.hf
+FILES = make_files.FILES
+
+KNOWN = {
+    # one flag for layers of both orientations
+    "": "fan_in_fan_out is set to",
+    # the masks of a pruned AdaLoRA are no ranks of LoRA's
+    "adalora": "The following rank_pattern keys did not match",
+    "vera-seeded": "Specified to not (save|load) vera_A and vera_B",
+    # of the machine
+    "boft": "(Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1)",
+    "gradient": "`is_gradient_checkpointing` is deprecated",
+}
+"""What Hugging Face PEFT and transformers say of their own files and models, too."""
+
+
+def load(base: Any, folder: Path, name: str) -> Any:
+    """Load an adapter with Hugging Face PEFT, where every other warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for said in KNOWN.values():
+            warnings.filterwarnings("ignore", said)
+        return peft.PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+
+
+def tensors_of(model: Any, name: str, **options: Any) -> dict[str, Any]:
+    """Give the tensors that Hugging Face PEFT would save again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model_state_dict(model, adapter_name=name, **options)
+
+
+def same(found: dict[str, Any], folder: Path) -> None:
+    written = read_safetensors(folder / make_files.TENSORS)
+    assert found.keys() == written.keys()
+    for key, value in written.items():
+        np.testing.assert_array_equal(found[key].detach().float(), value.astype("float32"), key)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize("name", [*make_files.MADE])
+def test_a_rewritten_file_is_loaded(name: str, adapter_name: str, tmp_path: Path) -> None:
+    Adapter.load(FILES / name).save(tmp_path / "a")
+    model = load(make_files.MADE[name][0](), tmp_path / "a", adapter_name)
+    options = {"save_embedding_layers": True} if name.startswith("embeddings") else {}
+    same(tensors_of(model, adapter_name, **options), tmp_path / "a")
+
+
+FRESH: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 2, "target_modules": ["fc1", "emb", "conv2"], "modules_to_save": ["score"]},
+    "ADALORA": {"init_r": 4, "target_modules": ["fc1"], "total_step": 10},
+    "IA3": {"target_modules": ["fc1", "fc2"], "feedforward_modules": ["fc2"]},
+    "LOHA": {"r": 2, "target_modules": ["fc1", "conv2"]},
+    "LOKR": {"r": 2, "target_modules": ["fc1", "conv2"]},
+    "OFT": {"oft_block_size": 4, "target_modules": ["fc1", "emb"]},
+    "BOFT": {"boft_block_size": 4, "target_modules": ["fc1", "conv2"]},
+    "VERA": {"r": 4, "target_modules": ["fc1"], "bias": "all"},
+}
+PROMPTS: dict[str, dict[str, Any]] = {
+    "PREFIX_TUNING": {},
+    "PROMPT_TUNING": {},
+}
+
+
+def fresh(config: Config, base: Any, folder: Path) -> None:
+    weights = {k: v.numpy() for k, v in base.state_dict().items()}
+    model = PeftModel(weights)
+    model.add("x", config, seed=1)
+    model["x"].save(folder)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize("method", [*FRESH])
+def test_a_fresh_adapter_is_loaded(method: str, adapter_name: str, tmp_path: Path) -> None:
+    base = make_files.make_net()
+    fresh(method_for(method)(**FRESH[method]), base, tmp_path / "a")
+    model = load(base, tmp_path / "a", adapter_name)
+    same(tensors_of(model, adapter_name), tmp_path / "a")
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {"bias": "all"},
+    {"bias": "lora_only"},
+    {"lora_bias": True},
+    {"use_dora": True},
+    {"target_modules": "all-linear", "exclude_modules": ["out_proj", "c1d"]},
+    {"target_modules": ["mha"]},
+    {"target_modules": ["mha", "fc1"], "bias": "all"},
+    {"trainable_token_indices": [3, 1]},
+    {"trainable_token_indices": {"emb": [5]}},
+    {"layers_to_transform": [1], "layers_pattern": "layers"},
+    {"rank_pattern": {"layers.0.fc1": 3}, "alpha_pattern": {"fc1": 9}},
+    {"use_rslora": True},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"},
+    {"target_modules": ["c1d"], "fan_in_fan_out": True},
+    {"modules_to_save": ["norm", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_fresh_lora_is_loaded(extra: dict[str, Any], tmp_path: Path) -> None:
+    base = make_files.make_net()
+    fields = {"r": 2, "target_modules": ["fc1"], **extra}
+    fresh(method_for("LORA")(**fields), base, tmp_path / "a")
+    model = load(base, tmp_path / "a", "other")
+    same(tensors_of(model, "other"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize("method", [*PROMPTS])
+def test_a_fresh_prompt_is_loaded(method: str, adapter_name: str, tmp_path: Path) -> None:
+    base = make_files.make_gpt()
+    fields = {"num_virtual_tokens": 3, "token_dim": 8, "num_transformer_submodules": 1}
+    fields |= {"task_type": "CAUSAL_LM", "num_layers": 2, "num_attention_heads": 2}
+    fresh(method_for(method)(**fields, **PROMPTS[method]), base, tmp_path / "a")
+    model = load(base, tmp_path / "a", adapter_name)
+    same(tensors_of(model, adapter_name), tmp_path / "a")
