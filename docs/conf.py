@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import generate  # noqa: E402 - it stands beside this file
+import generate
 
-import peft_any  # noqa: E402 - `generate` has put this tree on the path
+import peft_any
 
 project = "peft_any"
 author = "peft_any contributors"

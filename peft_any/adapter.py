@@ -66,7 +66,7 @@ class Adapter:
     spare : dict of str to array
         Tensors of the file without effect, by key: carried along.
     notes : tuple of str
-        What was let pass with ``strict=False``.
+        What a reader should know: fields without effect, what was let pass with `strict` false.
     """
 
     config: Config
@@ -111,21 +111,21 @@ class Adapter:
             Listing the tensors that cannot be an adapter's.
         """
         tensors, found = files.find_adapter(Path(path), configured=config is not None)
-        raw = None
+        raw, notes = None, []
         if config is None:
             raw = read_json(found)
-            config, _ = files.config_from_dict(raw, str(found))
+            config, more = files.config_from_dict(raw, str(found))
+            notes = files.unheard(more, str(found))
         files.refuse_unconverted(config, str(found))
         to = resolve(backend)
         with SafetensorsFile(tensors) as file:
-            metadata = dict(file.metadata)
             arrays = {key: from_numpy(file[key].copy(), to) for key in file}
         places, unknown = read_keys(config, arrays)
         if strict:
             refuse_unknown(str(tensors), unknown)
         adapter = cls._sorted(config, arrays, places)
         adapter._refuse_faults(str(tensors))  # noqa: SLF001 - its own class
-        return adapter.replace(metadata=metadata, raw=raw, notes=tuple(unknown))
+        return adapter.replace(metadata=dict(file.metadata), raw=raw, notes=(*notes, *unknown))
 
     @classmethod
     def _sorted(
@@ -140,8 +140,8 @@ class Adapter:
             else:
                 name = key if to.part == "spare" else to.module or to.name
                 parts[to.part][name] = array
-        shared, extra, tokens, spare = parts.values()
-        return cls(config, sites, shared, extra, tokens, spare=spare)
+        spare = parts.pop("spare")
+        return cls(config, sites, *parts.values(), spare=spare)
 
     def _refuse_faults(self, where: str) -> None:
         """Refuse what no base can make right."""
@@ -175,9 +175,8 @@ class Adapter:
         Parameters
         ----------
         path : path
-            The directory.
         overwrite : bool
-            Whether an existing adapter directory may be replaced.
+            Whether an existing directory may be replaced.
 
         Raises
         ------
@@ -275,7 +274,7 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(sum(counts.values()) for counts in self.counts.values())
+        return sum(n for counts in self.counts.values() for n in counts.values())
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -329,10 +328,14 @@ class Adapter:
         check_copies(self.config, self.extra, self.tokens, weights)
 
     def check(
-        self, weights: Mapping[str, Any], kinds: Mapping[str, Kind | Site] | None = None
+        self,
+        weights: Mapping[str, Any],
+        kinds: Mapping[str, Kind | Site] | None = None,
+        *,
+        strict: bool = True,
     ) -> dict[str, Site]:
         """Fit the adapter to a base, and give its sites: `targets.place`."""
-        return place(self, weights, kinds)
+        return place(self, weights, kinds, strict=strict)
 
     def check_finite(self) -> None:
         """Refuse NaN and infinities.

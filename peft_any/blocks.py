@@ -45,9 +45,9 @@ def skew(v: Array, b: int) -> Array:
 def inverse(a: Array) -> Array:
     """Invert matrices whose symmetric part is positive definite, by halves (Schur complement).
 
-    Products of stacks are many times faster than their factorisations. No half needs a pivot:
-    both its corner and its complement have a positive definite symmetric part again; of I + q
-    with q skew, the error is of the order ε·(1 + ‖q‖²).
+    Products of stacks are many times faster than factorisations. No half needs a pivot: the
+    corner and its complement have positive definite symmetric parts again. For I + q, q skew,
+    the error is of the order ε·(1 + ‖q‖²).
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def inverse(a: Array) -> Array:
             [ 0.5,  0.5]]])
     """
     xp, h = namespace(a), a.shape[-1] // 2
-    if h <= 4:
+    if h <= 8:  # smaller halves gain little, and take long to compile
         leaf: Array = xp.linalg.inv(a)
         return leaf
     corner, left = inverse(a[:, :h, :h]), a[:, h:, :h]

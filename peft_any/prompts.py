@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_any._typing import Array, Params
+from peft_any._typing import Array, Params, Shape
 from peft_any.backend import (
     astype,
     creation_device,
@@ -71,9 +71,15 @@ def prepend(rows: Array, x: Array) -> Array:
     (5, 6, 3)
     """
     xp, rows = namespace(rows, x), astype(rows, dtype_name(x))
-    rows = xp.broadcast_to(rows, (*x.shape[: x.ndim - rows.ndim], *rows.shape))
+    rows = spread(rows, tuple(x.shape[: x.ndim - rows.ndim]))
     longer: Array = xp.concat([rows, x], axis=-2)
     return longer
+
+
+def spread(a: Array, lead: Shape) -> Array:
+    """Repeat an array along new leading axes."""
+    repeated: Array = namespace(a).broadcast_to(a, (*lead, *a.shape))
+    return repeated
 
 
 def fresh(seed: int, backend: str, dtype: str, weight: Array | None = None) -> Fresh:
@@ -131,14 +137,24 @@ def table_rows(columns: Array, count: int, tokens: Sequence[int] | None, new: Fr
     return drawn
 
 
-def draw_encoder(new: Fresh, count: int, d: int, hidden: int, width: int) -> Params:
-    """Draw the net of `encode`, as torch draws its layers."""
+def draw_encoder(new: Fresh, sizes: Shape, *, zero: bool = False) -> Params:
+    """Draw the net of `encode`, as torch draws its layers; its last one `zero` if asked.
+
+    Parameters
+    ----------
+    new : Fresh
+    sizes : tuple of four int
+        Tokens, width of their embeddings, hidden width, width of the result.
+    zero : bool
+    """
+    count, d, hidden, width = sizes
+    last = (width, hidden)
     return {
         "embedding.weight": new.normal((count, d)),
         "transform.0.weight": new.kaiming((hidden, d)),
         "transform.0.bias": new.uniform((hidden,), d**-0.5),
-        "transform.2.weight": new.kaiming((width, hidden)),
-        "transform.2.bias": new.uniform((width,), hidden**-0.5),
+        "transform.2.weight": new.zeros(last) if zero else new.kaiming(last),
+        "transform.2.bias": new.uniform((width,), 0.0 if zero else hidden**-0.5),
     }
 
 

@@ -196,7 +196,7 @@ def place(
     if strict and config.target_modules and config.target_modules != "dummy-target-modules":
         every = layout(weights, kinds, config) | sites
         rules = Rules.of(config)
-        lost = rules.unmatched_targets(sites) if sites else []
+        lost = rules.unmatched_targets(every) if sites else []
         lost += [
             f"{name}: is targeted, and the adapter has no tensors for it"
             for name, site in every.items()

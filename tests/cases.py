@@ -9,11 +9,16 @@ import numpy as np
 
 from peft_any.backend import resolve
 from peft_any.layer import Dense, Site
+from peft_any.method import Prompt
 from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
+from peft_any.methods.oft import OFTConfig
+from peft_any.methods.prefix_tuning import PrefixTuningConfig
+from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
@@ -72,6 +77,10 @@ class Case:
 RANDOM = "HF's init_weights=False draws every factor"
 FC = Site("fc", 12, 32)
 MASK = [True, False, False, True, True, False]
+WTE = Site("wte", 11, 8, "Embedding", bias=False)
+FACTORS = "HF on a CPU, without its CUDA extension, silently takes one butterfly factor"
+# Truncated Cayley loses length in planes of singular value 1: the default K = 5 may come near.
+TRUNCATED = 3000.0
 HARD = "HF initialises every vector at random"
 
 CASES = [
@@ -332,5 +341,155 @@ CASES = [
     Case("vera-random", VeraConfig(r=4, init_weights=False), FC, identity=RANDOM),
     Case(
         "vera-conv1d-transposed", VeraConfig(r=4, fan_in_fan_out=True), Site("fc", 6, 9, "Conv1D")
+    ),
+    Case("oft", OFTConfig(oft_block_size=4), FC, reverts=TRUNCATED),
+    Case(
+        "oft-no-bias",
+        OFTConfig(oft_block_size=3),
+        Site("a.fc", 15, 7, bias=False),
+        reverts=TRUNCATED,
+    ),
+    Case("oft-r", OFTConfig(r=4, oft_block_size=0), FC, reverts=TRUNCATED),
+    Case("oft-block-above-size", OFTConfig(num_cayley_neumann_terms=2), Site("fc", 6, 5)),
+    Case("oft-block-no-divisor", OFTConfig(oft_block_size=5), FC, reverts=TRUNCATED),  # 4, not 6
+    Case(
+        "oft-r-no-divisor", OFTConfig(r=5, oft_block_size=0), FC, reverts=TRUNCATED
+    ),  # 4 blocks of 3
+    Case("oft-prime", OFTConfig(oft_block_size=5), Site("fc", 13, 7)),  # blocks of 1: no rotation
+    Case("oft-1-term", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=1), FC),  # no rotation
+    Case("oft-3-terms", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3), FC),
+    Case("oft-8-terms", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=8), FC),
+    Case("oft-exact", OFTConfig(oft_block_size=4, use_cayley_neumann=False), FC),
+    Case(
+        "oft-exact-odd",
+        OFTConfig(oft_block_size=19, use_cayley_neumann=False),
+        Site("fc", 57, 5, bias=False),
+        reverts=40,
+    ),
+    Case("oft-share", OFTConfig(oft_block_size=4, block_share=True), FC, reverts=TRUNCATED),
+    Case(
+        "oft-share-exact-r",
+        OFTConfig(r=3, oft_block_size=0, block_share=True, use_cayley_neumann=False),
+        FC,
+    ),
+    Case("oft-coft", OFTConfig(oft_block_size=4, coft=True, eps=0.9), FC),
+    Case("oft-coft-eps", OFTConfig(oft_block_size=4, coft=True), FC),
+    Case(
+        "oft-coft-share-exact",
+        OFTConfig(oft_block_size=4, coft=True, eps=0.3, block_share=True, use_cayley_neumann=False),
+        FC,
+    ),
+    Case(
+        "oft-random",
+        OFTConfig(oft_block_size=4, init_weights=False),
+        FC,
+        identity=RANDOM,
+        reverts=TRUNCATED,
+    ),
+    # HF sums overlapping patches: its fresh convolution is not the identity, nor its own merge.
+    Case(
+        "oft-conv2",
+        OFTConfig(oft_block_size=3),
+        Site("c", 4, 5, "Conv2d", (3, 3)),
+        reverts=TRUNCATED,
+    ),
+    Case(
+        "oft-conv2-exact-r",
+        OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False),
+        Site("c", 4, 5, "Conv2d", (3, 3), bias=False),
+    ),
+    Case(
+        "oft-conv2-1x1",
+        OFTConfig(oft_block_size=2),
+        Site("c", 6, 5, "Conv2d", (1, 1)),
+        reverts=TRUNCATED,
+    ),
+    Case("oft-embedding", OFTConfig(oft_block_size=4), WTE, reverts=TRUNCATED),
+    Case(
+        "oft-embedding-share-exact",
+        OFTConfig(r=2, oft_block_size=0, block_share=True, use_cayley_neumann=False),
+        WTE,
+    ),
+    Case("boft", BOFTConfig(), FC),
+    Case("boft-odd-blocks", BOFTConfig(boft_block_size=3), Site("a.fc", 15, 7, bias=False)),
+    Case("boft-num", BOFTConfig(boft_block_size=0, boft_block_num=2), Site("fc", 22, 7)),
+    Case("boft-one-block", BOFTConfig(boft_block_size=0, boft_block_num=1), Site("fc", 21, 7)),
+    Case("boft-2-factors", BOFTConfig(boft_n_butterfly_factor=2), Site("fc", 24, 7), hf=FACTORS),
+    Case(
+        "boft-4-factors",  # of b/2 = 1, fused to blocks of 16
+        BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=4),
+        Site("fc", 48, 5, bias=False),
+        reverts=40,
+        hf=FACTORS,
+    ),
+    Case(
+        "boft-3-factors-apart",  # too wide to fuse all: 64 and 128 fuse, the third stays alone
+        BOFTConfig(boft_block_size=0, boft_block_num=4, boft_n_butterfly_factor=3),
+        Site("fc", 256, 3),
+        reverts=60,
+        hf=FACTORS,
+    ),
+    Case("boft-random", BOFTConfig(init_weights=False), FC, identity=RANDOM),
+    Case("boft-conv2", BOFTConfig(boft_block_size=6), Site("c", 4, 5, "Conv2d", (3, 3))),
+    Case(
+        "boft-conv2-factors",
+        BOFTConfig(boft_block_size=6, boft_n_butterfly_factor=2),
+        Site("c", 4, 5, "Conv2d", (3, 3), bias=False),
+        hf=FACTORS,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """One row of a method that makes virtual tokens."""
+
+    name: str
+    config: Prompt
+    hf: str | None = None
+
+
+HEADS = {"num_attention_heads": 2, "num_layers": 3}
+
+PROMPTS = [
+    PromptCase("prompt", PromptTuningConfig(num_virtual_tokens=5, token_dim=12)),
+    PromptCase(
+        "prompt-encoder-decoder",
+        PromptTuningConfig(num_virtual_tokens=3, token_dim=7, task_type="SEQ_2_SEQ_LM"),
+    ),
+    PromptCase(
+        "prompt-vocabulary",
+        PromptTuningConfig(num_virtual_tokens=3, token_dim=7, prompt_tuning_init="SAMPLE_VOCAB"),
+    ),
+    PromptCase(
+        "prompt-text",
+        PromptTuningConfig(
+            num_virtual_tokens=4,
+            token_dim=7,
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text="classify this",
+            tokenizer_name_or_path="t5-base",
+        ),
+        hf="HF needs the tokenizer",
+    ),
+    PromptCase("prefix", PrefixTuningConfig(num_virtual_tokens=5, token_dim=12, **HEADS)),
+    PromptCase(
+        "prefix-zero",
+        PrefixTuningConfig(num_virtual_tokens=1, token_dim=6, init_weights="zero", **HEADS),
+    ),
+    PromptCase(
+        "prefix-projection",
+        PrefixTuningConfig(
+            num_virtual_tokens=4,
+            token_dim=6,
+            prefix_projection=True,
+            encoder_hidden_size=9,
+            **HEADS,
+        ),
+    ),
+    # Decoder layer l takes the keys and values of layer 2l mod L, as HF deals them out.
+    PromptCase(
+        "prefix-encoder-decoder",
+        PrefixTuningConfig(num_virtual_tokens=4, token_dim=6, task_type="SEQ_2_SEQ_LM", **HEADS),
     ),
 ]

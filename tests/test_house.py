@@ -20,8 +20,8 @@ LAYERS = [
     {"_libraries"},
     {"_arrays"},
     {"backend"},
-    {"linalg", "rng", "layer"},
-    {"starts", "registry"},
+    {"linalg", "blocks", "rng", "layer"},
+    {"starts", "registry", "prompts"},
     {"method"},
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"adapter"},
@@ -67,7 +67,8 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("path", modules(), ids=relative)
 def test_imports_run_one_way(path: Path) -> None:
     own = RANK[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
-    above = {m for m in imports(path) if (r := rank(m)) is not None and r > own}
+    found = imports(path) - {"peft_any.methods"}  # the bare folder, whose files are listed
+    above = {m for m in found if (r := rank(m)) is not None and r > own}
     assert not above
 
 
@@ -102,7 +103,7 @@ def test_rows_have_names_of_their_own() -> None:
 def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
     method = method_for(peft_type)
     module = sys.modules[method.__module__].__doc__ or ""
-    assert "https://" in module.splitlines()[0]
+    assert "https://" in module
     assert method.__doc__
     assert "(" in method.__doc__
 

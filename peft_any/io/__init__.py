@@ -1,0 +1,1 @@
+"""Files: safetensors, checkpoints, and Hugging Face PEFT's adapter directories."""

@@ -30,6 +30,20 @@ _UNCONVERTED = {
 }
 
 
+_IDLE = {
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "tokenizer_kwargs",
+}
+"""Fields of Hugging Face PEFT that act in training only, or with others that are refused."""
+
+
 def config_from_json(source: StrPath) -> tuple[Config, dict[str, Any]]:
     """Read a configuration file, or the JSON text itself.
 
@@ -92,6 +106,10 @@ def config_from_dict(
         )
     try:
         cls = method_for(name)
+    except KeyError:
+        raise ConfigError(
+            f"{where}: peft_type {name!r} is no method{nearest(name.upper(), method_names())}"
+        ) from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     _refuse(cls, raw, where)
@@ -125,6 +143,21 @@ def _refuse(cls: type[Config], raw: Mapping[str, Any], where: str) -> None:
             "\n".join(said) + "\nmerge such an adapter with Hugging Face PEFT, or convert it to a "
             "plain one there (convert_to_lora)"
         )
+
+
+def unheard(unknown: Mapping[str, Any], where: str) -> list[str]:
+    """Say which unknown fields are set: kept, and without effect here.
+
+    Examples
+    --------
+    >>> unheard({"megatron_core": "megatron.core", "new_trick": True}, "a.json")
+    ['a.json: the unknown field new_trick=True is kept and has no effect']
+    """
+    return [
+        f"{where}: the unknown field {field}={value!r} is kept and has no effect"
+        for field, value in unknown.items()
+        if value and field not in _IDLE
+    ]
 
 
 def _finite(value: Any, path: str) -> None:
@@ -198,7 +231,7 @@ def _plain(value: Any, field: Field[Any]) -> Any:
     """Write a whole number as Hugging Face PEFT does: as one, where the default is one."""
     if isinstance(value, float) and type(field.default) is int and value.is_integer():
         return int(value)
-    built = msgspec.to_builtins(value)
+    built = msgspec.to_builtins(sorted(value) if isinstance(value, set | frozenset) else value)
     if field.default is MISSING and isinstance(built, dict):
         return {
             k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in built.items()
@@ -261,6 +294,8 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
     """
     if not path.exists():
         raise StorageError(f"{path}: there is no such adapter; check the spelling")
+    if path.name == CONFIG_NAME and path.is_file():
+        path = path.parent
     if not path.is_dir():
         _refuse_pickle(path)
         beside = path.with_name(CONFIG_NAME)

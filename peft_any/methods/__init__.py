@@ -1,0 +1,1 @@
+"""One file per method, named after its `peft_type`."""

@@ -117,7 +117,8 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
         for r, *lie in reversed(self.factors(p)):
             x = block_matmul(x, r, *lie)
         y, s = base(x), namespace(x).reshape(p["boft_s"], (-1,))
-        return y * s if base.bias is None else (y - base.bias) * s + base.bias
+        scaled: Array = y * s if base.bias is None else (y - base.bias) * s + base.bias
+        return scaled
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """(W′/s)·R: every output within a few roundings of it, however small s; NaN where s = 0."""

@@ -26,12 +26,11 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     use_rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
     use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-    lora_bias: the bias gains s·b, b (n_out,).
-    rank_pattern, alpha_pattern: r and α of the sites whose names match.
+    lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
     init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
-        (B·A = 0 with neither zero; r even), or an initial B₀·A₀ taken out of the base, so that
-        ΔW = s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets
-        (Meng et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR factors
+        (B·A = 0 with neither zero; r even), or a B₀·A₀ taken out of the base, so that ΔW =
+        s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets (Meng
+        et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR factors
         (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); a file folds them into rank 2r.
     """
 
@@ -98,7 +97,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         p = starts.initial_factors(self.init_lora_weights, shapes, site, self.scaling, new)
         if self.lora_bias:
             bound = 0.0 if self.init_lora_weights else self.r**-0.5
-            p |= {"lora_B.bias": new.uniform((site.n_out,), bound)}
+            p["lora_B.bias"] = new.uniform((site.n_out,), bound)
         if self.use_dora:
             (q,), base = widen([p], new.base_for(site.name, "use_dora"))
             m = astype(row_norms(base.weight, *self.factors(q)), new.dtype)

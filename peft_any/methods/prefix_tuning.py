@@ -6,14 +6,13 @@ Li & Liang 2021, https://arxiv.org/abs/2101.00190.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.method import Prompt
-from peft_any.prompts import draw_encoder, encode, fresh, prepend
+from peft_any.prompts import draw_encoder, encode, fresh, prepend, spread
 from peft_any.rng import Fresh
 
 
@@ -23,8 +22,7 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
 
     `prompt_embeddings` (T, 2·L·d) holds them all, T = `num_virtual_tokens`, L = `num_layers`:
     a row is (layer, key or value, head, channel). With grouped-query attention d = `token_dim`
-    and `num_attention_heads` are those of the keys. Attention masks grow by ones:
-    `peft_any.prompts.extend_mask`.
+    and `num_attention_heads` are those of the keys. Masks grow by ones: `prompts.extend_mask`.
 
     init_weights: null (standard normal) or "zero".
     prefix_projection: the table is trained as U₂·tanh(U₁·e + b₁) + b₂, e (T, d) and a hidden
@@ -62,11 +60,8 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
     def projection(self, new: Fresh) -> Params:
         """Draw the net that makes the table: torch's layers, under their own names."""
         ((count, width),), d = self.shapes().values(), self.size("token_dim")
-        net = draw_encoder(new, count, d, self.encoder_hidden_size or d, width)
-        if self.init_weights == "zero":
-            last = ("transform.2.weight", "transform.2.bias")
-            net |= {name: new.zeros(tuple(net[name].shape)) for name in last}
-        return net
+        hidden, zero = self.encoder_hidden_size or d, self.init_weights == "zero"
+        return draw_encoder(new, (count, d, hidden, width), zero=zero)
 
     def project(self, net: Params) -> Params:
         """Compute the table from the net that `projection` drew and training changed."""
@@ -74,11 +69,8 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
 
     def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
         """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
-        layers = []
-        for pair in map(partial(self._pair, p), range(self.size("num_layers"))):
-            k, v = (namespace(a).broadcast_to(a, (batch, *a.shape)) for a in pair)
-            layers.append((k, v))
-        return layers
+        pairs = [self._pair(p, i) for i in range(self.size("num_layers"))]
+        return [(spread(k, (batch,)), spread(v, (batch,))) for k, v in pairs]
 
     def concat_to_kv(self, p: Params, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
         """Put a layer's prefix before its keys and values.
@@ -116,12 +108,10 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
 
     def _pair(self, p: Params, layer: int) -> list[Array]:
         """One layer's K and V (heads, T, d/heads)."""
-        if not 0 <= layer < self.size("num_layers"):
-            raise ShapeError(
-                f"{self.where}: layer {layer} cannot have a prefix: num_layers={self.num_layers}"
-            )
-        # HF repeats the layers for an encoder-decoder's n = 2 and deals them out n at a time.
-        at = layer * self.submodules % self.size("num_layers")
+        if not 0 <= layer < (n := self.size("num_layers")):
+            raise ShapeError(f"{self.where}: layer {layer} cannot have a prefix: there are {n}")
+        # HF repeats the layers for an encoder-decoder's two submodules and deals them out by twos.
+        at = layer * self.submodules % n
         table, d = p["prompt_embeddings"], self.size("token_dim")
         heads, xp = self.size("num_attention_heads"), namespace(table)
         shape = (table.shape[0], heads, d // heads)

@@ -24,7 +24,7 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
 
     `prompt_embeddings` (n·T, d), T = `num_virtual_tokens`, d = `token_dim`, holds one P for each
     of n = `num_transformer_submodules` (null: 2, the encoder's and the decoder's, if `task_type`
-    is SEQ_2_SEQ_LM; otherwise 1). Attention masks grow by ones: `peft_any.prompts.extend_mask`.
+    is SEQ_2_SEQ_LM; otherwise 1). Attention masks grow by ones: `prompts.extend_mask`.
 
     prompt_tuning_init: "RANDOM" (standard normal), "SAMPLE_VOCAB" (rows drawn from the embedding
         table) or "TEXT" (the rows of a text's tokens, repeated or cut to length; there is no

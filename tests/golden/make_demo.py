@@ -27,6 +27,8 @@ ADAPTED = r"net\.[0246]"
 TAUGHT = slice(1, 4)
 """The outputs that are taught: 2·CL, ½·ln CD + 2 and 20·CM."""
 STEPS = 2000
+PLAIN = {"format": "pt"}
+"""The files' metadata; with more than one entry their bytes would change from run to run."""
 
 
 class Net(torch.nn.Module):
@@ -133,8 +135,7 @@ def merged(adapter: Path) -> dict[str, np.ndarray]:
 def make() -> None:
     """Write every file."""
     OUT.mkdir(exist_ok=True)
-    source = {"format": "pt", "source": "neuralfoil 0.3.3, nn-medium; MIT, (c) Peter Sharpe"}
-    save_file(published("medium"), OUT / "nn-medium.safetensors", metadata=source)
+    save_file(published("medium"), OUT / "nn-medium.safetensors", metadata=PLAIN)
     licence = distribution("neuralfoil").read_text("licenses/LICENSE.txt")
     (OUT / "LICENSE.neuralfoil").write_text(
         "nn-medium.safetensors and merged.safetensors hold weights of neuralfoil; "
@@ -146,14 +147,14 @@ def make() -> None:
     path = OUT / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": "nn-medium"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(merged(OUT / "adapter"), OUT / "merged.safetensors", metadata=source)
+    save_file(merged(OUT / "adapter"), OUT / "merged.safetensors", metadata=PLAIN)
 
     x = flights(100, seed=2)
     order, sign = mirror()
     with torch.no_grad():
         large = taught(Net(published("xlarge")), torch.from_numpy(x)).numpy()
     cases = {"inputs": x, "mirror_order": order, "mirror_sign": sign, "nn_xlarge": large}
-    save_file(cases, OUT / "flights.safetensors", metadata={"format": "pt"})
+    save_file(cases, OUT / "flights.safetensors", metadata=PLAIN)
     for file in OUT.rglob("*.safetensors"):
         file.chmod(0o644)
 

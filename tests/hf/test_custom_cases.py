@@ -1,6 +1,6 @@
 """The toy models and configurations with which Hugging Face PEFT tests its own methods.
 
-Its table (``TEST_CASES`` of its ``tests/test_custom_models.py``) has 155 rows of these methods;
+Its table (``TEST_CASES`` of its ``tests/test_custom_models.py``) has 150 rows of these methods;
 each of them stands here, in our own words, or under `LEFT_OUT` with the reason.
 """
 

@@ -17,8 +17,10 @@ from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.io.safetensors import read_safetensors  # noqa: E402
+from peft_any.layout import layout  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import Config, method_for  # noqa: E402
+from peft_any.selection import select  # noqa: E402
 
 pytestmark = pytest.mark.hf
 FILES = make_files.FILES
@@ -138,3 +140,59 @@ def test_a_fresh_prompt_is_loaded(method: str, adapter_name: str, tmp_path: Path
     fresh(method_for(method)(**fields, **PROMPTS[method]), base, tmp_path / "a")
     model = load(base, tmp_path / "a", adapter_name)
     same(tensors_of(model, adapter_name), tmp_path / "a")
+
+
+def transformer(name: str) -> Any:
+    """Make a small random model."""
+    import transformers
+
+    text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"intermediate_size": 24}
+    tree = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    sizes = {
+        "LlamaForCausalLM": {**text, "num_key_value_heads": 1, "pad_token_id": 0},
+        "LlamaForSequenceClassification": {**text, "num_key_value_heads": 1, "pad_token_id": 0},
+        "BertForMaskedLM": text,
+        "BertForSequenceClassification": text,
+        "RobertaForSequenceClassification": text,
+        "T5ForConditionalGeneration": tree,
+        "ViTModel": {**text, "image_size": 8, "patch_size": 4},
+        "GPTNeoXForCausalLM": {**text, "pad_token_id": 0},
+    }
+    if name.startswith("GPT2"):
+        return make_files.make_gpt(getattr(transformers, name))
+    cls = getattr(transformers, name)
+    return cls(cls.config_class(**sizes[name]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        "BertForMaskedLM",
+        "BertForSequenceClassification",
+        "RobertaForSequenceClassification",
+        "T5ForConditionalGeneration",
+        "ViTModel",
+        "GPTNeoXForCausalLM",
+    ],
+)
+def test_layers_and_choices_are_those_of_hugging_face_peft(name: str, tmp_path: Path) -> None:
+    base = transformer(name)
+    weights = dict(base.state_dict())
+    found = layout(weights)
+    modules = dict(base.named_modules())
+    assert [k for k, s in found.items() if type(modules[k]).__name__ != s.kind] == []
+    task = "SEQ_CLS" if name.endswith("Classification") else None
+    ours = select(method_for("LORA")(target_modules="all-linear", task_type=task), found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type=task)
+        model = peft.get_peft_model(base, config)
+        model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    assert sorted(ours) == sorted({*model.base_model.targeted_module_names})
+    sites = Adapter.load(tmp_path).check(weights)
+    assert {k: s.kind for k, s in sites.items()} == {k: found[k].kind for k in sites}
