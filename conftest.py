@@ -10,7 +10,7 @@ from typing import Any
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py", "tests/hf/reference.py"]
+collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py"]
 """Programs of their own: no doctests to look for, and they import torch and peft."""
 
 

@@ -140,8 +140,8 @@ class Adapter:
             else:
                 name = key if to.part == "spare" else to.module or to.name
                 parts[to.part][name] = array
-        spare = parts.pop("spare")
-        return cls(config, sites, *parts.values(), spare=spare)
+        shared, extra, tokens, spare = parts.values()
+        return cls(config, sites, shared, extra, tokens, spare=spare)
 
     def _refuse_faults(self, where: str) -> None:
         """Refuse what no base can make right."""

@@ -176,7 +176,7 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
     return product
 
 
-def butterfly(r: Array, limit: int = 128) -> list[tuple[Array, int, int]]:
+def butterfly(r: Array, limit: int = 256) -> list[tuple[Array, int, int]]:
     """Fuse the factors of a block butterfly into as few block-diagonal ones as is cheap.
 
     Factor i acts on pairs of runs of b/2 entries that lie 2ⁱ runs apart (Liu et al. 2023,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Layer, Site
-from peft_any.method import Tuner
+from peft_any.method import Additive, Tuner
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,35 @@ def merge(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense
         return layer
     if not parts:
         return base
+    return _plus(base, *effect(parts, base))
+
+
+def realise(
+    parts: Sequence[Part], base: Dense, *, stacked: bool = False
+) -> tuple[Dense, Array, Array | None]:
+    """Merge as `merge` does, and say what was to be added to the weight and to the bias.
+
+    Returns
+    -------
+    merged : Dense
+    weight : array (n_out, width)
+        ΔW: of the factors where methods add, or else what merging made of the weight.
+    bias : array (n_out,) or None
+    """
+    alone = len(parts) == 1 and parts[0].weight == 1.0
+    config, params = parts[0].config, parts[0].params
+    adds = alone and isinstance(config, Additive) and config.gain(params, base) is None
+    if not adds and (stacked or alone):
+        merged = merge(parts, base, stacked=stacked)
+        shift = None
+        if merged.bias is not None and base.bias is not None:
+            shift = merged.bias - base.bias
+        return merged, merged.weight - base.weight, shift
     weight, shift = effect(parts, base)
+    return _plus(base, weight, shift), weight, shift
+
+
+def _plus(base: Dense, weight: Array, shift: Array | None) -> Dense:
     bias = base.bias
     if shift is not None:
         if bias is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class PeftError(Exception):
@@ -51,9 +52,10 @@ class Irreversible(PeftError, TypeError):  # noqa: N818 - reads as the fact it s
 
 
 class VerifyError(PeftError, ValueError):
-    """A merge that did not keep what was asked of it."""
+    """A merge that did not keep what was asked of it; `receipt` says what it kept."""
 
     exit_code = 4
+    receipt: Any = None
 
 
 def nearest(name: str, known: Iterable[str], *, n: int = 3) -> str:

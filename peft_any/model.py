@@ -220,8 +220,8 @@ class PeftModel:
 
     def merged(self, tensor: str) -> Array:
         """Merge one tensor of the base; an untouched one is given as it is."""
-        base = self._replaced(tensor)
-        if (site := self._site_of(tensor)) is None:
+        base = self.replaced(tensor)
+        if (site := self.site_of(tensor)) is None:
             return base
         merged = self.merged_site(site)
         if tensor == site.weight:
@@ -230,11 +230,19 @@ class PeftModel:
 
     def merged_site(self, site: Site) -> Dense:
         """Merge one adapted layer, rounded to the base's dtypes."""
-        base = self._base(site)
-        parts = self._parts(site)
+        parts, wide, base = self.opened(site)
+        return narrow(combine.merge(parts, wide, stacked=self._stacked), base)
+
+    def realised_site(self, site: Site) -> tuple[Dense, Dense, Array, Array | None]:
+        """Give an adapted layer's base and its merge, both in the compute dtype, and ΔW and Δb."""
+        parts, wide, _ = self.opened(site)
+        return wide, *combine.realise(parts, wide, stacked=self._stacked)
+
+    def opened(self, site: Site) -> tuple[list[Part], Dense, Dense]:
+        """Give a layer's adapters and its base in the compute dtype, and the base as it is."""
+        base, parts = self._base(site), self._parts(site)
         params, wide = widen([part.params for part in parts], base)
-        exact = [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)]
-        return narrow(combine.merge(exact, wide, stacked=self._stacked), base)
+        return [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)], wide, base
 
     def sites(self) -> dict[str, Site]:
         """Give the layers that the active adapters adapt, by module name."""
@@ -242,17 +250,22 @@ class PeftModel:
             key: site for name in self._active for key, site in self._placed[name].sites.items()
         }
 
-    def _site_of(self, tensor: str) -> Site | None:
+    def sites_of(self, name: str) -> dict[str, Site]:
+        """Give the layers that one adapter adapts, by module name."""
+        return dict(self._known(name).sites)
+
+    def site_of(self, tensor: str) -> Site | None:
+        """Give the adapted layer that a tensor belongs to, if any."""
         for site in self.sites().values():
             if tensor in (site.weight, site.bias_name):
                 return site
         return None
 
     def _base(self, site: Site) -> Dense:
-        bias = self._replaced(site.bias_name) if site.bias else None
-        return Dense.of(self._replaced(site.weight), bias, site)
+        bias = self.replaced(site.bias_name) if site.bias else None
+        return Dense.of(self.replaced(site.weight), bias, site)
 
-    def _replaced(self, tensor: str) -> Array:
+    def replaced(self, tensor: str) -> Array:
         """Give a base tensor as the active adapters' full copies and token rows leave it."""
         base = total = self.weights[tensor]
         owners = []

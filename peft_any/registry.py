@@ -6,11 +6,10 @@ import abc
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar
 
-import peft_any.methods as package
 from peft_any.errors import ConfigError, nearest
 
 _known: dict[str, type[Config]] = {}
@@ -65,7 +64,8 @@ def method_names() -> list[str]:
     >>> "LORA" in method_names()
     True
     """
-    return sorted(m.name.upper() for m in iter_modules(package.__path__))
+    folder = Path(__file__).parent / "methods"
+    return sorted(m.name.upper() for m in iter_modules([str(folder)]))
 
 
 def method_for(peft_type: str) -> type[Config]:
@@ -82,14 +82,13 @@ def method_for(peft_type: str) -> type[Config]:
     'LoraConfig'
     """
     if peft_type not in _known:
-        module = f"peft_any.methods.{peft_type.lower()}"
-        if not peft_type.isidentifier() or find_spec(module) is None:
+        if peft_type not in method_names():
             known = sorted({*method_names(), *_known})
             raise ConfigError(
                 f"peft_type {peft_type!r} cannot be used: no such method"
                 f"{nearest(peft_type, known)}; known: {', '.join(known)}"
             )
-        importlib.import_module(module)
+        importlib.import_module(f"peft_any.methods.{peft_type.lower()}")
     return _known[peft_type]
 
 

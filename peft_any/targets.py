@@ -20,7 +20,9 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
     """Resolve a configuration for each of its sites.
 
     The output half of a packed attention has the numbers of the attention, as in Hugging Face
-    PEFT, whose patterns only know the latter.
+    PEFT, whose patterns only know the latter. Its α is doubled: there, the attention adds the
+    product to the output weight and so does that layer's own merge, in training as in merging,
+    so that this is what an adapter's file means.
 
     Examples
     --------
@@ -29,7 +31,16 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
     >>> [c.r for c in configured(LoraConfig(rank_pattern={"out": 2}), sites).values()]
     [8, 2]
     """
-    return {name: config.at(_alias(site, sites)) for name, site in sites.items()}
+    out: dict[str, Tuner] = {}
+    for name, site in sites.items():
+        owner = _alias(site, sites)
+        own = config.at(owner)
+        alpha = getattr(own, "lora_alpha", None)
+        if owner is not site and alpha is not None:
+            doubled: dict[str, Any] = {"lora_alpha": 2 * alpha}
+            own = replace(own, **doubled)
+        out[name] = own
+    return out
 
 
 def _alias(site: Site, sites: Mapping[str, Any]) -> Site:
@@ -182,7 +193,7 @@ def place(
     if not isinstance(config, Tuner):
         return {}
     sites = sites_of_params(config, adapter.sites, weights, kinds)
-    shared = config.shared_shapes([*sites.values()]) if adapter.shared else {}
+    shared = config.shared_shapes([*sites.values()]) if sites and adapter.shared else {}
     wrong = [
         f"{name}: shape {tuple(adapter.shared[name].shape)} cannot fit: {config.where} needs "
         f"{shape} or larger"

@@ -32,7 +32,7 @@ def erf(x: Any) -> Any:
     xp = array_namespace(x)
     x = xp.clip(x, -4.0, 4.0)
     terms = [
-        0.5 * float(weight) * xp.exp(-(0.5 * (float(node) + 1.0) * x) ** 2)
+        0.5 * float(weight) * xp.exp(-((0.5 * (float(node) + 1.0) * x) ** 2))
         for node, weight in zip(*NODES, strict=True)
     ]
     return (2.0 / sqrt(pi)) * x * sum(terms[1:], terms[0])

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_any.adapter import Adapter
 from peft_any.backend import resolve
@@ -221,6 +223,26 @@ def test_writing_a_key_is_the_inverse_of_reading_it(name: str) -> None:
     tokens = {p.module for p in places.values() if p.part == "tokens"}
     for key, place in places.items():
         assert place.part == "spare" or write_key(config, place, sites, tokens) == key
+
+
+WORDS = "base_model model fc lora_A vera_lambda_d weight bias default base_layer modules_to_save"
+WORDS += " token_adapter trainable_tokens_delta original_module vera_A head embed_tokens"
+KEYS = st.lists(st.sampled_from([*WORDS.split(), ""]), min_size=1, max_size=6).map(".".join)
+
+
+@given(st.sets(KEYS, max_size=5), st.sampled_from(["LORA", "VERA", "IA3", "PROMPT_TUNING"]))
+def test_what_any_key_is_read_as_is_written_so(keys: set[str], method: str) -> None:
+    more = {"trainable_token_indices": [0], "bias": "all"} if method == "LORA" else {}
+    config = method_for(method)(modules_to_save=["head"], **more)
+    places, unknown = read_keys(config, keys)
+    assert len(places) + len(unknown) == len(keys)
+    known = {place for place in places.values() if place.part != "spare"}
+    sites = {p.module for p in known if p.part == "site"}
+    tokens = {p.module for p in known if p.part == "tokens"}
+    written = {write_key(config, place, sites, tokens) for place in known}
+    again, unknown = read_keys(config, written)
+    assert not unknown
+    assert {*again.values()} == known
 
 
 def test_a_users_own_method_has_the_same_files(tmp_path: Path) -> None:
@@ -440,12 +462,19 @@ def test_truncated_tensors_are_refused(keep: int, tmp_path: Path) -> None:
 def test_tensors_of_nothing_are_listed_all_at_once(tmp_path: Path) -> None:
     strange = arrays({"fc.hada_w1_a": (2, 2), "head.weight": (2,), "fc.bias": (3,), "loss": (1,)})
     folder = write(tmp_path / "a", under("fc.") | strange)
-    refused(TargetError, "(?s)3 tensors cannot be placed.*fc.bias.*fc.hada_w1_a.*head", folder)
+    words = r"(?s)4 tensors cannot be placed.*fc.bias.*fc.hada_w1_a.*head.weight.*loss"
+    refused(TargetError, words, folder)
     adapter = Adapter.load(folder, strict=False)
-    assert {*adapter.spare} == {"fc.hada_w1_a", "head.weight", "fc.bias"}
-    assert len(adapter.notes) == 3
-    with pytest.raises(ShapeError, match="loss: unexpected"):
-        adapter.check(BASE)
+    assert adapter.spare.keys() == strange.keys()
+    assert len(adapter.notes) == 4
+    assert adapter.check(BASE)
+
+
+def test_shared_arrays_without_sites_are_refused(tmp_path: Path) -> None:
+    tensors = arrays({"base_model.vera_A": (2, 4)})
+    folder = write(tmp_path / "a", tensors, peft_type="VERA", target_modules=None)
+    with pytest.raises(ShapeError, match="vera_A: unexpected"):
+        Adapter.load(folder).check(BASE)
 
 
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:

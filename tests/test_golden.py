@@ -16,13 +16,13 @@ import safetensors.numpy
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError
 from peft_any.model import PeftModel
-from tests.cases import CASES, Case
+from tests.cases import CASES, PROMPTS, Case, PromptCase
 from tests.conftest import Lib
 
 HERE = Path(__file__).parent / "golden"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-ROWS = {case.name: case for case in CASES}
+ROWS: dict[str, Any] = {case.name: case for case in [*CASES, *PROMPTS]}
 NAMES = sorted(path.stem for path in HERE.glob("*.safetensors"))
 REDERIVED = ("pissa", "olora")
 
@@ -62,12 +62,15 @@ def golden(name: str) -> Golden:
     return Golden(ROWS[name.partition("@")[0]], safetensors.numpy.load_file(path), texts)
 
 
-def having(form: str) -> list[str]:
-    return [name for name in NAMES if name.partition("@")[0] in ROWS and golden(name).has(form)]
+def having(form: str, kind: type = Case) -> list[str]:
+    found = [name for name in NAMES if isinstance(ROWS.get(name.partition("@")[0]), kind)]
+    return [name for name in found if golden(name).has(form)]
 
 
 whole = pytest.mark.parametrize("name", having(""))
 unconverted = pytest.mark.parametrize("name", having("raw/"))
+prompts = pytest.mark.parametrize("name", having("", PromptCase))
+files = pytest.mark.parametrize("name", [*having(""), *having("", PromptCase)])
 
 
 def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
@@ -81,7 +84,7 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float
 
 def test_every_row_that_hf_has_is_recorded_and_no_other() -> None:
     recorded = {name.partition("@")[0] for name in NAMES}
-    assert recorded == {case.name for case in CASES if case.hf is None}
+    assert recorded == {case.name for case in [*CASES, *PROMPTS] if case.hf is None}
 
 
 def test_every_method_is_recorded_in_float64_too() -> None:
@@ -91,42 +94,31 @@ def test_every_method_is_recorded_in_float64_too() -> None:
 
 
 @whole
-def test_merging_gives_hfs_weights(name: str, lib: Lib, tmp_path: Path) -> None:
+def test_merging_and_applying_give_hfs_weights_and_output(
+    name: str, lib: Lib, tmp_path: Path
+) -> None:
     gold = golden(name)
     if reason := lib.lacks(gold.case.config.needs):
         pytest.skip(reason)
     adapter = Adapter.load(gold.write(tmp_path / "a"))
 
-    def merged(weights: Any, sites: Any, shared: Any) -> Any:
+    def adapt(weights: Any, sites: Any, shared: Any, x: Any) -> Any:
         model = PeftModel(weights)
         model.add("a", adapter.replace(sites=sites, shared=shared))
-        return model.merge()
+        layer = model.bind().layers[gold.case.site.name]
+        return model.merge(), None if x is None else layer(x)
 
-    got = lib.call(merged, gold.part("base"), dict(adapter.sites), dict(adapter.shared))
+    given = gold.part("base"), dict(adapter.sites), dict(adapter.shared), gold.tensors.get("x")
+    merged, y = lib.call(adapt, *given)
     want = gold.part("merged")
-    assert got.keys() == want.keys()
+    assert merged.keys() == want.keys()
     for key, value in want.items():
-        lib.check(got[key], value, rtol=TOLERANCE[gold.dtype])
+        lib.check(merged[key], value, rtol=TOLERANCE[gold.dtype])
+    if y is not None:
+        lib.check(y, gold.tensors["y"], rtol=TOLERANCE[gold.dtype])
 
 
-@pytest.mark.parametrize("name", [name for name in having("") if "x" in golden(name).tensors])
-def test_the_adapted_layer_gives_hfs_output(name: str, lib: Lib, tmp_path: Path) -> None:
-    gold = golden(name)
-    if reason := lib.lacks(gold.case.config.needs):
-        pytest.skip(reason)
-    adapter = Adapter.load(gold.write(tmp_path / "a"))
-
-    def output(weights: Any, sites: Any, shared: Any, x: Any) -> Any:
-        model = PeftModel(weights)
-        model.add("a", adapter.replace(sites=sites, shared=shared))
-        return model.bind().layers[gold.case.site.name](x)
-
-    x = gold.tensors["x"]
-    y = lib.call(output, gold.part("base"), dict(adapter.sites), dict(adapter.shared), x)
-    lib.check(y, gold.tensors["y"], rtol=TOLERANCE[gold.dtype])
-
-
-@whole
+@files
 def test_a_loaded_adapter_is_saved_byte_for_byte(name: str, tmp_path: Path) -> None:
     source = golden(name).write(tmp_path / "a")
     Adapter.load(source).save(tmp_path / "b")
@@ -176,7 +168,51 @@ def test_a_converted_file_needs_no_second_look_at_the_base(name: str, tmp_path: 
     if gold.case.config.init_lora_weights not in REDERIVED:
         pytest.skip("a random decomposition cannot be repeated")
     model = PeftModel(gold.part("base"))
-    model.add("a", Adapter.load(gold.write(tmp_path / "a", "raw/")), rederive=True).save(tmp_path / "b")
+    adapter = Adapter.load(gold.write(tmp_path / "a", "raw/"))
+    model.add("a", adapter, rederive=True).save(tmp_path / "b")
     again = PeftModel(gold.part("base"))
     again.add("a", Adapter.load(tmp_path / "b"))
     compare(again.merge(), gold.part("merged"), TOLERANCE[gold.dtype])
+
+
+@prompts
+def test_virtual_tokens_lie_where_hf_puts_them(name: str, lib: Lib, tmp_path: Path) -> None:
+    gold = golden(name)
+    adapter = Adapter.load(gold.write(tmp_path / "a"))
+    config: Any = adapter.config
+    if "prompt" in gold.tensors:
+        want = gold.tensors["prompt"]
+        count, d = config.num_virtual_tokens, config.token_dim
+        embeds = np.ones((2, 3, d), dtype="float32")
+
+        def prepend(p: Any, x: Any) -> Any:
+            return [config.prepend(p, x, i) for i in range(want.shape[1] // count)]
+
+        longer = lib.call(prepend, dict(adapter.shared), embeds)
+        for i, got in enumerate(longer):
+            rows = want[:, i * count : (i + 1) * count]
+            lib.check(got, np.concatenate([rows, embeds], axis=1), rtol=0.0)
+        return
+
+    def key_values(p: Any) -> Any:
+        return config.key_values(p, 2)
+
+    pairs = lib.call(key_values, dict(adapter.shared))
+    assert len(pairs) == len(gold.part("key"))
+    for i, (key, value) in enumerate(pairs):
+        lib.check(key, gold.tensors[f"key.{i}"], rtol=0.0)
+        lib.check(value, gold.tensors[f"value.{i}"], rtol=0.0)
+
+
+@prompts
+def test_a_fresh_prompt_has_hfs_key_shape_and_fields(name: str, tmp_path: Path) -> None:
+    gold = golden(name)
+    hf = json.loads(gold.texts[CONFIG])
+    theirs = safetensors.numpy.load(gold.tensors[TENSORS].tobytes())
+    assert {k: v.shape for k, v in theirs.items()} == gold.case.config.shapes()
+    source = Adapter.load(gold.write(tmp_path / "a"))
+    Adapter(gold.case.config, shared=source.shared).save(tmp_path / "b")
+    assert (tmp_path / "b" / TENSORS).read_bytes() == (tmp_path / "a" / TENSORS).read_bytes()
+    fields = json.loads((tmp_path / "b" / CONFIG).read_text())
+    said = {k: v for k, v in fields.items() if v is not None}  # HF fills the rest from its model
+    assert {k: hf.get(k, "absent") for k in said} == said

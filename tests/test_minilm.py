@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import peft_any
 from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy, move, resolve, to_numpy
 from peft_any.model import PeftModel
@@ -86,3 +87,16 @@ def test_merged_and_unmerged_give_hfs_outputs(name: str, library: str) -> None:
     assert error(minilm.encode(weights(library), ids, mask, bound.layers), want) < ERROR
     untouched = [k for k in merged if merged[k] is weights(library)[k]]
     assert len(merged) - len(untouched) == len(model.touched)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_checkpoint_merged_on_disk_gives_hfs_outputs(name: str, tmp_path: Path) -> None:
+    source = minilm.checkpoint()
+    assert source is not None
+    out = tmp_path / "merged.safetensors"
+    receipt = peft_any.merge_checkpoint(source, HERE / name, out)
+    merged = safetensors.numpy.load_file(out)
+    assert merged.keys() == weights("numpy").keys()
+    assert error(minilm.encode(merged, *inputs("numpy")), outputs()[name]) < ERROR
+    assert receipt.kept > 0.9999
+    assert peft_any.verify_checkpoint(source, HERE / name, out).kept == pytest.approx(receipt.kept)

@@ -214,8 +214,9 @@ def test_a_packed_attention_brings_its_output_half() -> None:
     config = LoraConfig(r=2, target_modules=["attn"], rank_pattern={"attn": 3})
     names = select(config, found)
     assert names == ["a.attn", "a.attn.out_proj"]
-    ranks = configured(config, {n: found[n] for n in names})
-    assert [c.r for c in ranks.values()] == [3, 3]  # HF's patterns only see the attention
+    numbers = configured(config, {n: found[n] for n in names}).values()
+    assert [c.r for c in numbers] == [3, 3]  # HF's patterns only see the attention
+    assert [c.lora_alpha for c in numbers] == [8, 16]  # and it adds the product twice
 
 
 def test_entries_that_match_nothing_are_listed_all_at_once() -> None:

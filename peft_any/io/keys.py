@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from peft_any.errors import TargetError, nearest
 from peft_any.layout import looks_like_embedding
-from peft_any.method import Prompt
+from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
@@ -21,6 +21,7 @@ _TOKENS = "trainable_tokens_delta"
 _OLD = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 """Suffixes of older files, and what they are called now."""
 _LEAVES = ("weight", "bias")
+_WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
 
 
 @dataclass(frozen=True)
@@ -132,40 +133,45 @@ def _beside(config: Config, key: str, sites: Collection[str]) -> Place | str:
     if prompt and key == TABLE:
         return Place("shared", "", key)
     parts = key.removeprefix("base_model." if prompt else PREFIX).split(".")
-    if _TOKENS in parts:
+    if not all(parts) or parts[-1] in _WRAPPERS or parts.count("modules_to_save") > 1:
+        return "it is no name of a tensor"
+    if _TOKENS in parts and getattr(config, "trainable_token_indices", None):
         at = parts.index(_TOKENS)
-        if at and parts[at - 1] == "token_adapter" and len(parts) <= at + 2:
-            return Place("tokens", _module(parts[: at - 1]))
-    if not prompt and key.startswith("base_model.") and not key.startswith(PREFIX):
-        parts = key.split(".")[1:]
-        if len(parts) == 1 or (len(parts) == 2 and parts[1] not in _LEAVES):
-            return Place("shared", "", parts[0])
-    if not prompt and len(parts) == 1 and parts[0] not in _LEAVES:
-        return Place("shared", "", parts[0])
+        module = _module(parts[: max(at - 1, 0)])
+        if module and parts[at - 1] == "token_adapter" and len(parts) <= at + 2:
+            return Place("tokens", module)
+    if isinstance(config, Tuner) and type(config).shared_shapes is not Tuner.shared_shapes:
+        whole = key.startswith("base_model.") and not key.startswith(PREFIX)
+        name, *rest = key.split(".")[1:] if whole else parts
+        named = whole and len(rest) == 1 and rest[0] not in _LEAVES
+        if name not in _WRAPPERS and (named or not rest):
+            return Place("shared", "", name)
     return _copy(config, parts, sites)
 
 
 def _copy(config: Config, parts: list[str], sites: Collection[str]) -> Place | str:
     saved = _leave_out(parts, "modules_to_save")
-    plain = [p for p in saved if p not in ("base_layer", "original_module", "token_adapter")]
-    module, name = ".".join(plain[:-1]), ".".join(plain)
-    if "original_module" in parts:
-        return Place("spare", "original_module", name)
+    plain = [p for p in saved if p not in _WRAPPERS]
+    name = ".".join(plain)
+    module, _, leaf = name.rpartition(".")
     above = [".".join(plain[:i]) for i in range(1, len(plain))]
-    bias = getattr(config, "bias", "none")
-    weight, own = plain[-1] == "weight", module in sites
-    if saved != parts:
+    listed = any(m.endswith(tuple(saved_whole(config))) for m in above)
+    if listed and "original_module" in parts:
+        return Place("spare", "original_module", name)
+    if listed and saved != parts:
         return Place("copy", "modules_to_save", name)
-    if (
-        any(m.endswith(tuple(saved_whole(config))) for m in above)
-        or (plain[-1] == "bias" and (bias == "all" or (bias.endswith("_only") and own)))
-        or (plain[-1] in _LEAVES and looks_like_embedding(module))
-        or (weight and own and "base_layer" in parts)
+    bias = getattr(config, "bias", "none")
+    own = module in sites
+    if saved == parts and (
+        listed
+        or (leaf == "bias" and (bias == "all" or (bias.endswith("_only") and own)))
+        or (leaf in _LEAVES and looks_like_embedding(module))
+        or (leaf == "weight" and own and "base_layer" in parts)
     ):
         return Place("copy", "", name)
     options = [config.prefix, *saved_whole(config), TABLE]
-    why = f"{config.peft_type} has no such tensor{nearest(plain[-1], options)}"
-    if plain[-1] == "bias":
+    why = f"{config.peft_type} has no such tensor{nearest(leaf, options)}"
+    if leaf == "bias":
         why += f", and bias={bias!r} saves none"
     return f"{why}, and modules_to_save does not name its module"
 

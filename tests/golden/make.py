@@ -21,16 +21,17 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from tests.cases import CASES, Case
-from tests.hf.reference import config_text, run
+from tests.cases import CASES, PROMPTS, Case, PromptCase
+from tests.hf.reference import config_text, run, run_prompt
 
 HERE = Path(__file__).parent
 WEIGHTS = "adapter_model.safetensors"
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
-def rows() -> Iterator[tuple[str, Case, str]]:
+def rows() -> Iterator[tuple[str, Case | PromptCase, str]]:
     """Name every file to make: one for each row, and the first of each method in float64 too."""
+    yield from ((case.name, case, "float32") for case in PROMPTS if case.hf is None)
     methods = set()
     for case in CASES:
         if case.hf is not None:
@@ -41,9 +42,14 @@ def rows() -> Iterator[tuple[str, Case, str]]:
             yield f"{case.name}@float64", case, "float64"
 
 
-def record(case: Case, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def record(case: Case | PromptCase, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Let Hugging Face PEFT work on a row, and pack what it gives."""
     with tempfile.TemporaryDirectory() as folder:
+        if isinstance(case, PromptCase):
+            tensors = run_prompt(case, Path(folder))
+            data = (Path(folder) / WEIGHTS).read_bytes()
+            tensors[WEIGHTS] = np.frombuffer(data, dtype="uint8")
+            return tensors, {"adapter_config.json": config_text(Path(folder))}
         result = run(case, Path(folder), dtype)
         tensors = {f"base.{k}": v for k, v in result.base.items()}
         tensors |= {f"merged.{k}": v for k, v in result.merged.items()}

@@ -275,8 +275,9 @@ def write(name: str, folder: Path) -> None:
         adapt(name).save_pretrained(str(folder), save_embedding_layers=save)
     (folder / "README.md").unlink()
     text = json.loads((folder / TEXT).read_text())
-    if isinstance(text.get("target_modules"), list):  # a set there: its order is random
-        text["target_modules"].sort()
+    for field in ("target_modules", "feedforward_modules"):
+        if isinstance(text.get(field), list):  # a set there: its order is random
+            text[field].sort()
     (folder / TEXT).write_text(json.dumps(text, indent=2, sort_keys=True))
 
 

@@ -15,13 +15,14 @@ import numpy as np
 import peft
 import peft.tuners.boft.layer as hf_boft
 import torch
+import transformers
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_any.layer import Dense, Site
 from peft_any.registry import Config
-from tests.cases import Case
+from tests.cases import Case, PromptCase
 
 PREFIX = "base_model.model."
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
@@ -249,6 +250,44 @@ def inputs(case: Case, dtype: str) -> np.ndarray:
     if case.site.kind == "Embedding":
         return rng.integers(0, case.site.n_in, (2, 3))
     return rng.standard_normal((3, case.site.n_in)).astype(dtype)
+
+
+def prompt_model(config: Any) -> Any:
+    """Make a small transformer with the sizes that a prompt's configuration names."""
+    d, heads, layers = config.token_dim, config.num_attention_heads or 1, config.num_layers or 1
+    torch.manual_seed(0)
+    if config.task_type == "SEQ_2_SEQ_LM":
+        sizes = {"d_model": d, "d_kv": d // heads, "d_ff": d, "num_heads": heads}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=20, num_layers=layers, **sizes)
+        )
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=20, n_embd=d, n_head=heads, n_layer=layers)
+    )
+
+
+def run_prompt(case: PromptCase, folder: Path) -> dict[str, np.ndarray]:
+    """Let Hugging Face PEFT make, save and lay out the virtual tokens of a row, for 2 inputs."""
+    task = case.config.task_type or "CAUSAL_LM"
+    with quietly():
+        config = config_of(case.config, task_type=task)
+        model = peft.get_peft_model(prompt_model(case.config), config).eval()
+        torch.manual_seed(4)
+        for parameter in model.prompt_encoder.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    return virtual_tokens(model)
+
+
+def virtual_tokens(model: Any) -> dict[str, np.ndarray]:
+    """Give a model's prompt, or the keys and values of its prefix, for 2 inputs."""
+    with quietly(), torch.no_grad():
+        made = model.get_prompt(batch_size=2)
+    if isinstance(made, torch.Tensor):
+        return {"prompt": host(made)}
+    layers = getattr(made, "self_attention_cache", made).layers
+    keys = {f"key.{i}": host(layer.keys) for i, layer in enumerate(layers)}
+    return keys | {f"value.{i}": host(layer.values) for i, layer in enumerate(layers)}
 
 
 def config_text(folder: Path) -> str:

@@ -67,131 +67,152 @@ def on_mlp(*, dropouts: list[dict[str, Any]]) -> list[tuple[str, Any, dict[str, 
 DORA = {"use_dora": True}
 BIASED = {"lora_bias": True, "lora_alpha": 32}
 EFFECTIVE = {"use_effective_conv2d": True}
-LORA = over("LORA", [
-    *on_mlp(dropouts=[{"lora_alpha": 4, "lora_dropout": 0.1}]),
-    ("mlp", FIRST, DORA),
-    ("mlp", BOTH, DORA),
-    ("mlp", "lin1", {**DORA, "lora_alpha": 32}),
-    *(("table", t, f) for f in ({}, DORA) for t in (["conv1d"], ["emb"], ["emb", "conv1d"])),
-    ("table", ["conv1d"], {"trainable_token_indices": {"emb": [0, 10]}}),
-    *(("conv1", CONV, f) for f in ({}, DORA)),
-    *(("conv2", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
-    *((f"conv2-groups-{g}", CONV, f) for f in ({}, DORA) for g in (8, 2)),
-    *(("conv3", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
-    ("mlp", BOTH, BIASED),
-    ("conv2", CONV, BIASED),
-    ("conv3", CONV, BIASED),
-    ("attention", ["mha"], {}),
-    ("attention", ["mha", "lin0"], {}),
-])
-ADALORA = over("ADALORA", [
-    ("mlp", FIRST, {"orth_reg_weight": 0}),
-    ("mlp", BOTH, {}),
-    ("conv2", CONV, {}),
-    ("conv2", MORE, {}),
-])
-IA3 = over("IA3", [
-    ("mlp", "lin0", {}),
-    ("mlp", "lin0", {"feedforward_modules": "lin0"}),
-    *(("mlp", t, {"feedforward_modules": f}) for t in (FIRST, SECOND, BOTH) for f in ([], t)),
-    ("mlp", FIRST, {"feedforward_modules": FIRST, **SAVED}),
-    ("table", ["conv1d"], {"feedforward_modules": ["conv1d"]}),
-    ("table", ["conv1d", "lin0"], {"feedforward_modules": ["conv1d", "lin0"]}),
-    ("table", ["conv1d"], {"feedforward_modules": ["conv1d"], "modules_to_save": FIRST}),
-    *(
-        (model, t, {"feedforward_modules": f})
-        for model in ("conv2", "conv3")
-        for t, f in ((CONV, []), (CONV, CONV), (MORE, []), (MORE, CONV), (MORE, MORE))
-    ),
-])
-LOHA = over("LOHA", [
-    *on_mlp(dropouts=[{"alpha": 4, "module_dropout": 0.1}, {"rank_dropout": 0.5}]),
-    *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
-    ("conv1", CONV, {}),
-    ("conv1", CONV, {"r": 8}),
-    ("conv1", CONV, {"r": 2}),
-    ("conv1-groups", CONV, {"r": 4}),
-    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
-    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
-    ("conv2-1x1", CONV, {}),
-    ("conv2-groups-8", CONV, {}),
-    ("conv2-groups-2", CONV, {}),
-])
-LOKR = over("LOKR", [
-    *on_mlp(dropouts=[
-        {"alpha": 4, "module_dropout": 0.1},
-        {"rank_dropout": 0.5},
-        {"decompose_both": True, "r": 1, "alpha": 1},
-    ]),
-    ("conv1", CONV, {}),
-    ("conv1", CONV, {"r": 2}),
-    ("conv1-groups", CONV, {"r": 4}),
-    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
-    ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
-    *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
-    ("conv2-1x1", CONV, {}),
-    *(
-        ("conv2", MORE, {**EFFECTIVE, **f})
-        for f in (
-            {"decompose_both": True},
-            {"decompose_factor": 4},
-            {"decompose_both": True, "decompose_factor": 4},
-        )
-    ),
-    ("conv2-groups-8", CONV, {}),
-    ("conv2-groups-2", CONV, {}),
-])
+LORA = over(
+    "LORA",
+    [
+        *on_mlp(dropouts=[{"lora_alpha": 4, "lora_dropout": 0.1}]),
+        ("mlp", FIRST, DORA),
+        ("mlp", BOTH, DORA),
+        ("mlp", "lin1", {**DORA, "lora_alpha": 32}),
+        *(("table", t, f) for f in ({}, DORA) for t in (["conv1d"], ["emb"], ["emb", "conv1d"])),
+        ("table", ["conv1d"], {"trainable_token_indices": {"emb": [0, 10]}}),
+        *(("conv1", CONV, f) for f in ({}, DORA)),
+        *(("conv2", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
+        *((f"conv2-groups-{g}", CONV, f) for f in ({}, DORA) for g in (8, 2)),
+        *(("conv3", t, f) for f in ({}, DORA) for t in (CONV, MORE)),
+        ("mlp", BOTH, BIASED),
+        ("conv2", CONV, BIASED),
+        ("conv3", CONV, BIASED),
+        ("attention", ["mha"], {}),
+        ("attention", ["mha", "lin0"], {}),
+    ],
+)
+ADALORA = over(
+    "ADALORA",
+    [
+        ("mlp", FIRST, {"orth_reg_weight": 0}),
+        ("mlp", BOTH, {}),
+        ("conv2", CONV, {}),
+        ("conv2", MORE, {}),
+    ],
+)
+IA3 = over(
+    "IA3",
+    [
+        ("mlp", "lin0", {}),
+        ("mlp", "lin0", {"feedforward_modules": "lin0"}),
+        *(("mlp", t, {"feedforward_modules": f}) for t in (FIRST, SECOND, BOTH) for f in ([], t)),
+        ("mlp", FIRST, {"feedforward_modules": FIRST, **SAVED}),
+        ("table", ["conv1d"], {"feedforward_modules": ["conv1d"]}),
+        ("table", ["conv1d", "lin0"], {"feedforward_modules": ["conv1d", "lin0"]}),
+        ("table", ["conv1d"], {"feedforward_modules": ["conv1d"], "modules_to_save": FIRST}),
+        *(
+            (model, t, {"feedforward_modules": f})
+            for model in ("conv2", "conv3")
+            for t, f in ((CONV, []), (CONV, CONV), (MORE, []), (MORE, CONV), (MORE, MORE))
+        ),
+    ],
+)
+LOHA = over(
+    "LOHA",
+    [
+        *on_mlp(dropouts=[{"alpha": 4, "module_dropout": 0.1}, {"rank_dropout": 0.5}]),
+        *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
+        ("conv1", CONV, {}),
+        ("conv1", CONV, {"r": 8}),
+        ("conv1", CONV, {"r": 2}),
+        ("conv1-groups", CONV, {"r": 4}),
+        ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
+        ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
+        ("conv2-1x1", CONV, {}),
+        ("conv2-groups-8", CONV, {}),
+        ("conv2-groups-2", CONV, {}),
+    ],
+)
+LOKR = over(
+    "LOKR",
+    [
+        *on_mlp(
+            dropouts=[
+                {"alpha": 4, "module_dropout": 0.1},
+                {"rank_dropout": 0.5},
+                {"decompose_both": True, "r": 1, "alpha": 1},
+            ]
+        ),
+        ("conv1", CONV, {}),
+        ("conv1", CONV, {"r": 2}),
+        ("conv1-groups", CONV, {"r": 4}),
+        ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": True}),
+        ("conv1-big", CONV, {"r": 2, "use_effective_conv2d": False}),
+        *(("conv2", t, f) for f in ({}, EFFECTIVE) for t in (CONV, MORE)),
+        ("conv2-1x1", CONV, {}),
+        *(
+            ("conv2", MORE, {**EFFECTIVE, **f})
+            for f in (
+                {"decompose_both": True},
+                {"decompose_factor": 4},
+                {"decompose_both": True, "decompose_factor": 4},
+            )
+        ),
+        ("conv2-groups-8", CONV, {}),
+        ("conv2-groups-2", CONV, {}),
+    ],
+)
 TWO = {"r": 2, "oft_block_size": 0}
 PAIRS = {"r": 0, "oft_block_size": 2}
 EXACT = {"use_cayley_neumann": False}
 NEAR = {"coft": True, "eps": 0.01}
 SHARED = {"block_share": True}
-OFT = over("OFT", [
-    ("mlp", "lin0", {**TWO, **EXACT}),
-    *(
-        ("mlp", FIRST, {**size, **fields})
-        for size, fields in (
-            (TWO, EXACT),
-            (TWO, {**EXACT, **SAVED}),
-            (TWO, {**EXACT, "module_dropout": 0.1}),
-            (TWO, NEAR),
-            (TWO, {**EXACT, **SHARED}),
-            (TWO, {**NEAR, **SHARED}),
-            (PAIRS, {}),
-            (PAIRS, EXACT),
-            (PAIRS, {**NEAR, **SHARED}),
-            (PAIRS, {**NEAR, **SHARED, **EXACT}),
-        )
-    ),
-    *(("table", ["emb"], {"r": 1, "oft_block_size": 0, **f}) for f in ({}, SHARED)),
-    *(
-        ("conv2", CONV, {"r": 5, "oft_block_size": 0, **f})
-        for f in ({}, {"coft": True}, SHARED, {"coft": True, **SHARED})
-    ),
-])
+OFT = over(
+    "OFT",
+    [
+        ("mlp", "lin0", {**TWO, **EXACT}),
+        *(
+            ("mlp", FIRST, {**size, **fields})
+            for size, fields in (
+                (TWO, EXACT),
+                (TWO, {**EXACT, **SAVED}),
+                (TWO, {**EXACT, "module_dropout": 0.1}),
+                (TWO, NEAR),
+                (TWO, {**EXACT, **SHARED}),
+                (TWO, {**NEAR, **SHARED}),
+                (PAIRS, {}),
+                (PAIRS, EXACT),
+                (PAIRS, {**NEAR, **SHARED}),
+                (PAIRS, {**NEAR, **SHARED, **EXACT}),
+            )
+        ),
+        *(("table", ["emb"], {"r": 1, "oft_block_size": 0, **f}) for f in ({}, SHARED)),
+        *(
+            ("conv2", CONV, {"r": 5, "oft_block_size": 0, **f})
+            for f in ({}, {"coft": True}, SHARED, {"coft": True, **SHARED})
+        ),
+    ],
+)
 
 
 def blocks(size: int, number: int, factor: int = 1) -> dict[str, Any]:
     """BOFT's sizes: one of block size and number is 0."""
-    return {
-        "boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": factor
-    }
+    return {"boft_block_size": size, "boft_block_num": number, "boft_n_butterfly_factor": factor}
 
 
-BOFT = over("BOFT", [
-    ("mlp", SECOND, {"boft_block_size": 2}),
-    ("mlp", SECOND, {"boft_block_size": 2, "modules_to_save": FIRST}),
-    ("mlp", SECOND, {"boft_block_size": 2, "boft_dropout": 0.1}),
-    ("mlp", SECOND, blocks(2, 0)),
-    ("mlp", SECOND, blocks(0, 2)),
-    ("mlp", SECOND, blocks(10, 0, 2)),
-    ("conv2", CONV, blocks(45, 0)),
-    ("conv2", CONV, blocks(0, 1)),
-    ("wide", SECOND, blocks(2, 0, 3)),
-    ("wide", SECOND, blocks(0, 8, 3)),
-    ("conv2-even", CONV, blocks(2, 0, 2)),
-    ("conv2-even", CONV, blocks(2, 0, 3)),
-])
+BOFT = over(
+    "BOFT",
+    [
+        ("mlp", SECOND, {"boft_block_size": 2}),
+        ("mlp", SECOND, {"boft_block_size": 2, "modules_to_save": FIRST}),
+        ("mlp", SECOND, {"boft_block_size": 2, "boft_dropout": 0.1}),
+        ("mlp", SECOND, blocks(2, 0)),
+        ("mlp", SECOND, blocks(0, 2)),
+        ("mlp", SECOND, blocks(10, 0, 2)),
+        ("conv2", CONV, blocks(45, 0)),
+        ("conv2", CONV, blocks(0, 1)),
+        ("wide", SECOND, blocks(2, 0, 3)),
+        ("wide", SECOND, blocks(0, 8, 3)),
+        ("conv2-even", CONV, blocks(2, 0, 2)),
+        ("conv2-even", CONV, blocks(2, 0, 3)),
+    ],
+)
 VERA = over("VERA", [*on_mlp(dropouts=[]), ("table", ["conv1d"], {})])
 ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
 
@@ -204,7 +225,7 @@ LEFT_OUT = {
     "LORA with use_bdlora": (3, "likewise"),
 }
 """Rows of the table that are not here: how many, and why."""
-THEIRS = {"LORA": 46, "ADALORA": 4, "IA3": 22, "LOHA": 20, "LOKR": 23, "OFT": 17, "BOFT": 12, "VERA": 6}
+THEIRS = Counter(LORA=46, ADALORA=4, IA3=22, LOHA=20, LOKR=23, OFT=17, BOFT=12, VERA=6)
 """How many rows Hugging Face PEFT's table has."""
 
 

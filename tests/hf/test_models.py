@@ -57,9 +57,7 @@ def bert() -> Any:
 
 def t5() -> Any:
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2
-        )
+        transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
     )
 
 
@@ -78,7 +76,11 @@ def vit() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+    "t5": t5,
+    "vit": vit,
 }
 LORA = {"r": 3, "lora_alpha": 5}
 ATTENTION = {
@@ -106,133 +108,258 @@ for _model, _targets in ATTENTION.items():
         ("dora", _model, "LORA", {**LORA, "use_dora": True, "target_modules": _targets}),
         ("all-linear", _model, "LORA", {**LORA, "target_modules": "all-linear"}),
         ("adalora", _model, "ADALORA", {"init_r": 3, "total_step": 9, "target_modules": _targets}),
-        ("ia3", _model, "IA3", {
-            "target_modules": FEEDFORWARD[_model][0], "feedforward_modules": FEEDFORWARD[_model][1]
-        }),
+        (
+            "ia3",
+            _model,
+            "IA3",
+            {
+                "target_modules": FEEDFORWARD[_model][0],
+                "feedforward_modules": FEEDFORWARD[_model][1],
+            },
+        ),
         ("vera", _model, "VERA", {"r": 4, "target_modules": _linear}),
     ]
     if _model != "gpt2":  # Hugging Face PEFT has these for no Conv1D
         ROWS += [
             ("loha", _model, "LOHA", {"r": 3, "alpha": 5, "target_modules": _targets}),
             ("lokr", _model, "LOKR", {"r": 3, "alpha": 5, "target_modules": _targets}),
-            ("lokr-decomposed", _model, "LOKR", {
-                "r": 1, "decompose_both": True, "decompose_factor": 2, "target_modules": _targets
-            }),
+            (
+                "lokr-decomposed",
+                _model,
+                "LOKR",
+                {"r": 1, "decompose_both": True, "decompose_factor": 2, "target_modules": _targets},
+            ),
             ("oft", _model, "OFT", {"oft_block_size": 4, "target_modules": _targets}),
-            ("oft-exact", _model, "OFT", {
-                "r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "target_modules": _targets
-            }),
+            (
+                "oft-exact",
+                _model,
+                "OFT",
+                {
+                    "r": 2,
+                    "oft_block_size": 0,
+                    "use_cayley_neumann": False,
+                    "target_modules": _targets,
+                },
+            ),
             ("boft", _model, "BOFT", {"boft_block_size": 4, "target_modules": _targets}),
         ]
 ROWS += [
-    ("regex", "llama", "LORA", {
-        **LORA, "target_modules": r"model\.layers\.1\.(self_attn|mlp)\.(up|v|o)_proj"
-    }),
-    ("layers", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]
-    }),
-    ("layers-pattern", "llama", "LORA", {
-        **LORA, "target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"
-    }),
-    ("patterns", "llama", "LORA", {
-        **LORA,
-        "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, "v_proj": 2},
-        "alpha_pattern": {"layers.0.self_attn.v_proj": 11},
-    }),
-    ("exclude", "llama", "LORA", {
-        **LORA, "target_modules": "all-linear", "exclude_modules": ["down_proj", "lm_head"]
-    }),
-    ("head-saved", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]
-    }),
-    ("norm-saved", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]
-    }),
+    (
+        "regex",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": r"model\.layers\.1\.(self_attn|mlp)\.(up|v|o)_proj"},
+    ),
+    (
+        "layers",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    ),
+    (
+        "layers-pattern",
+        "llama",
+        "LORA",
+        {
+            **LORA,
+            "target_modules": ["v_proj"],
+            "layers_to_transform": 0,
+            "layers_pattern": "layers",
+        },
+    ),
+    (
+        "patterns",
+        "llama",
+        "LORA",
+        {
+            **LORA,
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, "v_proj": 2},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 11},
+        },
+    ),
+    (
+        "exclude",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": "all-linear", "exclude_modules": ["down_proj", "lm_head"]},
+    ),
+    (
+        "head-saved",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    (
+        "norm-saved",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    ),
     ("embedding", "llama", "LORA", {**LORA, "target_modules": ["embed_tokens", "q_proj"]}),
-    ("embedding-dora", "llama", "LORA", {
-        **LORA, "use_dora": True, "target_modules": ["embed_tokens"]
-    }),
+    (
+        "embedding-dora",
+        "llama",
+        "LORA",
+        {**LORA, "use_dora": True, "target_modules": ["embed_tokens"]},
+    ),
     ("head", "llama", "LORA", {**LORA, "target_modules": ["lm_head", "q_proj"]}),
-    ("tokens", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj"], "trainable_token_indices": [7, 1, 5]
-    }),
-    ("tokens-of", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 2]}
-    }),
-    ("embedding-saved", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]
-    }),
-    ("causal", "llama", "LORA", {
-        **LORA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"
-    }),
-    ("oft-embedding", "llama", "OFT", {
-        "oft_block_size": 4, "target_modules": ["embed_tokens", "q_proj"]
-    }),
-    ("ia3-head-saved", "llama", "IA3", {
-        "target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]
-    }),
+    (
+        "tokens",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj"], "trainable_token_indices": [7, 1, 5]},
+    ),
+    (
+        "tokens-of",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 2]}},
+    ),
+    (
+        "embedding-saved",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    (
+        "causal",
+        "llama",
+        "LORA",
+        {**LORA, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
+    ),
+    (
+        "oft-embedding",
+        "llama",
+        "OFT",
+        {"oft_block_size": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    (
+        "ia3-head-saved",
+        "llama",
+        "IA3",
+        {"target_modules": ["k_proj"], "feedforward_modules": [], "modules_to_save": ["lm_head"]},
+    ),
     ("bias-all", "gpt2", "LORA", {**LORA, "target_modules": ["c_attn"], "bias": "all"}),
-    ("bias-only", "gpt2", "LORA", {
-        **LORA, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only"
-    }),
+    (
+        "bias-only",
+        "gpt2",
+        "LORA",
+        {**LORA, "target_modules": ["c_attn", "c_fc"], "bias": "lora_only"},
+    ),
     ("lora-bias", "gpt2", "LORA", {**LORA, "target_modules": ["c_fc"], "lora_bias": True}),
-    ("square", "gpt2", "LORA", {
-        **LORA, "target_modules": r"transformer\.h\.\d+\.attn\.c_proj", "fan_in_fan_out": True
-    }),
-    ("square-unsaid", "gpt2", "LORA", {
-        **LORA, "target_modules": r"transformer\.h\.\d+\.attn\.c_proj"
-    }),
-    ("square-dora", "gpt2", "LORA", {
-        **LORA, "use_dora": True, "target_modules": r".*\.attn\.c_proj"
-    }),
+    (
+        "square",
+        "gpt2",
+        "LORA",
+        {**LORA, "target_modules": r"transformer\.h\.\d+\.attn\.c_proj", "fan_in_fan_out": True},
+    ),
+    (
+        "square-unsaid",
+        "gpt2",
+        "LORA",
+        {**LORA, "target_modules": r"transformer\.h\.\d+\.attn\.c_proj"},
+    ),
+    (
+        "square-dora",
+        "gpt2",
+        "LORA",
+        {**LORA, "use_dora": True, "target_modules": r".*\.attn\.c_proj"},
+    ),
     ("square-vera", "gpt2", "VERA", {"r": 4, "target_modules": r".*\.attn\.c_proj"}),
-    ("square-adalora", "gpt2", "ADALORA", {
-        "init_r": 3, "total_step": 9, "target_modules": r".*\.attn\.c_proj"
-    }),
-    ("square-ia3", "gpt2", "IA3", {
-        "target_modules": r".*\.attn\.c_proj", "feedforward_modules": []
-    }),
-    ("square-ia3-feedforward", "gpt2", "IA3", {
-        "target_modules": r".*\.attn\.c_proj", "feedforward_modules": r".*\.attn\.c_proj"
-    }),
+    (
+        "square-adalora",
+        "gpt2",
+        "ADALORA",
+        {"init_r": 3, "total_step": 9, "target_modules": r".*\.attn\.c_proj"},
+    ),
+    (
+        "square-ia3",
+        "gpt2",
+        "IA3",
+        {"target_modules": r".*\.attn\.c_proj", "feedforward_modules": []},
+    ),
+    (
+        "square-ia3-feedforward",
+        "gpt2",
+        "IA3",
+        {"target_modules": r".*\.attn\.c_proj", "feedforward_modules": r".*\.attn\.c_proj"},
+    ),
     ("embedding", "gpt2", "LORA", {**LORA, "target_modules": ["wpe", "c_attn"]}),
-    ("classifier", "bert", "LORA", {
-        **LORA, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"
-    }),
-    ("bias-all", "bert", "LORA", {
-        **LORA, "target_modules": ["query", "dense"], "bias": "all", "lora_bias": True
-    }),
+    (
+        "classifier",
+        "bert",
+        "LORA",
+        {**LORA, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+    ),
+    (
+        "bias-all",
+        "bert",
+        "LORA",
+        {**LORA, "target_modules": ["query", "dense"], "bias": "all", "lora_bias": True},
+    ),
     ("bias-only", "bert", "LORA", {**LORA, "target_modules": ["query"], "bias": "lora_only"}),
-    ("oft-bias", "bert", "OFT", {
-        "oft_block_size": 8, "target_modules": ["query"], "bias": "oft_only"
-    }),
-    ("boft-bias", "bert", "BOFT", {
-        "boft_block_num": 4, "boft_block_size": 0, "target_modules": ["query"], "bias": "boft_only"
-    }),
+    (
+        "oft-bias",
+        "bert",
+        "OFT",
+        {"oft_block_size": 8, "target_modules": ["query"], "bias": "oft_only"},
+    ),
+    (
+        "boft-bias",
+        "bert",
+        "BOFT",
+        {
+            "boft_block_num": 4,
+            "boft_block_size": 0,
+            "target_modules": ["query"],
+            "bias": "boft_only",
+        },
+    ),
     ("vera-bias", "bert", "VERA", {"r": 4, "target_modules": ["dense"], "bias": "vera_only"}),
-    ("vera-regenerated", "bert", "VERA", {
-        "r": 4, "target_modules": ["query", "dense"], "save_projection": False
-    }),
-    ("embeddings", "bert", "LORA", {
-        **LORA, "target_modules": ["word_embeddings", "position_embeddings", "query"]
-    }),
+    (
+        "vera-regenerated",
+        "bert",
+        "VERA",
+        {"r": 4, "target_modules": ["query", "dense"], "save_projection": False},
+    ),
+    (
+        "embeddings",
+        "bert",
+        "LORA",
+        {**LORA, "target_modules": ["word_embeddings", "position_embeddings", "query"]},
+    ),
     ("relative", "t5", "LORA", {**LORA, "target_modules": ["relative_attention_bias", "q"]}),
-    ("encoder", "t5", "LORA", {
-        **LORA, "target_modules": r"encoder\..*\.(q|wi)", "task_type": "SEQ_2_SEQ_LM"
-    }),
-    ("patches", "vit", "LORA", {
-        **LORA, "target_modules": ["projection"], "modules_to_save": ["classifier"]
-    }),
-    ("patches-bias", "vit", "LORA", {
-        **LORA, "target_modules": ["projection", "q_proj"], "bias": "lora_only"
-    }),
-    ("loha-effective", "vit", "LOHA", {
-        "r": 2, "use_effective_conv2d": True, "target_modules": ["projection"]
-    }),
-    ("lokr-effective", "vit", "LOKR", {
-        "r": 2, "use_effective_conv2d": True, "target_modules": ["projection"]
-    }),
+    (
+        "encoder",
+        "t5",
+        "LORA",
+        {**LORA, "target_modules": r"encoder\..*\.(q|wi)", "task_type": "SEQ_2_SEQ_LM"},
+    ),
+    (
+        "patches",
+        "vit",
+        "LORA",
+        {**LORA, "target_modules": ["projection"], "modules_to_save": ["classifier"]},
+    ),
+    (
+        "patches-bias",
+        "vit",
+        "LORA",
+        {**LORA, "target_modules": ["projection", "q_proj"], "bias": "lora_only"},
+    ),
+    (
+        "loha-effective",
+        "vit",
+        "LOHA",
+        {"r": 2, "use_effective_conv2d": True, "target_modules": ["projection"]},
+    ),
+    (
+        "lokr-effective",
+        "vit",
+        "LOKR",
+        {"r": 2, "use_effective_conv2d": True, "target_modules": ["projection"]},
+    ),
 ]
 
 STACKS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
@@ -318,19 +445,11 @@ def test_a_models_merged_weights_are_hfs(
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize(
-    ("label", "model", "method", "first", "second"),
-    STACKS,
-    ids=[f"{model}-{label}" for label, model, _, _, _ in STACKS],
-)
+@pytest.mark.parametrize("stack", STACKS, ids=[f"{model}-{label}" for label, model, *_ in STACKS])
 def test_stacked_adapters_are_hfs_several_active_ones(
-    label: str,
-    model: str,
-    method: str,
-    first: dict[str, Any],
-    second: dict[str, Any],
-    tmp_path: Path,
+    stack: tuple[str, str, str, dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
+    _, model, method, first, second = stack
     plain = base_of(model)
     weights = state_of(plain)
     targets = [t for t in ATTENTION[model] if method != "VERA" or t in ("q_proj", "o_proj")]

@@ -1,0 +1,230 @@
+"""The new values of touched tensors, one at a time, and what rounding left of the change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peft_any import combine
+from peft_any.backend import Backend, astype, compute_dtype, from_numpy, is_floating, move, to_numpy
+from peft_any.combine import Part
+from peft_any.errors import BackendError, FormatError, VerifyError
+from peft_any.layer import Dense, Site
+from peft_any.method import Additive
+from peft_any.receipt import Change, Host, all_finite, change_of, measure
+from peft_any.surgery.plan import Plan
+
+
+@dataclass
+class Surgeon:
+    """Computes the touched tensors of a plan.
+
+    Parameters
+    ----------
+    plan : Plan
+    backend : Backend
+        Where layers are merged; files, rounding and statistics are NumPy's.
+    dtype : str or None
+        Of the results, where it is not to be the base's.
+    """
+
+    plan: Plan
+    backend: Backend
+    dtype: str | None = None
+    _last: dict[str, tuple[Host, Change]] = field(default_factory=dict)
+
+    def dtype_of(self, tensor: str) -> str:
+        """Say in what dtype a touched tensor is stored."""
+        stored = self.plan.view.info(tensor).dtype
+        return self.dtype if self.dtype and is_floating(stored) else stored
+
+    def value(self, tensor: str) -> tuple[Host, Change]:
+        """Compute a touched tensor, rounded once, with what became of the change.
+
+        Raises
+        ------
+        FormatError
+            If the base has NaN or infinities there.
+        VerifyError
+            If the result has some: it does not fit the dtype.
+        """
+        if tensor in self._last:
+            return self._last.pop(tensor)
+        site = self.plan.touched[tensor].site
+        if site is None:
+            return self._copied(tensor)
+        made = self._site(site)
+        result = made.pop(tensor)
+        self._last = made
+        return result
+
+    def changed(self, tensor: str, realised: Host) -> tuple[Change, Change]:
+        """Measure somebody else's value of a tensor, and the one computed here, alike."""
+        how = self.plan.touched[tensor]
+        if how.site is None:
+            exact, base = self._replaced(tensor), self.plan.view.stored(tensor)
+            ideal = astype(exact, self.dtype_of(tensor))
+            return self._change(tensor, base, realised, exact=exact), self._change(
+                tensor, base, ideal, exact=exact
+            )
+        merged, deltas = self._merged(how.site)
+        exact, delta = merged[tensor], deltas.get(tensor)
+        base = self.plan.view.stored(tensor)
+        ideal = astype(exact, self.dtype_of(tensor))
+        theirs = self._change(tensor, base, realised, exact=exact, delta=delta)
+        return theirs, self._change(tensor, base, ideal, exact=exact, delta=delta)
+
+    def _copied(self, tensor: str) -> tuple[Host, Change]:
+        base = self._finite(tensor)
+        exact = self._replaced(tensor)
+        realised = self._rounded(exact, tensor)
+        return realised, self._change(tensor, base, realised, exact=exact)
+
+    def _site(self, site: Site) -> dict[str, tuple[Host, Change]]:
+        merged, deltas = self._merged(site)
+        out = {}
+        for tensor in [*merged]:
+            exact = merged.pop(tensor)
+            realised = self._rounded(exact, tensor)
+            base = self.plan.view.stored(tensor)
+            delta = deltas.pop(tensor, None)
+            change = self._change(tensor, base, realised, exact=exact, delta=delta)
+            out[tensor] = realised, change
+        return out
+
+    def _change(
+        self,
+        tensor: str,
+        base: Host,
+        realised: Host,
+        *,
+        exact: Host,
+        delta: Host | None = None,
+    ) -> Change:
+        moments = measure(base, realised, exact=None if delta is not None else exact, delta=delta)
+        return change_of(tensor, self.plan.by(tensor), base, realised, moments)
+
+    def _finite(self, tensor: str) -> Host:
+        base = self.plan.view.stored(tensor)
+        if is_floating(base) and not all_finite(base):
+            where = self.plan.view.aliases.get(tensor, tensor)
+            raise FormatError(
+                f"{where}: cannot be merged into: the base has NaN or infinite values there; "
+                "get an undamaged copy of it"
+            )
+        return base
+
+    def _rounded(self, exact: Host, tensor: str) -> Host:
+        name = self.dtype_of(tensor)
+        if not is_floating(name):
+            return astype(exact, name)
+        realised: Host = astype(exact, name)
+        if not all_finite(realised):
+            raise VerifyError(
+                f"{tensor}: the merged values cannot be stored: they overflow {name}; give a "
+                "dtype with a larger range (--dtype float32 or bfloat16)"
+            )
+        return realised
+
+    def _replaced(self, tensor: str) -> Host:
+        """Give a tensor as full copies and new rows leave it, before any rounding."""
+        plan, how = self.plan, self.plan.touched.get(tensor)
+        base = plan.view[tensor]
+        owners = () if how is None else (*how.copies, *how.rows)
+        if not owners:
+            return base
+        arrays = [plan.placed[i].adapter for i in owners]
+        if not is_floating(base):
+            return arrays[0].extra[tensor]
+        given = [a for o in arrays for n, a in o.extra.items() if n == tensor]
+        weights = [plan.given[i].weight for i in dict.fromkeys(owners)]
+        plain = weights == [1.0]
+        name = compute_dtype(base, *given) if plain else "float64"
+        wide = astype(base, name)
+        total = wide
+        for i, weight in zip(dict.fromkeys(owners), weights, strict=True):
+            new = plan.placed[i].adapter.replacement(tensor, wide)
+            total = new if plain else total + weight * (new - wide)
+        return total
+
+    def _merged(self, site: Site) -> tuple[dict[str, Host], dict[str, Host]]:
+        """Merge a site: its tensors before rounding, and Δ where it is known better than W′ − W."""
+        plan = self.plan
+        weight = self._replaced(site.weight) if self._checked(site.weight) else None
+        bias = self._replaced(site.bias_name) if site.bias and self._checked(site.bias_name) else None
+        layer = Dense.of(weight, bias, site)
+        parts = [self._part(i, site) for i in plan.parts(site)]
+        layer, parts = self._widened(layer, parts)
+        changed = {site.weight: True, site.bias_name: site.bias_name in plan.touched}
+        copied = any(
+            plan.touched[n].copies or plan.touched[n].rows for n in changed if n in plan.touched
+        )
+        deltas: dict[str, Host] = {}
+        if all(_adds(part, layer) for part in parts):
+            dw, db = combine.effect(parts, layer)
+            merged = layer.replace(
+                weight=layer.weight + dw,
+                bias=layer.bias if db is None or layer.bias is None else layer.bias + db,
+            )
+            if not copied:
+                deltas[site.weight] = to_numpy(Dense(dw, None, site).stored())
+                if db is not None:
+                    deltas[site.bias_name] = to_numpy(db)
+        else:
+            merged = combine.merge(parts, layer)
+        out = {site.weight: to_numpy(merged.stored())}
+        if changed[site.bias_name] and merged.bias is not None:
+            out[site.bias_name] = to_numpy(merged.bias)
+        return out, deltas
+
+    def _checked(self, tensor: str) -> bool:
+        self._finite(tensor)
+        return True
+
+    def _part(self, index: int, site: Site) -> Part:
+        placed = self.plan.placed[index]
+        params = {**placed.adapter.shared, **placed.adapter.sites[site.name]}
+        return Part(placed.configs[site.name], params, self.plan.given[index].weight)
+
+    def _widened(self, layer: Dense, parts: list[Part]) -> tuple[Dense, list[Part]]:
+        """Bring a layer and its adapters to the backend, in the dtype to compute in.
+
+        A float32 base is merged in float64 where Δ only comes out as W′ − W: in float32 that
+        difference has lost what the receipt is about.
+        """
+        floats = [a for part in parts for a in part.params.values() if is_floating(a)]
+        name = compute_dtype(layer.weight, *floats)
+        if name == "float32" and layer.weight.dtype.name == "float32":
+            exact = [replace(p, params=_cast(p.params, name)) for p in parts]
+            if not all(_adds(part, layer) for part in exact) and self._has_doubles():
+                name = "float64"
+        parts = [
+            replace(p, params=move(_cast(p.params, name), self.backend)) for p in parts
+        ]
+
+        def there(array: Any) -> Any:
+            return None if array is None else from_numpy(astype(array, name), self.backend)
+
+        return Dense(there(layer.weight), there(layer.bias), layer.site), parts
+
+    def _has_doubles(self) -> bool:
+        try:
+            return is_double(self.backend)
+        except BackendError:
+            return False
+
+
+def is_double(backend: Backend) -> bool:
+    """Whether a backend computes in float64 where it is asked to."""
+    import numpy as np  # noqa: PLC0415
+
+    return str(from_numpy(np.zeros(1), backend).dtype).endswith("float64")
+
+
+def _cast(params: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: astype(a, name) if is_floating(a) else a for k, a in params.items()}
+
+
+def _adds(part: Part, layer: Dense) -> bool:
+    """Whether a method's Δ does not come out of a difference."""
+    return isinstance(part.config, Additive) and part.config.gain(part.params, layer) is None

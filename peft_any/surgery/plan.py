@@ -1,0 +1,275 @@
+"""What a merge will do: every adapter fitted to the base, every touched tensor known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
+from peft_any.io.checkpoint import Checkpoint
+from peft_any.layer import Site
+from peft_any.layout import shape_of
+from peft_any.method import Additive, Tuner
+from peft_any.placed import Placed, rederived
+from peft_any.receipt import Host, Target
+from peft_any.selection import saved_whole
+from peft_any.surgery.sources import Given, Kinds, View, given_adapters, pruned
+from peft_any.targets import configured, place
+
+_SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
+"""Companions of a quantised weight, without which its numbers mean nothing."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Why and how a tensor changes: its site, if any, and the adapters with new values of it."""
+
+    site: Site | None = None
+    copies: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, checked and ready to be carried out.
+
+    Attributes
+    ----------
+    base : Checkpoint
+    view : View
+    given : list of Given
+    placed : list of Placed
+        In the same order.
+    touched : dict of str to Touched
+        By tensor.
+    mirrored : dict of str to str
+        Stored tensors that take the new value of the one they are tied to.
+    added : dict of str to str
+        Tensors to store that the base does not, and the stored tensor they were tied to.
+    untied : list of str
+        Tensors that are not tied any more.
+    warnings : list of str
+    """
+
+    base: Checkpoint
+    view: View
+    given: list[Given]
+    placed: list[Placed]
+    touched: dict[str, Touched]
+    mirrored: dict[str, str] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def parts(self, site: Site) -> list[int]:
+        """Number the adapters that have parameters at a site."""
+        return [i for i, placed in enumerate(self.placed) if site.name in placed.sites]
+
+    def by(self, tensor: str) -> tuple[str, ...]:
+        """Say in words what changes a tensor."""
+        how = self.touched[tensor]
+        names = [] if how.site is None else [self._method(i) for i in self.parts(how.site)]
+        return (*names, *("copy" for _ in how.copies), *("rows" for _ in how.rows))
+
+    def _method(self, index: int) -> str:
+        return self.given[index].source.peft_type
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every configured target and what it matched."""
+        return tuple(
+            target
+            for given, placed in zip(self.given, self.placed, strict=True)
+            for target in _targets(given, placed)
+        )
+
+    @property
+    def biases(self) -> set[str]:
+        """Names of the biases that merging changes."""
+        return {
+            name
+            for name, how in self.touched.items()
+            if how.site is not None and name != how.site.weight
+        }
+
+
+def make_plan(
+    base: Checkpoint,
+    adapters: Any,
+    *,
+    kinds: Kinds = None,
+    strict: bool = True,
+    rederive: bool = False,
+) -> Plan:
+    """Fit adapters to a base and refuse whatever does not fit, all of it at once.
+
+    Raises
+    ------
+    PeftError
+        Listing every offender.
+    """
+    given = given_adapters(adapters, strict=strict)
+    view = View(base, given)
+    if not strict:
+        given = [pruned(one, view, kinds) for one in given]
+    placed, faults = [], []
+    for one in given:
+        try:
+            placed.append(_fit(one, view, kinds, strict, rederive))
+        except PeftError as error:
+            faults.append((one, error))
+    if faults:
+        first = faults[0][1]
+        text = "\n".join(f"{one.label}: {error}" for one, error in faults)
+        raise type(first)(text) from first
+    plan = Plan(base, view, given, placed, _touched(view, given, placed))
+    for one in given:
+        notes = dict.fromkeys((*one.adapter.notes, *one.lost))
+        plan.warnings.extend(f"{one.label}: {note}" for note in notes)
+    _check_bases(plan)
+    _check_grown(plan)
+    return plan
+
+
+def _fit(given: Given, view: View, kinds: Kinds, strict: bool, rederive: bool) -> Placed:
+    sites = place(given.adapter, view, kinds, strict=strict)
+    config = given.adapter.config
+    if not isinstance(config, Tuner):
+        raise ConfigError(f"{config.where}: is no method that changes layers")
+    adapter = given.adapter.with_shared([*sites.values()])
+    placed = Placed(adapter, sites, configured(config, sites))
+    if rederive:
+        placed = rederived(placed, view)
+    wrong = [
+        f"{site.bias_name}: the base has no such bias, and the adapter corrects it: apply the "
+        "adapter without merging"
+        for name, site in sites.items()
+        if not site.bias and _shifts(placed, name)
+    ]
+    if wrong:
+        raise TargetError("\n".join(wrong))
+    return placed
+
+
+def _shifts(placed: Placed, name: str) -> bool:
+    config = placed.configs[name]
+    if not isinstance(config, Additive):
+        return False
+    params = {**placed.adapter.shared, **placed.adapter.sites[name]}
+    return config.bias_delta(params, placed.sites[name]) is not None
+
+
+def _touched(view: View, given: list[Given], placed: list[Placed]) -> dict[str, Touched]:
+    sites: dict[str, Site] = {}
+    copies: dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
+    for i, one in enumerate(placed):
+        for name, site in one.sites.items():
+            known = sites.setdefault(site.weight, site)
+            if known != site:
+                raise ShapeError(
+                    f"{name}: {given[i].label} takes it for a {site.kind} and another adapter for "
+                    f"a {known.kind}: pass kinds= to settle it"
+                )
+            if one.configs[name].changes_bias(site) and site.bias:
+                sites[site.bias_name] = site
+        for name in one.adapter.extra:
+            copies.setdefault(name, []).append(i)
+        for module in one.adapter.tokens:
+            rows.setdefault(f"{module}.weight", []).append(i)
+    names = {*sites, *copies, *rows}
+    return {
+        name: Touched(sites.get(name), tuple(copies.get(name, ())), tuple(rows.get(name, ())))
+        for name in view
+        if name in names
+    }
+
+
+def _check_bases(plan: Plan) -> None:
+    """Refuse tensors whose numbers cannot be computed with."""
+    faults = []
+    for name, how in plan.touched.items():
+        dtype = plan.view.info(name).dtype
+        module = name.rpartition(".")[0]
+        if how.site is None and not how.rows:
+            if not dtype.startswith(("float", "bfloat")) and _weighted(plan, how.copies):
+                faults.append(f"{name}: {dtype} values cannot be summed with weights")
+            continue
+        scales = [s for s in _SCALES if f"{module}.{s}" in plan.base]
+        if not dtype.startswith(("float", "bfloat")) or dtype.startswith("float4"):
+            faults.append(f"{name}: {dtype} values cannot be merged into: the base is quantised")
+        elif scales:
+            faults.append(
+                f"{name}: cannot be merged into: {module}.{scales[0]} says that it is quantised"
+            )
+    if faults:
+        raise TargetError(
+            "\n".join(faults) + "\nmerge into the base before it was quantised, and quantise that"
+        )
+
+
+def _weighted(plan: Plan, owners: tuple[int, ...]) -> bool:
+    return len(owners) != 1 or plan.given[owners[0]].weight != 1.0
+
+
+def _check_grown(plan: Plan) -> None:
+    """Refuse to resize one of two tied tensors, or a resized sum; warn of the rest."""
+    faults = []
+    for name, array in plan.view.grown.items():
+        rows = len(array)
+        if _weighted(plan, plan.touched[name].copies):
+            faults.append(f"{name}: the change to {rows} rows cannot be summed with weights")
+        for group in plan.base.tied:
+            if name in group:
+                faults += [
+                    f"{mate}: is tied to {name}, which gets {rows} rows, and has "
+                    f"{shape_of(plan.view, mate)[0]}: the adapter must carry it too"
+                    for mate in group
+                    if mate in plan.view and len(plan.view[mate]) != rows
+                    and (mate in plan.touched or name not in plan.base)
+                ]  # fmt: skip
+        plan.warnings.append(
+            f"{name}: resized from {len(plan.view.stored(name))} to {rows} rows, as the adapter has"
+        )
+    if faults:
+        raise TargetError("\n".join(faults))
+
+
+def _targets(given: Given, placed: Placed) -> Iterator[Target]:
+    config = placed.adapter.config
+    modules = tuple(placed.sites)
+    entries = getattr(config, "target_modules", None)
+    if isinstance(entries, list | tuple | set | frozenset):
+        for entry in sorted(entries):
+            yield Target(given.label, "target_modules", entry, _ending(modules, entry))
+    elif modules:
+        yield Target(given.label, "target_modules", str(entries or "(the method's own)"), modules)
+    for entry in saved_whole(config):
+        found = (n.rpartition(".")[0] for n in placed.adapter.extra)
+        hits = tuple(dict.fromkeys(m for m in found if f".{entry}." in f".{m}."))
+        if hits or entry in (config.modules_to_save or ()):
+            yield Target(given.label, "modules_to_save", entry, hits)
+    for module in placed.adapter.tokens:
+        yield Target(given.label, "trainable_token_indices", module, (module,))
+
+
+def _ending(modules: tuple[str, ...], entry: str) -> tuple[str, ...]:
+    return tuple(m for m in modules if m == entry or m.endswith(f".{entry}"))
+
+
+def equal_bytes(one: Host, two: Host) -> bool:
+    """Whether two arrays are the same, bit for bit, compared in blocks.
+
+    Examples
+    --------
+    >>> equal_bytes(np.zeros(2), -np.zeros(2)), equal_bytes(np.ones(3), np.ones(3))
+    (False, True)
+    """
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, two))
+    step = 1 << 22
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))

@@ -1,0 +1,263 @@
+"""The adapters of a merge as they are given, and the base as they need to see it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from peft_any.adapter import Adapter
+from peft_any.backend import astype
+from peft_any.errors import ConfigError, ShapeError, UsageError
+from peft_any.io._atomic import StrPath, reporting
+from peft_any.io._header import TensorInfo, byte_size
+from peft_any.io.checkpoint import Checkpoint
+from peft_any.io.config import find_adapter
+from peft_any.io.keys import Place, read_keys
+from peft_any.io.safetensors import SafetensorsFile
+from peft_any.layer import Kind, Site
+from peft_any.layout import layout, looks_like_embedding
+from peft_any.method import Prompt
+from peft_any.receipt import Host, Source, Use
+
+AdapterLike: TypeAlias = StrPath | Adapter
+Adapters: TypeAlias = (
+    AdapterLike | Mapping[StrPath, float] | Iterable[AdapterLike | tuple[AdapterLike, float]]
+)
+"""One adapter; ``{path: weight}``; or several, each alone or with its weight."""
+Kinds: TypeAlias = Mapping[str, Kind | Site] | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """One adapter of a merge.
+
+    Attributes
+    ----------
+    source : Source
+    adapter : Adapter
+    places : dict of str to Place
+        What each tensor of its file is.
+    lost : tuple of str
+        What `strict=False` left out, in sentences.
+    """
+
+    source: Source
+    adapter: Adapter
+    places: Mapping[str, Place]
+    lost: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How messages and the receipt call it."""
+        return self.source.label
+
+    @property
+    def weight(self) -> float:
+        """The factor of its effect."""
+        return self.source.weight
+
+
+def given_adapters(adapters: Adapters, *, strict: bool = True) -> list[Given]:
+    """Load the adapters.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or a weight is not a finite number.
+    ConfigError
+        For a prompt method: it has no merged form.
+    """
+    found: list[Given] = []
+    for item, weight in _pairs(adapters):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
+            raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
+        given = _load(item, float(weight), strict)
+        if isinstance(given.adapter.config, Prompt):
+            raise ConfigError(
+                f"{given.label}: {given.source.peft_type} cannot be merged: it makes virtual "
+                "tokens and changes no weight; keep it beside the base"
+            )
+        given.adapter.check_finite()
+        twins = sum(other.label.partition("#")[0] == given.label for other in found)
+        if twins:
+            label = f"{given.label}#{twins + 1}"
+            given = replace(given, source=replace(given.source, label=label))
+        found.append(given)
+    if not found:
+        raise UsageError("no adapter is given to merge")
+    return found
+
+
+def _pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
+    if isinstance(adapters, str | os.PathLike | Adapter):
+        yield adapters, 1.0
+    elif isinstance(adapters, Mapping):
+        yield from adapters.items()
+    else:
+        for item in adapters:
+            yield item if isinstance(item, tuple) else (item, 1.0)
+
+
+def _load(item: Any, weight: float, strict: bool) -> Given:
+    if isinstance(item, Adapter):
+        method = item.config.peft_type
+        return Given(Source(f"<{method}>", weight, method), item, dict(_own_places(item)))
+    if not isinstance(item, str | os.PathLike):
+        raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
+    adapter = Adapter.load(item, "numpy", strict=strict)
+    tensors, config = find_adapter(Path(item))
+    with SafetensorsFile(tensors) as file:
+        places, unknown = read_keys(adapter.config, file)
+    digests = {path.name: _digest(path) for path in (config, tensors)}
+    source = Source(str(item), weight, adapter.config.peft_type, str(item), digests)
+    return Given(source, adapter, places, tuple(unknown))
+
+
+def _own_places(adapter: Adapter) -> Iterator[tuple[str, Place]]:
+    for module, params in adapter.sites.items():
+        for name in params:
+            yield f"{module}.{name}", Place("site", module, name)
+    for name in adapter.shared:
+        yield name, Place("shared", "", name)
+    for name in adapter.extra:
+        yield name, Place("copy", "", name)
+    for module in adapter.tokens:
+        yield f"{module}.trainable_tokens_delta", Place("tokens", module)
+    for name in adapter.spare:
+        yield name, Place("spare", "original_module", name)
+
+
+def _digest(path: Path) -> str:
+    with reporting(path, "be read"), path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+class View(Mapping[str, Host]):
+    """A checkpoint as its adapters see it: tied names stand there, resized tables are resized.
+
+    Attributes
+    ----------
+    aliases : dict of str to str
+        Names that are not stored, and the stored tensors they are tied to.
+    grown : dict of str to array
+        Tensors that adapters bring in another number of rows, in the base's dtype.
+    """
+
+    def __init__(self, base: Checkpoint, given: list[Given]) -> None:
+        self.base = base
+        self.aliases: dict[str, str] = {}
+        self.grown: dict[str, Host] = {}
+        groups = {name: group[0] for group in base.tied for name in group}
+        for one in given:
+            for name in _needs(one.adapter):
+                if name not in base and name in groups:
+                    self.aliases[name] = groups[name]
+        for one in given:
+            for name, copy in one.adapter.extra.items():
+                self._grow(name, copy, one.label)
+
+    def _grow(self, name: str, copy: Host, label: str) -> None:
+        if name not in self or not looks_like_embedding(name.rpartition(".")[0]):
+            return
+        shape, now = tuple(copy.shape), tuple(self.info(name).shape)
+        if shape != now and len(shape) == len(now) and shape[1:] == now[1:]:
+            if name in self.grown:
+                raise ShapeError(
+                    f"{name}: {label} resizes it to {shape[0]} rows and another adapter to "
+                    f"{now[0]}: they cannot act together"
+                )
+            self.grown[name] = astype(copy, self.info(name).dtype)
+
+    def stored(self, name: str) -> Host:
+        """Give the base's own tensor behind a name."""
+        return self.base[self.aliases.get(name, name)]
+
+    def __getitem__(self, name: str) -> Host:
+        return self.grown[name] if name in self.grown else self.stored(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.base
+        yield from self.aliases
+
+    def __len__(self) -> int:
+        return len(self.base) + len(self.aliases)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base or name in self.aliases
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape without reading."""
+        if name in self.grown:
+            array = self.grown[name]
+            size = byte_size(array.dtype.name, array.shape) or 0
+            return TensorInfo(array.dtype.name, array.shape, 0, size)
+        return self.base.info(self.aliases.get(name, name))
+
+
+def _needs(adapter: Adapter) -> Iterator[str]:
+    yield from (f"{module}.weight" for module in (*adapter.sites, *adapter.tokens))
+    yield from adapter.extra
+
+
+def pruned(given: Given, view: View, kinds: Kinds) -> Given:
+    """Leave out what has no place in the base (`strict=False`), and say so."""
+    adapter = given.adapter
+    known = layout(view, kinds, adapter.config)
+    lost = [f"{name}: the base has no such layer" for name in adapter.sites if name not in known]
+    lost += [f"{name}: the base has no such tensor" for name in adapter.extra if name not in view]
+    lost += [
+        f"{module}.weight: the base has no such tensor"
+        for module in adapter.tokens
+        if f"{module}.weight" not in view
+    ]
+    if not lost:
+        return given
+    adapter = adapter.replace(
+        sites={k: v for k, v in adapter.sites.items() if k in known},
+        extra={k: v for k, v in adapter.extra.items() if k in view},
+        tokens={k: v for k, v in adapter.tokens.items() if f"{k}.weight" in view},
+    )
+    return replace(given, adapter=adapter, lost=(*given.lost, *lost))
+
+
+def uses(given: Given, sites: Mapping[str, Site], biases: set[str]) -> Iterator[Use]:
+    """Tell for every tensor of an adapter which base tensors it goes into."""
+    adapter = given.adapter
+    weights = tuple(site.weight for site in sites.values())
+    for key, place in given.places.items():
+        to: tuple[str, ...] = ()
+        why = ""
+        if place.part == "site" and place.module in sites:
+            site = sites[place.module]
+            to = (site.weight, site.bias_name) if site.bias_name in biases else (site.weight,)
+        elif place.part == "shared":
+            to = weights
+        elif place.part == "copy" and place.name in adapter.extra:
+            to = (place.name,)
+        elif place.part == "tokens" and place.module in adapter.tokens:
+            to = (f"{place.module}.weight",)
+        elif place.part == "spare":
+            why = f"a second copy, or the value before training, of {place.name}"
+        else:
+            why = "left out: it has no place in the base"
+        yield Use(given.label, key, to, why)
+    for name in adapter.spare:
+        if name not in given.places:
+            yield Use(given.label, name, (), "left out: it belongs to nothing")
+
+
+def rows_of(array: Host, like: Host) -> Host:
+    """Cut or pad with zeros to another array's number of rows."""
+    if array.shape == like.shape:
+        return array
+    out = np.zeros(like.shape, array.dtype)
+    rows = min(len(array), len(like))
+    out[:rows] = array[:rows]
+    return out
