@@ -15,8 +15,6 @@ from peft_any.backend import backend as backend
 
 if TYPE_CHECKING:
     from peft_any.adapter import Adapter as Adapter
-    from peft_any.audit import inspect_adapter as inspect_adapter
-    from peft_any.audit import verify_checkpoint as verify_checkpoint
     from peft_any.backend import Backend as Backend
     from peft_any.backend import move as move
     from peft_any.backend import resolve as resolve
@@ -41,13 +39,14 @@ if TYPE_CHECKING:
     from peft_any.model import merge as merge
     from peft_any.model import unmerge as unmerge
     from peft_any.registry import method_for as method_for
+    from peft_any.surgery import inspect_adapter as inspect_adapter
     from peft_any.surgery import merge_checkpoint as merge_checkpoint
+    from peft_any.surgery import verify_checkpoint as verify_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": "Adapter",
-    "audit": "inspect_adapter verify_checkpoint",
     "backend": "Backend backend move resolve",
     "errors": "BackendError ConfigError FormatError Irreversible PeftError ShapeError "
     "StorageError TargetError VerifyError",
@@ -57,7 +56,7 @@ _HOMES = {
     "method": "Additive Prompt Tuner",
     "model": "PeftModel merge unmerge",
     "registry": "method_for",
-    "surgery": "merge_checkpoint",
+    "surgery": "inspect_adapter merge_checkpoint verify_checkpoint",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -35,7 +35,10 @@ class BoundLayer:
 
     def __post_init__(self) -> None:
         params, base = widen([part.params for part in self.parts], self.base)
-        parts = [Part(o.config, p, o.weight) for o, p in zip(self.parts, params, strict=True)]
+        parts = [
+            Part(part.config, part.config.prepare(p, base), part.weight)
+            for part, p in zip(self.parts, params, strict=True)
+        ]
         object.__setattr__(self, "_wide", (parts, base))
 
     def __call__(self, x: Array) -> Array:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Self
 
@@ -67,6 +67,13 @@ class Tuner(Config):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Apply the adapted layer to `x`; overridden where that is cheaper than merging."""
         return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))(x)
+
+    def prepare(self, p: Params, base: Layer) -> Params:  # noqa: ARG002
+        """Add what every call with these parameters would compute anew, under names of its own.
+
+        `forward` and `merge` give the same with and without.
+        """
+        return p
 
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
         """Give what merging adds to the weight, and to the bias if it changes it."""
@@ -284,9 +291,8 @@ class AdaptedLayer:
 
     def __call__(self, x: Array) -> Array:
         """Apply the adapted layer (the base must have been given)."""
-        base = self._base()
-        (p,), layer = widen([self.params], base)
-        out = dtype_name(x if is_floating(x) else base.weight)
+        p, layer = self._ready
+        out = dtype_name(x if is_floating(x) else self._base().weight)
         x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x
         y: Array = astype(self.config.forward(p, x, layer), out)
         return y
@@ -296,6 +302,11 @@ class AdaptedLayer:
         base = self._base()
         (p,), layer = widen([self.params], base)
         return narrow(self.config.merge(p, layer), base)
+
+    @cached_property
+    def _ready(self) -> tuple[Params, Dense]:
+        (p,), layer = widen([self.params], self._base())
+        return self.config.prepare(p, layer), layer
 
     def _base(self) -> Dense:
         if self.base is None:
@@ -324,25 +335,3 @@ def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
     wrong += [f"{site.name}.{k}: unexpected{nearest(k, want)}" for k in extra]
     if wrong:
         raise ShapeError("\n".join(wrong))
-
-
-def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    r"""Look a site's number up in a `rank_pattern`-like mapping of regular expressions.
-
-    The first key, in order, that matches the whole name or the name after a dot is the one.
-
-    Examples
-    --------
-    >>> matching({r"layers.\d+.q": 4, "k": 2}, "model.layers.0.q", 8)
-    4
-    >>> matching({"k": 2}, "layers.0.q", 8)
-    8
-    """
-    for key, value in (pattern or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", name)
-        except re.error as error:
-            raise ConfigError(f"pattern {key!r}: not a regular expression: {error}") from None
-        if found:
-            return value
-    return default

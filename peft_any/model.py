@@ -177,7 +177,13 @@ class PeftModel:
         Untouched arrays are the base's own; touched ones are computed in at least float32 and
         rounded once to the base's dtype.
         """
-        return {name: self.merged(name) for name in self.weights}
+        merged = {name: self.replaced(name) for name in self.weights}
+        for site in self.sites().values():
+            layer = self.merged_site(site)
+            merged[site.weight] = layer.stored()
+            if layer.bias is not None and self._moves_bias(site):
+                merged[site.bias_name] = layer.bias
+        return merged
 
     def unmerge(self, merged: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Give the base weights back: exactly, or computed from merged weights alone.
@@ -255,11 +261,14 @@ class PeftModel:
         return dict(self._known(name).sites)
 
     def site_of(self, tensor: str) -> Site | None:
-        """Give the adapted layer that a tensor belongs to, if any."""
+        """Give the adapted layer whose merge changes a tensor, if any."""
         for site in self.sites().values():
-            if tensor in (site.weight, site.bias_name):
+            if tensor == site.weight or (tensor == site.bias_name and self._moves_bias(site)):
                 return site
         return None
+
+    def _moves_bias(self, site: Site) -> bool:
+        return any(part.config.changes_bias(site) for part in self._parts(site))
 
     def _base(self, site: Site) -> Dense:
         bias = self.replaced(site.bias_name) if site.bias else None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from peft_any import __version__
 from peft_any._typing import Shape
 from peft_any.errors import ShapeError, VerifyError
 
@@ -317,9 +318,7 @@ def too_little(changes: tuple[Change, ...], min_kept: float | None) -> list[str]
     """Describe the touched tensors that kept less than asked, the worst first."""
     if min_kept is None:
         return []
-    low = sorted(
-        (c.kept, c.tensor, c) for c in changes if c.kept is not None and c.kept < min_kept
-    )
+    low = sorted((c.kept, c.tensor, c) for c in changes if c.kept is not None and c.kept < min_kept)
     said = [
         f"{name}: kept {kept:.4f} of its change, less than {min_kept:g}: {c.unchanged:.1%} of "
         f"its elements did not move in {c.dtype}"
@@ -356,8 +355,8 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 
 def versions() -> dict[str, str]:
     """Name the versions of what computed."""
-    found = {"python": platform.python_version()}
-    for package in ("peft_any", "numpy", "ml-dtypes", "array-api-compat"):
+    found = {"peft_any": __version__, "python": platform.python_version()}
+    for package in ("numpy", "ml-dtypes", "array-api-compat"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -44,6 +44,12 @@ MISFITS: dict[str, tuple[Kind, ...]] = {
 """Layer kinds that a flag of LoRA cannot adapt."""
 
 
+GROUPS = (
+    "cannot adapt a convolution of several groups: its factors mix all input channels; name it "
+    "in exclude_modules"
+)
+
+
 def has_start(init: bool | str | None) -> bool:
     """Whether an `init_lora_weights` takes an initial product out of the base.
 
@@ -137,10 +143,12 @@ def less_start(a: Array, b: Array, p: Params) -> tuple[Array, Array]:
     return xp.concat([a, p["start_A"]], axis=0), xp.concat([b, -p["start_B"]], axis=1)
 
 
-def fold_config(config: Any) -> Any:
-    """Give a LoRA configuration of twice the rank and the same scaling."""
+def folded(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Params]]:
+    """Give a LoRA of twice the rank and the same scaling, with nothing taken out of the base."""
+    if not has_start(config.init_lora_weights):
+        return config, dict(sites)
     grow = 2**0.5 if config.use_rslora else 2.0
-    return replace(
+    wide = replace(
         config,
         r=2 * config.r,
         lora_alpha=grow * config.lora_alpha,
@@ -148,6 +156,7 @@ def fold_config(config: Any) -> Any:
         alpha_pattern={k: grow * v for k, v in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
+    return wide, {name: fold_start(p) for name, p in sites.items()}
 
 
 def fold_start(p: Params) -> Params:

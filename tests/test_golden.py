@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -73,7 +74,7 @@ prompts = pytest.mark.parametrize("name", having("", PromptCase))
 files = pytest.mark.parametrize("name", [*having(""), *having("", PromptCase)])
 
 
-def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
+def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float) -> None:
     assert got.keys() == want.keys()
     for key, value in want.items():
         assert got[key].dtype == value.dtype, key

@@ -65,6 +65,9 @@ def test_forward_is_the_merged_layer(
     assert merged.weight.shape == base.weight.shape
     assert merged.weight.dtype == base.weight.dtype
     assert relative(config.forward(p, x, base), merged(x)) <= 200 * ROUNDING[dtype]
+    ready = config.prepare(p, base)
+    assert relative(config.forward(ready, x, base), merged(x)) <= 200 * ROUNDING[dtype]
+    assert relative(config.merge(ready, base).weight, merged.weight) <= 50 * ROUNDING[dtype]
     if base.bias is not None:
         moved = not np.array_equal(merged.bias, base.bias)
         assert moved == config.changes_bias(case.site)

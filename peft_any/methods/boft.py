@@ -98,11 +98,17 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
 
     def factors(self, p: Params) -> list[tuple[Array, int, int]]:
         """Give R as few block-diagonal factors, as `butterfly` does."""
+        if "factors" in p:
+            return p["factors"]
         x = p["boft_R"]
         xp, (m, k, b, _) = namespace(x), x.shape
         x = xp.reshape(x, (m * k, b, b))
         r = cayley(0.5 * (x - xp.matrix_transpose(x)))
         return butterfly(xp.reshape(r, (m, k, b, b)))
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Compute R's factors once."""
+        return {**p, "factors": self.factors(p)}
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """s ⊙ (W·Rᵀ), R's first factor first."""

@@ -12,7 +12,8 @@ from peft_any.backend import namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Kind, Site, linear
 from peft_any.linalg import khatri_rao, tucker
-from peft_any.method import Additive, matching
+from peft_any.method import Additive
+from peft_any.patterns import matching
 from peft_any.rng import Fresh
 
 PASS = 24

@@ -11,7 +11,8 @@ from peft_any.backend import namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Kind, Site, flat
 from peft_any.linalg import factored, factorize, linear_kron, tucker
-from peft_any.method import Additive, matching
+from peft_any.method import Additive
+from peft_any.patterns import matching
 from peft_any.rng import Fresh
 
 
@@ -55,8 +56,7 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{self.where}: {name}={getattr(self, name)} is not in [0, 1)")
         if self.init_weights not in (True, False, "lycoris"):
-            given = f"{self.where}: init_weights={self.init_weights!r}"
-            raise ConfigError(f'{given} is unknown: give true, false or "lycoris"')
+            raise ConfigError(f"{self.where}: init_weights: give true, false or 'lycoris'")
 
     @property
     def scaling(self) -> float:

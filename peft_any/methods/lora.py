@@ -13,15 +13,14 @@ from peft_any.backend import astype, namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Layer, Site, flat, linear, widen
 from peft_any.linalg import row_norms
-from peft_any.method import Additive, matching
+from peft_any.method import Additive
+from peft_any.patterns import matching
 from peft_any.rng import Fresh
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
-    """ΔW = s·B·A, with A (r, n_in), B (n_out, r) and s = α/r.
-
-    An embedding's A is (r, tokens) and B (width, r); a convolution's A carries the kernel.
+    """ΔW = s·B·A, with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r), s = α/r.
 
     use_rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
     use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
@@ -68,8 +67,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     def per_site(self, site: Site) -> Self:
         """Resolve the patterns; refuse what has no merged form."""
         if site.groups > 1:
-            why = "its factors mix all input channels; name it in exclude_modules"
-            raise ConfigError(f"{site.name}: LORA cannot adapt {site.groups} groups: {why}")
+            raise ConfigError(f"{site.name}: LORA {starts.GROUPS}")
         for flag, kinds in starts.MISFITS.items():
             if getattr(self, flag) and site.kind in kinds:
                 raise ConfigError(f"{site.name}: {flag} cannot adapt a {site.kind} layer")
@@ -137,14 +135,16 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def gain(self, p: Params, base: Layer) -> Array | None:
         """m/‖W + ΔW‖ by rows, with `use_dora`; W is the weight without any other adapter."""
-        if not self.use_dora:
-            return None
+        if not self.use_dora or "gain" in p:
+            return p.get("gain")
         norms = row_norms(base.original, *self.factors(p))
         gain: Array = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms
         return gain
 
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Measure the rows once, with `use_dora`."""
+        return {**p, "gain": self.gain(p, base)} if self.use_dora else p
+
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Fold the product taken out of the base into factors of rank 2r."""
-        if not starts.has_start(self.init_lora_weights):
-            return self, dict(sites)
-        return starts.fold_config(self), {name: starts.fold_start(p) for name, p in sites.items()}
+        return starts.folded(self, sites)

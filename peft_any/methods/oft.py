@@ -90,6 +90,8 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
 
     def rotation(self, p: Params) -> Array:
         """R₁ … R_k (k, b, b), or (1, b, b) under `block_share`."""
+        if "rotation" in p:
+            return p["rotation"]
         v = p["oft_R.weight" if "oft_R.weight" in p else "oft_embedding_R.weight"]
         xp, terms = namespace(v), self.num_cayley_neumann_terms
         if self.coft:
@@ -98,6 +100,10 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
             v = v / xp.sqrt(xp.where(norm2 > 1.0, norm2, xp.ones_like(norm2)))
         q = skew(v, self.oft_block_size)
         return cayley_neumann(q, terms) if self.use_cayley_neumann else cayley(q)
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Compute R once."""
+        return {**p, "rotation": self.rotation(p)}
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W·Rᵀ; an embedding's flat weight is its table transposed: Rᵀ·W."""

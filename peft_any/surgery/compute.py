@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from peft_any import combine
 from peft_any.backend import Backend, astype, compute_dtype, from_numpy, is_floating, move, to_numpy
 from peft_any.combine import Part
@@ -58,21 +60,21 @@ class Surgeon:
         self._last = made
         return result
 
-    def changed(self, tensor: str, realised: Host) -> tuple[Change, Change]:
-        """Measure somebody else's value of a tensor, and the one computed here, alike."""
-        how = self.plan.touched[tensor]
-        if how.site is None:
-            exact, base = self._replaced(tensor), self.plan.view.stored(tensor)
-            ideal = astype(exact, self.dtype_of(tensor))
-            return self._change(tensor, base, realised, exact=exact), self._change(
-                tensor, base, ideal, exact=exact
-            )
-        merged, deltas = self._merged(how.site)
-        exact, delta = merged[tensor], deltas.get(tensor)
-        base = self.plan.view.stored(tensor)
-        ideal = astype(exact, self.dtype_of(tensor))
-        theirs = self._change(tensor, base, realised, exact=exact, delta=delta)
-        return theirs, self._change(tensor, base, ideal, exact=exact, delta=delta)
+    def audited(self, tensor: str, realised: Host) -> tuple[Change, Change]:
+        """Measure somebody else's value of a tensor, and what is best in its dtype, alike."""
+        site, delta = self.plan.touched[tensor].site, None
+        base = self._finite(tensor)
+        if site is None:
+            exact = self._replaced(tensor)
+        else:
+            merged, deltas = self._merged(site)
+            exact, delta = merged[tensor], deltas.get(tensor)
+        with np.errstate(over="ignore"):
+            best = astype(exact, realised.dtype.name)
+        theirs, ours = (
+            self._change(tensor, base, a, exact=exact, delta=delta) for a in (realised, best)
+        )
+        return theirs, ours
 
     def _copied(self, tensor: str) -> tuple[Host, Change]:
         base = self._finite(tensor)
@@ -116,10 +118,9 @@ class Surgeon:
 
     def _rounded(self, exact: Host, tensor: str) -> Host:
         name = self.dtype_of(tensor)
-        if not is_floating(name):
-            return astype(exact, name)
-        realised: Host = astype(exact, name)
-        if not all_finite(realised):
+        with np.errstate(over="ignore"):
+            realised: Host = astype(exact, name)
+        if is_floating(name) and not all_finite(realised):
             raise VerifyError(
                 f"{tensor}: the merged values cannot be stored: they overflow {name}; give a "
                 "dtype with a larger range (--dtype float32 or bfloat16)"
@@ -150,15 +151,13 @@ class Surgeon:
     def _merged(self, site: Site) -> tuple[dict[str, Host], dict[str, Host]]:
         """Merge a site: its tensors before rounding, and Δ where it is known better than W′ − W."""
         plan = self.plan
-        weight = self._replaced(site.weight) if self._checked(site.weight) else None
-        bias = self._replaced(site.bias_name) if site.bias and self._checked(site.bias_name) else None
-        layer = Dense.of(weight, bias, site)
-        parts = [self._part(i, site) for i in plan.parts(site)]
-        layer, parts = self._widened(layer, parts)
-        changed = {site.weight: True, site.bias_name: site.bias_name in plan.touched}
-        copied = any(
-            plan.touched[n].copies or plan.touched[n].rows for n in changed if n in plan.touched
-        )
+        names = [site.weight, site.bias_name] if site.bias else [site.weight]
+        for name in names:
+            self._finite(name)
+        layer = Dense.of(*(self._replaced(n) for n in names), *[None] * (2 - len(names)), site)
+        layer, parts = self._widened(layer, [self._part(i, site) for i in plan.parts(site)])
+        touched = {n: plan.touched[n] for n in names if n in plan.touched}
+        copied = any(how.copies or how.rows for how in touched.values())
         deltas: dict[str, Host] = {}
         if all(_adds(part, layer) for part in parts):
             dw, db = combine.effect(parts, layer)
@@ -173,13 +172,9 @@ class Surgeon:
         else:
             merged = combine.merge(parts, layer)
         out = {site.weight: to_numpy(merged.stored())}
-        if changed[site.bias_name] and merged.bias is not None:
+        if site.bias_name in touched and merged.bias is not None:
             out[site.bias_name] = to_numpy(merged.bias)
         return out, deltas
-
-    def _checked(self, tensor: str) -> bool:
-        self._finite(tensor)
-        return True
 
     def _part(self, index: int, site: Site) -> Part:
         placed = self.plan.placed[index]
@@ -198,9 +193,7 @@ class Surgeon:
             exact = [replace(p, params=_cast(p.params, name)) for p in parts]
             if not all(_adds(part, layer) for part in exact) and self._has_doubles():
                 name = "float64"
-        parts = [
-            replace(p, params=move(_cast(p.params, name), self.backend)) for p in parts
-        ]
+        parts = [replace(p, params=move(_cast(p.params, name), self.backend)) for p in parts]
 
         def there(array: Any) -> Any:
             return None if array is None else from_numpy(astype(array, name), self.backend)
@@ -216,8 +209,6 @@ class Surgeon:
 
 def is_double(backend: Backend) -> bool:
     """Whether a backend computes in float64 where it is asked to."""
-    import numpy as np  # noqa: PLC0415
-
     return str(from_numpy(np.zeros(1), backend).dtype).endswith("float64")
 
 
@@ -227,4 +218,5 @@ def _cast(params: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _adds(part: Part, layer: Dense) -> bool:
     """Whether a method's Δ does not come out of a difference."""
-    return isinstance(part.config, Additive) and part.config.gain(part.params, layer) is None
+    config = part.config
+    return isinstance(config, Additive) and config.gain(part.params, layer) is None

@@ -68,6 +68,11 @@ class Plan:
         """Number the adapters that have parameters at a site."""
         return [i for i, placed in enumerate(self.placed) if site.name in placed.sites]
 
+    def source(self, stored: str) -> str | None:
+        """Name the touched tensor whose value a stored one gets; None where it is copied."""
+        name = self.mirrored.get(stored, stored)
+        return name if name in self.touched else None
+
     def by(self, tensor: str) -> tuple[str, ...]:
         """Say in words what changes a tensor."""
         how = self.touched[tensor]

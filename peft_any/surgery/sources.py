@@ -10,11 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from peft_any.adapter import Adapter
 from peft_any.backend import astype
-from peft_any.errors import ConfigError, ShapeError, UsageError
+from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
 from peft_any.io._atomic import StrPath, reporting
 from peft_any.io._header import TensorInfo, byte_size
 from peft_any.io.checkpoint import Checkpoint
@@ -64,8 +62,8 @@ class Given:
         return self.source.weight
 
 
-def given_adapters(adapters: Adapters, *, strict: bool = True) -> list[Given]:
-    """Load the adapters.
+def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
+    """Load the adapters of a merge.
 
     Raises
     ------
@@ -73,18 +71,20 @@ def given_adapters(adapters: Adapters, *, strict: bool = True) -> list[Given]:
         If there is none, or a weight is not a finite number.
     ConfigError
         For a prompt method: it has no merged form.
+    FormatError
+        If an adapter holds NaN or infinities.
     """
     found: list[Given] = []
     for item, weight in _pairs(adapters):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
             raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
-        given = _load(item, float(weight), strict)
+        given = given_one(item, float(weight), strict=strict)
         if isinstance(given.adapter.config, Prompt):
             raise ConfigError(
                 f"{given.label}: {given.source.peft_type} cannot be merged: it makes virtual "
                 "tokens and changes no weight; keep it beside the base"
             )
-        given.adapter.check_finite()
+        _refuse_damaged(given)
         twins = sum(other.label.partition("#")[0] == given.label for other in found)
         if twins:
             label = f"{given.label}#{twins + 1}"
@@ -93,6 +93,13 @@ def given_adapters(adapters: Adapters, *, strict: bool = True) -> list[Given]:
     if not found:
         raise UsageError("no adapter is given to merge")
     return found
+
+
+def _refuse_damaged(given: Given) -> None:
+    try:
+        given.adapter.check_finite()
+    except FormatError as error:
+        raise FormatError(f"{given.label}: {error}") from error
 
 
 def _pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
@@ -105,7 +112,10 @@ def _pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
             yield item if isinstance(item, tuple) else (item, 1.0)
 
 
-def _load(item: Any, weight: float, strict: bool) -> Given:
+def given_one(item: Any, weight: float = 1.0, *, strict: bool = True) -> Given:
+    """Load one adapter, with digests of its files."""
+    if isinstance(item, Given):
+        return item
     if isinstance(item, Adapter):
         method = item.config.peft_type
         return Given(Source(f"<{method}>", weight, method), item, dict(_own_places(item)))
@@ -251,13 +261,3 @@ def uses(given: Given, sites: Mapping[str, Site], biases: set[str]) -> Iterator[
     for name in adapter.spare:
         if name not in given.places:
             yield Use(given.label, name, (), "left out: it belongs to nothing")
-
-
-def rows_of(array: Host, like: Host) -> Host:
-    """Cut or pad with zeros to another array's number of rows."""
-    if array.shape == like.shape:
-        return array
-    out = np.zeros(like.shape, array.dtype)
-    rows = min(len(array), len(like))
-    out[:rows] = array[:rows]
-    return out

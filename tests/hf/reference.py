@@ -48,7 +48,7 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def layer_module(site: Site) -> nn.Module:
+def layer_module(site: Site) -> Any:
     """Make the torch module that a site describes."""
     n, m, bias = site.n_in, site.n_out, site.bias
     if site.kind == "Linear":
@@ -60,7 +60,7 @@ def layer_module(site: Site) -> nn.Module:
         return nn.Embedding(n, m)
     if site.kind == "MultiheadAttention":
         return nn.MultiheadAttention(n, 1, bias=bias)
-    conv = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}[site.kind]
+    conv: Any = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}[site.kind]
     return conv(n, m, site.kernel, groups=site.groups, bias=bias)
 
 
@@ -162,8 +162,8 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
         return v + torch.tensor(0.2 * rng.standard_normal(tuple(v.shape)), dtype=v.dtype)
 
     if takes_from_base(case, base):
-        ours = {f"{PREFIX}{case.site.name}.{k}": s for k, s in shapes_of(case).items()}
-        assert {k: tuple(v.shape) for k, v in state.items()} == ours
+        shapes = {f"{PREFIX}{case.site.name}.{k}": s for k, s in shapes_of(case).items()}
+        assert {k: tuple(v.shape) for k, v in state.items()} == shapes
         return {k: noisy(v) for k, v in state.items()}
     ours = file_keys(case, case.params(base, dtype=dtype))
     other = {k: v for k, v in state.items() if ".out_proj." in k}
@@ -185,7 +185,8 @@ def takes_from_base(case: Case, base: Dense) -> bool:
 
 def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:
     """Give the shapes of a row's parameters."""
-    return case.config.at(case.site).shapes(case.site)
+    config: Any = case.config.at(case.site)
+    return dict(config.shapes(case.site))
 
 
 def attach(case: Case, base: Dense, model: nn.Module) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ def tolerance(case: Case, dtype: str) -> float:
     return max(ROUNDING[dtype], SINGLE if getattr(case.config, "coft", False) else 0.0)
 
 
-def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray], rtol: float) -> None:
+def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float) -> None:
     assert got.keys() == want.keys()
     for key, value in want.items():
         assert got[key].dtype == value.dtype, key

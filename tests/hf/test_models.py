@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import method_for  # noqa: E402
-from tests.hf.reference import load, quietly, state_of  # noqa: E402
+from tests.hf.reference import host, load, quietly, state_of  # noqa: E402
 
 RTOL = 1e-5
 
@@ -286,6 +286,20 @@ ROWS += [
         {"target_modules": r".*\.attn\.c_proj", "feedforward_modules": r".*\.attn\.c_proj"},
     ),
     ("embedding", "gpt2", "LORA", {**LORA, "target_modules": ["wpe", "c_attn"]}),
+    ("tied", "gpt2", "LORA", {**LORA, "target_modules": ["wte", "c_attn"]}),
+    (
+        "tied-tokens",
+        "gpt2",
+        "LORA",
+        {**LORA, "target_modules": ["c_attn"], "trainable_token_indices": [4, 0]},
+    ),
+    (
+        "tied-tokens",
+        "t5",
+        "LORA",
+        {**LORA, "target_modules": ["q"], "trainable_token_indices": {"shared": [4, 0]}},
+    ),
+    ("tied", "t5", "LORA", {**LORA, "target_modules": ["shared", "q"]}),
     (
         "classifier",
         "bert",
@@ -404,12 +418,22 @@ def fill(model: Any, name: str, seed: int) -> None:
     load(model, new, name)
 
 
-def merged(model: Any, names: list[str] | None = None) -> dict[str, np.ndarray]:
+def saved_once(model: Any) -> dict[str, np.ndarray]:
+    """Give a model's tensors as transformers saves them: of tied ones the first alone."""
+    state = model.state_dict()
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(tensor.data_ptr(), name)
+    return {name: host(state[name]) for name in first.values()}
+
+
+def merged(model: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     with quietly():
-        return state_of(model.merge_and_unload(adapter_names=names))
+        state = state_of(model.merge_and_unload())
+    return {name: state[name] for name in names}
 
 
-def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+def compare(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     assert got.keys() == want.keys()
     for key, value in want.items():
         size = float(np.max(np.abs(value), initial=0.0))
@@ -423,7 +447,7 @@ def test_a_models_merged_weights_are_hfs(
     label: str, model: str, method: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     plain = base_of(model)
-    weights = state_of(plain)
+    weights = saved_once(plain)
     with quietly():
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
         theirs = peft.get_peft_model(plain, config).eval()
@@ -433,7 +457,7 @@ def test_a_models_merged_weights_are_hfs(
     adapter = Adapter.load(tmp_path / "a")
     ours = PeftModel(weights)
     ours.add("a", adapter)
-    compare(ours.merge(), merged(theirs))
+    compare(ours.merge(), merged(theirs, weights))
     fresh = PeftModel(weights)
     own: Any = method_for(method)
     again = fresh.add("b", own(**fields))
@@ -451,7 +475,7 @@ def test_stacked_adapters_are_hfs_several_active_ones(
 ) -> None:
     _, model, method, first, second = stack
     plain = base_of(model)
-    weights = state_of(plain)
+    weights = saved_once(plain)
     targets = [t for t in ATTENTION[model] if method != "VERA" or t in ("q_proj", "o_proj")]
     make = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
     with quietly():
@@ -474,7 +498,7 @@ def test_stacked_adapters_are_hfs_several_active_ones(
     layer = theirs.base_model.model.get_submodule(site.name)
     with torch.no_grad():
         y = layer(torch.tensor(x)).numpy()
-    want = merged(theirs)
+    want = merged(theirs, weights)
     compare(got, want)
     bias = want.get(site.bias_name, np.float32(0))
     if method in MERGED_ONLY:

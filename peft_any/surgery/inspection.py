@@ -1,0 +1,237 @@
+"""What an adapter holds, and what merging it into a base would do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from math import prod, sqrt
+from typing import Any
+
+from peft_any._typing import Params
+from peft_any.adapter import Adapter
+from peft_any.backend import Backend, astype, compute_dtype, is_floating, resolve
+from peft_any.errors import PeftError
+from peft_any.io._atomic import StrPath
+from peft_any.io.checkpoint import Checkpoint, fingerprint
+from peft_any.layer import CONVOLUTIONS, Site
+from peft_any.method import Additive, Prompt, Tuner, check_params
+from peft_any.receipt import SCHEMA_VERSION, Change, Host, measure, plain, to_json
+from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.merge import Progress
+from peft_any.surgery.plan import make_plan
+from peft_any.surgery.sources import Given, Kinds, given_one
+from peft_any.surgery.ties import settle_ties
+
+_FORMED = 1 << 25
+"""Elements up to which ΔW is formed to take its norm."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One adapted layer.
+
+    Attributes
+    ----------
+    name : str
+    parameters : int
+    rank : int or None
+        The configuration's `r` at this site, where the method has one.
+    shapes : dict of str to shape
+    norms : dict of str to float
+        Frobenius norms of the parameters.
+    delta_norm : float or None
+        ‖ΔW‖, where it follows from the parameters alone.
+    """
+
+    name: str
+    parameters: int
+    rank: int | None
+    shapes: dict[str, tuple[int, ...]]
+    norms: dict[str, float]
+    delta_norm: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_adapter` finds; `to_json` is what `--json` prints.
+
+    Attributes
+    ----------
+    path, peft_type, files, config
+        The adapter, digests of its files, and its configuration's fields that are set.
+    parameters : int
+        Trained numbers.
+    sites : tuple of SiteReport
+    copies, rows : dict of str to shape
+        Full new values of tensors; new rows of embeddings, by module.
+    shared : dict of str to shape
+        Arrays of all sites, or a prompt's table.
+    base : dict
+        Path and fingerprint of the base, where one was given.
+    changes : tuple of Change
+        With a base: ‖Δ‖, ‖W‖, and what rounding to the base's dtype would leave.
+    notes : tuple of str
+    """
+
+    path: str
+    peft_type: str
+    files: dict[str, str]
+    config: dict[str, Any]
+    parameters: int
+    sites: tuple[SiteReport, ...]
+    copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """How many sites have each rank."""
+        return dict(sorted(Counter(s.rank for s in self.sites if s.rank is not None).items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values, as in the JSON."""
+        head = {"schema_version": SCHEMA_VERSION, "kind": "inspect", "ranks": self.ranks}
+        found: dict[str, Any] = plain(head | asdict(self))
+        for entry, change in zip(found["changes"], self.changes, strict=True):
+            entry["relative"] = change.relative
+        return found
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Give one JSON document."""
+        return to_json(self.to_dict(), indent)
+
+
+def inspect_adapter(
+    adapter: StrPath | Adapter,
+    base: StrPath | None = None,
+    *,
+    strict: bool = True,
+    progress: Progress | None = None,
+    backend: str | Backend = "auto",
+    kinds: Kinds = None,
+    rederive: bool = False,
+) -> Inspection:
+    """Look into an adapter; with a base, predict what merging would leave of its changes.
+
+    Parameters
+    ----------
+    adapter : path or Adapter
+    base : path, optional
+        As for `merge_checkpoint`. The prediction is made by merging and rounding in memory.
+    strict, progress, backend, kinds, rederive
+        As for `merge_checkpoint`.
+
+    Raises
+    ------
+    PeftError
+        If the adapter is malformed, or does not fit the base.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any import PeftModel
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> model = PeftModel({"fc.weight": np.ones((3, 4), "float32")})
+    >>> report = inspect_adapter(model.add("task", LoraConfig(r=2, target_modules=["fc"])))
+    >>> report.peft_type, report.ranks, report.sites[0].delta_norm
+    ('LORA', {2: 1}, 0.0)
+    """
+    given = given_one(adapter, strict=strict)
+    report = _describe(given)
+    if base is None or isinstance(given.adapter.config, Prompt):
+        return report
+    to = resolve(backend)
+    with Checkpoint(base) as checkpoint:
+        plan = make_plan(checkpoint, [given], kinds=kinds, strict=strict, rederive=rederive)
+        surgeon = Surgeon(plan, to)
+        settle_ties(plan, lambda name: surgeon.value(name)[0])
+        changes = []
+        for i, name in enumerate(plan.touched):
+            changes.append(surgeon.value(name)[1])
+            if progress is not None:
+                progress(i + 1, len(plan.touched), name)
+        fields = vars(report) | {
+            "base": {"path": str(base), "fingerprint": fingerprint(checkpoint)},
+            "changes": tuple(changes),
+            "notes": tuple(plan.warnings),
+        }
+    return Inspection(**fields)
+
+
+def _describe(given: Given) -> Inspection:
+    adapter = given.adapter
+    config = adapter.config
+    shown = {
+        key: value
+        for key, value in vars(config).items()
+        if value not in (None, {}, [], "") and value is not False
+    }
+    return Inspection(
+        given.label,
+        config.peft_type,
+        given.source.files,
+        shown,
+        adapter.num_parameters,
+        tuple(_site_report(config, adapter.shared, *item) for item in adapter.sites.items()),
+        {name: tuple(a.shape) for name, a in adapter.extra.items()},
+        {name: tuple(a.shape) for name, a in adapter.tokens.items()},
+        {name: tuple(a.shape) for name, a in adapter.shared.items()},
+        notes=adapter.notes,
+    )
+
+
+def _site_report(config: Any, shared: Params, name: str, params: Params) -> SiteReport:
+    own = {**shared, **params}
+    found = _guess(config, name, params) if isinstance(config, Tuner) else None
+    rank = getattr(config if found is None else found[0], "r", None)
+    trained = [k for k in params if k not in config.frozen]
+    return SiteReport(
+        name,
+        sum(prod(params[k].shape) for k in trained),
+        rank if isinstance(rank, int) and rank > 0 else None,
+        {k: tuple(a.shape) for k, a in params.items()},
+        {k: _norm(a) for k, a in params.items() if is_floating(a)},
+        None if found is None else _delta_norm(*found, own),
+    )
+
+
+def _norm(array: Host) -> float:
+    return sqrt(measure(array, array, delta=array).delta2)
+
+
+def _guess(config: Tuner, name: str, params: Params) -> tuple[Tuner, Site] | None:
+    """Find the one size of layer whose parameters these are, without the base."""
+    kernels = {tuple(a.shape[2:]) for a in params.values() if a.ndim > 2}
+    kernel = max(kernels, key=prod, default=())
+    kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
+    sizes = {n for a in params.values() for n in a.shape[:2]}
+    sizes |= {m * n for m, n in product(sizes, sizes)}
+    embedding = any("embedding" in key for key in params)
+    hits = []
+    for n_in, n_out in product(sorted(sizes), sorted(sizes)):
+        site = Site(name, n_in, n_out, "Embedding" if embedding else kind, kernel)
+        try:
+            own = config.at(site)
+            if own.shapes(site) == {k: tuple(a.shape) for k, a in params.items()}:
+                check_params(own, params, site)
+                hits.append((own, site))
+        except PeftError:
+            continue
+        if len(hits) > 1:
+            return None
+    return hits[0] if hits else None
+
+
+def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:
+    if not isinstance(config, Additive) or site.n_out * site.width > _FORMED:
+        return None
+    name = compute_dtype(*params.values())
+    wide = {k: astype(a, name) if is_floating(a) else a for k, a in params.items()}
+    try:
+        return _norm(config.delta(wide, site))
+    except (PeftError, KeyError):
+        return None
