@@ -5,140 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from math import isfinite, sqrt
+from math import isfinite, prod
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from peft_any import __version__
 from peft_any._typing import Shape
-from peft_any.errors import ShapeError, VerifyError
+from peft_any.errors import VerifyError
 
 SCHEMA_VERSION = 1
 """Raised whenever a field of the JSON changes its meaning or goes away."""
-_BLOCK = 1 << 18
-"""Elements of a block: its double-precision copies stay in the cache."""
 _WORST = 5
 Host = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over a weight W, a wanted change Δ and the realised one R = W′ − W.
-
-    Attributes
-    ----------
-    base2, delta2, dot, miss2 : float
-        ‖W‖², ‖Δ‖², ⟨R, Δ⟩ and ‖R − Δ‖², in double precision.
-    same, size : int
-        Elements with W′ = W, and all.
-    """
-
-    base2: float = 0.0
-    delta2: float = 0.0
-    dot: float = 0.0
-    miss2: float = 0.0
-    same: int = 0
-    size: int = 0
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    @property
-    def kept(self) -> float | None:
-        """⟨R, Δ⟩/⟨Δ, Δ⟩: the share of the wanted change that was realised; None without one."""
-        return self.dot / self.delta2 if self.delta2 else None
-
-    @property
-    def error(self) -> float | None:
-        """‖R − Δ‖/‖Δ‖."""
-        return sqrt(self.miss2 / self.delta2) if self.delta2 else None
-
-    @property
-    def unchanged(self) -> float:
-        """Share of elements that did not move."""
-        return self.same / self.size if self.size else 1.0
-
-
-def measure(
-    base: Host, realised: Host, *, delta: Host | None = None, exact: Host | None = None
-) -> Moments:
-    """Compare a realised change with the wanted one, in blocks of rows and double precision.
-
-    Parameters
-    ----------
-    base : array (m, …)
-        W, as it is stored.
-    realised : array (m′, …)
-        W′. Rows that only one of the two has: new ones are measured against zero, lost ones
-        are left out.
-    delta, exact : array (m′, …), one of them
-        Δ, or W + Δ before rounding.
-
-    Examples
-    --------
-    >>> w, d = np.ones(4, "float16"), np.full(4, 1e-4, "float32")
-    >>> lost = measure(w, (w + d).astype("float16"), delta=d)
-    >>> lost.kept, lost.error, lost.unchanged
-    (0.0, 1.0, 1.0)
-    """
-    wanted = exact if delta is None else delta
-    if realised.ndim == 0 and wanted is not None:
-        base, realised, wanted = base.reshape(1), realised.reshape(1), wanted.reshape(1)
-    if wanted is None or wanted.shape != realised.shape or base.shape[1:] != realised.shape[1:]:
-        raise ShapeError(
-            f"measure: {base.shape}, {realised.shape} and "
-            f"{None if wanted is None else wanted.shape} cannot be compared"
-        )
-    total = Moments()
-    for rows in _blocks(realised):
-        after = _double(realised[rows])
-        before = np.zeros_like(after)
-        known = _double(base[rows])
-        before[: known.shape[0]] = known
-        change = _double(wanted[rows])
-        if delta is None:
-            change -= before
-        moved = after - before
-        total += Moments(
-            float(np.vdot(known, known)),
-            float(np.vdot(change, change)),
-            float(np.vdot(moved, change)),
-            0.0,
-            moved.size - int(np.count_nonzero(moved)),
-            moved.size,
-        )
-        moved -= change
-        total += Moments(miss2=float(np.vdot(moved, moved)))
-    return total
-
-
-def all_finite(array: Host) -> bool:
-    """Whether an array has neither NaN nor infinities, checked in blocks.
-
-    Examples
-    --------
-    >>> all_finite(np.ones(3)), all_finite(np.asarray([[1.0, np.inf]]))
-    (True, False)
-    """
-    table = array if array.ndim else array.reshape(1)
-    return all(bool(np.isfinite(_double(table[rows])).all()) for rows in _blocks(table))
-
-
-def _blocks(array: Host) -> Iterator[slice]:
-    width = max(array.size // max(array.shape[0], 1), 1)
-    step = max(_BLOCK // width, 1)
-    for start in range(0, array.shape[0], step):
-        yield slice(start, start + step)
-
-
-def _double(block: Host) -> Host:
-    return np.ascontiguousarray(block).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -186,7 +68,8 @@ class Change:
     base_norm, delta_norm : float
         ‖W‖ and ‖Δ‖ (Frobenius).
     kept, error, unchanged : float
-        See `Moments`; None where Δ is zero.
+        With R = W′ − W as stored: ⟨R, Δ⟩/⟨Δ, Δ⟩, ‖R − Δ‖/‖Δ‖ (None where Δ is zero), and the
+        share of elements with R = 0.
     """
 
     tensor: str
@@ -205,25 +88,6 @@ class Change:
     def relative(self) -> float | None:
         """‖Δ‖/‖W‖."""
         return self.delta_norm / self.base_norm if self.base_norm else None
-
-
-def change_of(
-    tensor: str, by: tuple[str, ...], base: Host, realised: Host, moments: Moments
-) -> Change:
-    """Put the numbers of one touched tensor together."""
-    return Change(
-        tensor,
-        by,
-        realised.dtype.name,
-        tuple(realised.shape),
-        base.dtype.name,
-        tuple(base.shape),
-        sqrt(moments.base2),
-        sqrt(moments.delta2),
-        moments.kept,
-        moments.error,
-        moments.unchanged,
-    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +139,7 @@ class Receipt:
     @property
     def unchanged(self) -> float | None:
         """Share of the touched tensors' elements that did not move."""
-        sizes = [(c.unchanged, int(np.prod(c.shape))) for c in self.changes]
+        sizes = [(c.unchanged, prod(c.shape)) for c in self.changes]
         total = sum(size for _, size in sizes)
         return sum(share * size for share, size in sizes) / total if total else None
 
@@ -291,11 +155,13 @@ class Receipt:
         Raises
         ------
         VerifyError
-            Listing them.
+            Listing them; its `receipt` is this one.
         """
-        faults = list(self.problems) + too_little(self.changes, min_kept)
+        faults = [*self.problems, *too_little(self.changes, min_kept)]
         if faults:
-            raise VerifyError("\n".join(faults))
+            error = VerifyError("\n".join(faults))
+            error.receipt = self
+            raise error
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values, as in the JSON."""
@@ -307,7 +173,10 @@ class Receipt:
             "worst": None if self.worst is None else self.worst.tensor,
             "unchanged": self.unchanged,
         }
-        return plain(summary | asdict(self))
+        found: dict[str, Any] = plain(summary | asdict(self))
+        for entry, change in zip(found["changes"], self.changes, strict=True):
+            entry["relative"] = change.relative
+        return found
 
     def to_json(self, indent: int | None = 2) -> str:
         """Give one JSON document."""

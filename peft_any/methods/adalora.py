@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
@@ -54,7 +54,7 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str | None = True
-    alpha_pattern: dict[str, float] | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     bias: str = "none"
     exclude_modules: list[str] | str | None = None

@@ -13,7 +13,8 @@ from peft_any.combine import Part
 from peft_any.errors import BackendError, FormatError, VerifyError
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive
-from peft_any.receipt import Change, Host, all_finite, change_of, measure
+from peft_any.receipt import Change, Host
+from peft_any.surgery.measure import all_finite, change_of, measure
 from peft_any.surgery.plan import Plan
 
 
@@ -136,13 +137,14 @@ class Surgeon:
             return base
         arrays = [plan.placed[i].adapter for i in owners]
         if not is_floating(base):
-            return arrays[0].extra[tensor]
+            whole: Host = arrays[0].extra[tensor]
+            return whole
         given = [a for o in arrays for n, a in o.extra.items() if n == tensor]
         weights = [plan.given[i].weight for i in dict.fromkeys(owners)]
         plain = weights == [1.0]
         name = compute_dtype(base, *given) if plain else "float64"
         wide = astype(base, name)
-        total = wide
+        total: Host = wide
         for i, weight in zip(dict.fromkeys(owners), weights, strict=True):
             new = plan.placed[i].adapter.replacement(tensor, wide)
             total = new if plain else total + weight * (new - wide)
@@ -154,26 +156,17 @@ class Surgeon:
         names = [site.weight, site.bias_name] if site.bias else [site.weight]
         for name in names:
             self._finite(name)
-        layer = Dense.of(*(self._replaced(n) for n in names), *[None] * (2 - len(names)), site)
+        tensors = [self._replaced(name) for name in names]
+        layer = Dense.of(tensors[0], tensors[1] if site.bias else None, site)
         layer, parts = self._widened(layer, [self._part(i, site) for i in plan.parts(site)])
-        touched = {n: plan.touched[n] for n in names if n in plan.touched}
-        copied = any(how.copies or how.rows for how in touched.values())
-        deltas: dict[str, Host] = {}
-        if all(_adds(part, layer) for part in parts):
-            dw, db = combine.effect(parts, layer)
-            merged = layer.replace(
-                weight=layer.weight + dw,
-                bias=layer.bias if db is None or layer.bias is None else layer.bias + db,
-            )
-            if not copied:
-                deltas[site.weight] = to_numpy(Dense(dw, None, site).stored())
-                if db is not None:
-                    deltas[site.bias_name] = to_numpy(db)
-        else:
-            merged = combine.merge(parts, layer)
+        merged, dw, db = combine.realise(parts, layer)
         out = {site.weight: to_numpy(merged.stored())}
-        if site.bias_name in touched and merged.bias is not None:
-            out[site.bias_name] = to_numpy(merged.bias)
+        deltas = {site.weight: to_numpy(merged.replace(weight=dw).stored())}
+        if site.bias_name in plan.touched and merged.bias is not None and db is not None:
+            out[site.bias_name], deltas[site.bias_name] = to_numpy(merged.bias), to_numpy(db)
+        for name in out:
+            if plan.touched[name].copies or plan.touched[name].rows:
+                del deltas[name]
         return out, deltas
 
     def _part(self, index: int, site: Site) -> Part:

@@ -14,11 +14,12 @@ from peft_any.backend import Backend, astype, compute_dtype, is_floating, resolv
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
-from peft_any.layer import CONVOLUTIONS, Site
+from peft_any.layer import CONVOLUTIONS, Kind, Site
 from peft_any.method import Additive, Prompt, Tuner, check_params
-from peft_any.receipt import SCHEMA_VERSION, Change, Host, measure, plain, to_json
+from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
 from peft_any.surgery.compute import Surgeon
-from peft_any.surgery.merge import Progress
+from peft_any.surgery.job import Progress
+from peft_any.surgery.measure import measure
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Given, Kinds, given_one
 from peft_any.surgery.ties import settle_ties
@@ -199,7 +200,7 @@ def _site_report(config: Any, shared: Params, name: str, params: Params) -> Site
     )
 
 
-def _norm(array: Host) -> float:
+def _norm(array: Any) -> float:
     return sqrt(measure(array, array, delta=array).delta2)
 
 
@@ -207,7 +208,7 @@ def _guess(config: Tuner, name: str, params: Params) -> tuple[Tuner, Site] | Non
     """Find the one size of layer whose parameters these are, without the base."""
     kernels = {tuple(a.shape[2:]) for a in params.values() if a.ndim > 2}
     kernel = max(kernels, key=prod, default=())
-    kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
+    kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
     sizes = {n for a in params.values() for n in a.shape[:2]}
     sizes |= {m * n for m, n in product(sizes, sizes)}
     embedding = any("embedding" in key for key in params)

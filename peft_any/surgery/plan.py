@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
@@ -14,9 +12,9 @@ from peft_any.layer import Site
 from peft_any.layout import shape_of
 from peft_any.method import Additive, Tuner
 from peft_any.placed import Placed, rederived
-from peft_any.receipt import Host, Target
+from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
-from peft_any.surgery.sources import Given, Kinds, View, given_adapters, pruned
+from peft_any.surgery.sources import Given, Kinds, View, given_adapters, pruned, uses
 from peft_any.targets import configured, place
 
 _SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
@@ -90,6 +88,17 @@ class Plan:
             for given, placed in zip(self.given, self.placed, strict=True)
             for target in _targets(given, placed)
         )
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The adapters."""
+        return tuple(one.source for one in self.given)
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """Every adapter tensor and where it goes."""
+        pairs = zip(self.given, self.placed, strict=True)
+        return tuple(use for one, placed in pairs for use in uses(one, placed.sites, self.biases))
 
     @property
     def biases(self) -> set[str]:
@@ -263,18 +272,3 @@ def _targets(given: Given, placed: Placed) -> Iterator[Target]:
 
 def _ending(modules: tuple[str, ...], entry: str) -> tuple[str, ...]:
     return tuple(m for m in modules if m == entry or m.endswith(f".{entry}"))
-
-
-def equal_bytes(one: Host, two: Host) -> bool:
-    """Whether two arrays are the same, bit for bit, compared in blocks.
-
-    Examples
-    --------
-    >>> equal_bytes(np.zeros(2), -np.zeros(2)), equal_bytes(np.ones(3), np.ones(3))
-    (False, True)
-    """
-    if one.dtype != two.dtype or one.shape != two.shape:
-        return False
-    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, two))
-    step = 1 << 22
-    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, a.size, step))

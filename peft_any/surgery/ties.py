@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from peft_any.errors import TargetError
 from peft_any.receipt import Host
-from peft_any.surgery.plan import Plan, Touched, equal_bytes
+from peft_any.surgery.measure import equal_bytes
+from peft_any.surgery.plan import Plan, Touched
 
 
 def settle_ties(plan: Plan, value: Callable[[str], Host]) -> None:

@@ -9,12 +9,13 @@ import numpy as np
 from peft_any.backend import Backend, is_floating, resolve
 from peft_any.errors import nearest
 from peft_any.io._atomic import StrPath
-from peft_any.io.checkpoint import Checkpoint, fingerprint
-from peft_any.receipt import Change, Host, Receipt, all_finite, peak_memory, too_little, versions
+from peft_any.io.checkpoint import Checkpoint
+from peft_any.receipt import Change, Host, Receipt, peak_memory, too_little, versions
 from peft_any.surgery.compute import Surgeon
-from peft_any.surgery.merge import Progress
-from peft_any.surgery.plan import Plan, equal_bytes, make_plan
-from peft_any.surgery.sources import Adapters, Kinds, uses
+from peft_any.surgery.job import Progress, described
+from peft_any.surgery.measure import all_finite, equal_bytes
+from peft_any.surgery.plan import Plan, make_plan
+from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.ties import settle_ties
 
 MIN_KEPT = 0.9
@@ -74,20 +75,16 @@ def verify_checkpoint(
         audit.run(progress)
         receipt = Receipt(
             "verify",
-            _described(base, checkpoint),
-            tuple(one.source for one in plan.given),
-            tuple(
-                use
-                for one, placed in zip(plan.given, plan.placed, strict=True)
-                for use in uses(one, placed.sites, plan.biases)
-            ),
+            described(base, checkpoint),
+            plan.sources,
+            plan.uses,
             plan.targets,
             tuple(audit.changes),
             audit.copied,
-            _described(merged, theirs),
+            described(merged, theirs),
             tuple(plan.untied),
             tuple(audit.problems),
-            tuple([*plan.warnings, *audit.warnings]),
+            (*plan.warnings, *audit.warnings),
             {"min_kept": min_kept, "strict": strict, "rederive": rederive, "backend": str(to)},
             versions(),
             {"verify": round(time.perf_counter() - start, 3)},
@@ -96,15 +93,6 @@ def verify_checkpoint(
     if check:
         receipt.check()
     return receipt
-
-
-def _described(path: StrPath, checkpoint: Checkpoint) -> dict[str, object]:
-    return {
-        "path": str(path),
-        "fingerprint": fingerprint(checkpoint),
-        "tensors": len(checkpoint),
-        "bytes": checkpoint.nbytes,
-    }
 
 
 class Audit:
@@ -145,11 +133,10 @@ class Audit:
                     f"{name}: config.json of the merged checkpoint still ties it to another "
                     "tensor, and the adapter changes only one of them"
                 )
-        self.problems += too_little(tuple(self.changes), self.min_kept)[: 5 + 1]
+        self.problems += too_little(tuple(self.changes), self.min_kept)
 
     def _found(self, name: str) -> Host | None:
-        name = name if name in self.theirs else self._stands.get(name, name)
-        return self.theirs[name] if name in self.theirs else None
+        return self.theirs.get(name if name in self.theirs else self._stands.get(name, name))
 
     def _extra(self, name: str) -> None:
         twins = [group[0] for group in self.plan.base.tied if name in group]

@@ -38,7 +38,7 @@ N, BATCH = 2048, 256
 ROWS: list[tuple[str, Tuner, float | None]] = [
     ("LoRA r16", LoraConfig(r=16), 1.12),
     ("DoRA r16", LoraConfig(r=16, use_dora=True), 1.35),
-    ("AdaLoRA r16", AdaLoraConfig(init_r=16), None),
+    ("AdaLoRA r16", AdaLoraConfig(init_r=16, total_step=1000), None),
     ("IA³", IA3Config(target_modules=["fc"], feedforward_modules=[]), 1.05),
     ("LoKr r8", LoKrConfig(r=8), 1.45),
     ("LoHa r16", LoHaConfig(r=16), 1.6),

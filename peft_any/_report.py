@@ -1,0 +1,150 @@
+"""What the command line shows of receipts, inspections and methods."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from peft_any.method import Additive, Tuner
+from peft_any.receipt import Change, Receipt
+from peft_any.registry import method_for
+from peft_any.surgery import Inspection
+
+ROWS = 12
+"""Tensors that a summary shows; the receipt has all."""
+_NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
+
+
+def table(*head: str) -> Table:
+    """Start a table without a frame; numbers stand to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in head:
+        made.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
+    return made
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Write a number, or a dash where there is none.
+
+    Examples
+    --------
+    >>> number(0.99999), number(None), number(0.125, ".1%")
+    ('1.0000', '–', '12.5%')
+    """
+    return "–" if value is None or not isfinite(value) else format(value, form)
+
+
+def summary(receipt: Receipt) -> list[RenderableType]:
+    """Show a receipt: the adapters, the totals, and the tensors that kept least."""
+    changes, worst = receipt.changes, receipt.worst
+    lines = [
+        f"{s.peft_type} {s.label}" + (f" × {s.weight:g}" if s.weight != 1 else "")
+        for s in receipt.adapters
+    ]
+    audit = receipt.kind == "verify"
+    lines.append(
+        f"{len(changes)} tensors {'to change' if audit else 'merged'}, "
+        f"{receipt.copied} {'as in the base' if audit else 'copied'}"
+        + (f", peak {receipt.peak_memory / 1e9:.1f} GB" if receipt.peak_memory else "")
+    )
+    if worst is not None:
+        lines.append(
+            f"kept {number(receipt.kept)} (worst {number(worst.kept)} {worst.tensor}), "
+            f"{number(receipt.unchanged, '.1%')} of the elements did not move"
+        )
+    if receipt.problems:
+        lines.append(f"{len(receipt.problems)} problems")
+    elif audit:
+        lines.append("the merge is what it should be")
+    elif receipt.out:
+        lines.append(f"→ {receipt.out['path']}")
+    else:
+        lines.append("a dry run: nothing was written")
+    found = sorted(changes, key=lambda c: 2.0 if c.kept is None else c.kept)
+    more = [f"… and {len(changes) - ROWS} more, which kept more"] if len(changes) > ROWS else []
+    shown: list[RenderableType] = [figures(found[:ROWS])] if found else []
+    return [*map(Text, lines), *shown, *map(Text, more)]
+
+
+def figures(changes: Sequence[Change]) -> Table:
+    """Show what became of tensors."""
+    made = table("tensor", "by", "dtype", "‖Δ‖/‖W‖", "kept", "error", "unmoved")
+    for change in changes:
+        made.add_row(
+            Text(change.tensor),
+            ", ".join(change.by),
+            change.dtype,
+            number(change.relative, ".2e"),
+            number(change.kept),
+            number(change.error, ".1e"),
+            number(change.unchanged, ".1%"),
+        )
+    return made
+
+
+def report(found: Inspection) -> list[RenderableType]:
+    """Show an inspection: the method, every layer with its arrays, and what a base would keep."""
+    lines = [f"{found.peft_type} {found.path}"]
+    lines.append(f"{found.parameters:,} parameters at {len(found.sites)} layers")
+    if found.ranks:
+        ranks = (f"{rank} ({count}×)" for rank, count in found.ranks.items())
+        lines[-1] += f", rank {', '.join(ranks)}"
+    lines.append(", ".join(f"{key}={value!r}" for key, value in found.config.items()))
+    made = table("layer", "parameters", "rank", "‖ΔW‖", "arrays: shape, norm")
+    for site in found.sites:
+        arrays = (
+            f"{name}: {_shape(shape)}, {number(site.norms.get(name), '.4g')}"
+            for name, shape in site.shapes.items()
+        )
+        rank = "–" if site.rank is None else str(site.rank)
+        norm, text = number(site.delta_norm, ".4g"), Text("; ".join(arrays))
+        made.add_row(Text(site.name), f"{site.parameters:,}", rank, norm, text)
+    loose = [
+        f"{what} {name}: {_shape(shape)}"
+        for what, group in (("new", found.copies), ("rows of", found.rows), ("", found.shared))
+        for name, shape in group.items()
+    ]
+    shown: list[RenderableType] = [*map(Text, lines), *([made] if found.sites else [])]
+    shown += [Text(line.strip()) for line in loose]
+    if found.base:
+        shown += [Text(), Text(f"merged into {found.base['path']} as it is stored:")]
+        shown.append(figures(found.changes))
+    return shown
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "one number"
+
+
+def described(peft_type: str) -> dict[str, Any]:
+    """Describe a method, as its class declares itself."""
+    cls = method_for(peft_type)
+    layers = sorted(cls.kinds) if issubclass(cls, Tuner) else []
+    needs: Any = cls.needs  # a property where it depends on the flags
+    return {
+        "peft_type": peft_type,
+        "config": cls.__name__,
+        "source": " ".join((sys.modules[cls.__module__].__doc__ or "").split()),
+        "equation": (cls.__doc__ or "").partition("\n")[0],
+        "layers": layers,
+        "kind": "adds to W" if issubclass(cls, Additive) else "maps W" if layers else "tokens",
+        "reversible": issubclass(cls, Tuner) and cls.unmerge is not Tuner.unmerge,
+        "extensions": list(needs) if isinstance(needs, tuple) else ["linalg"],
+    }
+
+
+def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show the methods."""
+    made = table("method", "what it computes", "layers", "kind", "unmerges", "needs")
+    for row in rows:
+        layers, needs = ", ".join(row["layers"]), ", ".join(row["extensions"])
+        undone = "yes" if row["reversible"] else "no"
+        cells = row["peft_type"], row["equation"], layers or "–", row["kind"], undone, needs or "–"
+        made.add_row(*map(Text, cells))
+    return made
