@@ -157,7 +157,9 @@ class Receipt:
         VerifyError
             Listing them; its `receipt` is this one.
         """
-        faults = [*self.problems, *too_little(self.changes, min_kept)]
+        low = too_little(self.changes, min_kept)
+        hint = ["try a wider dtype for the touched tensors (--dtype float32)"] if low else []
+        faults = [*self.problems, *low, *hint]
         if faults:
             error = VerifyError("\n".join(faults))
             error.receipt = self
@@ -195,8 +197,6 @@ def too_little(changes: tuple[Change, ...], min_kept: float | None) -> list[str]
     ]
     if len(low) > _WORST:
         said.append(f"and {len(low) - _WORST} more tensors")
-    if low:
-        said.append("try a wider dtype for the touched tensors (--dtype float32)")
     return said
 
 
@@ -212,9 +212,11 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    if isinstance(value, float) and not isfinite(value):
-        return None
-    return value
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def to_json(value: Any, indent: int | None = 2) -> str:

@@ -146,7 +146,7 @@ class Surgeon:
         wide = astype(base, name)
         total: Host = wide
         for i, weight in zip(dict.fromkeys(owners), weights, strict=True):
-            new = plan.placed[i].adapter.replacement(tensor, wide)
+            new: Any = plan.placed[i].adapter.replacement(tensor, wide)
             total = new if plain else total + weight * (new - wide)
         return total
 

@@ -237,14 +237,12 @@ def _check_grown(plan: Plan) -> None:
         if _weighted(plan, plan.touched[name].copies):
             faults.append(f"{name}: the change to {rows} rows cannot be summed with weights")
         for group in plan.base.tied:
-            if name in group:
-                faults += [
-                    f"{mate}: is tied to {name}, which gets {rows} rows, and has "
-                    f"{shape_of(plan.view, mate)[0]}: the adapter must carry it too"
-                    for mate in group
-                    if mate in plan.view and len(plan.view[mate]) != rows
-                    and (mate in plan.touched or name not in plan.base)
-                ]  # fmt: skip
+            mates = [mate for mate in group if name in group and mate != name]
+            faults += [
+                f"{mate}: is tied to {name}, which gets {rows} rows: the adapter must carry both"
+                for mate in mates
+                if len(plan.view.grown.get(mate, ())) != rows
+            ]
         plan.warnings.append(
             f"{name}: resized from {len(plan.view.stored(name))} to {rows} rows, as the adapter has"
         )
