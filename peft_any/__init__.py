@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from peft_any.method import Prompt as Prompt
     from peft_any.method import Tuner as Tuner
     from peft_any.model import PeftModel as PeftModel
-    from peft_any.model import merge as merge
-    from peft_any.model import unmerge as unmerge
+    from peft_any.oneshot import merge as merge
+    from peft_any.oneshot import unmerge as unmerge
     from peft_any.registry import method_for as method_for
     from peft_any.surgery import inspect_adapter as inspect_adapter
     from peft_any.surgery import merge_checkpoint as merge_checkpoint
@@ -54,7 +54,8 @@ _HOMES = {
     "io.safetensors": "read_safetensors write_safetensors",
     "layer": "Dense Site",
     "method": "Additive Prompt Tuner",
-    "model": "PeftModel merge unmerge",
+    "model": "PeftModel",
+    "oneshot": "merge unmerge",
     "registry": "method_for",
     "surgery": "inspect_adapter merge_checkpoint verify_checkpoint",
 }

@@ -40,8 +40,15 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "–" if value is None or not isfinite(value) else format(value, form)
 
 
-def summary(receipt: Receipt) -> list[RenderableType]:
-    """Show a receipt: the adapters, the totals, and the tensors that kept least."""
+def summary(receipt: Receipt, place: str | None = None) -> list[RenderableType]:
+    """Show a receipt: the adapters, the totals, and the tensors that kept least.
+
+    Parameters
+    ----------
+    receipt : Receipt
+    place : str, optional
+        What to call the output's path.
+    """
     changes, worst = receipt.changes, receipt.worst
     lines = [
         f"{s.peft_type} {s.label}" + (f" × {s.weight:g}" if s.weight != 1 else "")
@@ -63,7 +70,7 @@ def summary(receipt: Receipt) -> list[RenderableType]:
     elif audit:
         lines.append("the merge is what it should be")
     elif receipt.out:
-        lines.append(f"→ {receipt.out['path']}")
+        lines.append(f"→ {place or receipt.out['path']}")
     else:
         lines.append("a dry run: nothing was written")
     found = sorted(changes, key=lambda c: 2.0 if c.kept is None else c.kept)
@@ -144,7 +151,7 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
     made = table("method", "what it computes", "layers", "kind", "unmerges", "needs")
     for row in rows:
         layers, needs = ", ".join(row["layers"]), ", ".join(row["extensions"])
-        undone = "yes" if row["reversible"] else "no"
+        undone = "–" if not layers else "yes" if row["reversible"] else "no"
         cells = row["peft_type"], row["equation"], layers or "–", row["kind"], undone, needs or "–"
         made.add_row(*map(Text, cells))
     return made

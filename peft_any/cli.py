@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Result:
     """What a command found: a document for `--json`, and what people read of it."""
 
@@ -126,7 +126,7 @@ def merge(
             backend=backend,
             progress=step,
         )
-    return Result(document=receipt.to_dict(), shown=summary(receipt), as_json=as_json, quiet=quiet)
+    return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -165,9 +165,7 @@ def verify(
     except VerifyError as found:
         error = found
     shown = summary(receipt)
-    return Result(
-        document=receipt.to_dict(), shown=shown, as_json=as_json, quiet=quiet, error=error
-    )
+    return Result(receipt.to_dict(), shown, as_json=as_json, quiet=quiet, error=error)
 
 
 @app.command()
@@ -197,7 +195,7 @@ def inspect(
             backend=backend,
             progress=step,
         )
-    return Result(document=found.to_dict(), shown=report(found), as_json=as_json, quiet=quiet)
+    return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -212,7 +210,7 @@ def methods(
 
     rows = [described(name) for name in method_names()]
     document = {"schema_version": SCHEMA_VERSION, "methods": rows}
-    return Result(document=document, shown=[listing(rows)], as_json=as_json)
+    return Result(document, [listing(rows)], as_json=as_json)
 
 
 @app.command()
@@ -229,8 +227,8 @@ def demo(
 
     lines: list[RenderableType] = []
     receipt = run_demo(lambda line: lines.append(Text(line)), backend)
-    shown = [*lines, Text(), *summary(receipt)]
-    return Result(document=receipt.to_dict(), shown=shown, as_json=as_json, quiet=quiet)
+    shown = [*lines, Text(), *summary(receipt, "a temporary directory")]
+    return Result(receipt.to_dict(), shown, as_json=as_json, quiet=quiet)
 
 
 def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:

@@ -86,7 +86,7 @@ def method_for(peft_type: str) -> type[Config]:
             known = sorted({*method_names(), *_known})
             raise ConfigError(
                 f"peft_type {peft_type!r} cannot be used: no such method"
-                f"{nearest(peft_type, known)}; known: {', '.join(known)}"
+                f"{nearest(peft_type.upper(), known)}; known: {', '.join(known)}"
             )
         importlib.import_module(f"peft_any.methods.{peft_type.lower()}")
     return _known[peft_type]

@@ -366,7 +366,7 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
         ({"peft_type": None}, "peft_type is missing.*LORA"),
         ({"peft_type": 3}, "peft_type is 3, not a name"),
         ({"peft_type": "LORRA"}, "'LORRA' cannot be used: no such method .nearest: 'LORA'"),
-        ({"peft_type": "lora"}, "peft_type 'lora' is no method .nearest: 'LORA'"),
+        ({"peft_type": "lora"}, "'lora' cannot be used: no such method .nearest: 'LORA'"),
         ({"r": "8"}, r"Expected `int`, got `str` - at `\$.r`"),
         ({"r": 2.5}, r"Expected `int`, got `float` - at `\$.r`"),
         ({"r": True}, r"Expected `int`, got `bool` - at `\$.r`"),

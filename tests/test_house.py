@@ -27,8 +27,8 @@ LAYERS = [
     {"adapter"},
     {"combine", "bound", "placed"},
     {"model", "receipt"},
-    {"surgery"},
-    {"demo"},
+    {"surgery", "oneshot"},
+    {"demo", "_console", "_report"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -106,10 +106,6 @@ def config_from_dict(
         )
     try:
         cls = method_for(name)
-    except KeyError:
-        raise ConfigError(
-            f"{where}: peft_type {name!r} is no method{nearest(name.upper(), method_names())}"
-        ) from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     _refuse(cls, raw, where)

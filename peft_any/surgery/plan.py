@@ -9,7 +9,6 @@ from typing import Any
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
-from peft_any.layout import shape_of
 from peft_any.method import Additive, Tuner
 from peft_any.placed import Placed, rederived
 from peft_any.receipt import Source, Target, Use
