@@ -15,6 +15,16 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 
+def prepare_streams() -> None:
+    """Make the standard streams take whatever is printed: they may be closed, and paths no text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the process ends
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(*shown: RenderableType) -> None:
     """Print on standard output, in the width of the terminal; elsewhere nothing is folded."""
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)

@@ -65,6 +65,8 @@ def summary(receipt: Receipt, place: str | None = None) -> list[RenderableType]:
             f"kept {number(receipt.kept)} (worst {number(worst.kept)} {worst.tensor}), "
             f"{number(receipt.unchanged, '.1%')} of the elements did not move"
         )
+    if receipt.untied:
+        lines.append(f"not tied any more: {', '.join(receipt.untied)}")
     if receipt.problems:
         lines.append(f"{len(receipt.problems)} problems")
     elif audit:
@@ -98,7 +100,8 @@ def figures(changes: Sequence[Change]) -> Table:
 def report(found: Inspection) -> list[RenderableType]:
     """Show an inspection: the method, every layer with its arrays, and what a base would keep."""
     lines = [f"{found.peft_type} {found.path}"]
-    lines.append(f"{found.parameters:,} parameters at {len(found.sites)} layers")
+    at = f" at {len(found.sites)} layers" if found.sites else ""
+    lines.append(f"{found.parameters:,} parameters{at}")
     if found.ranks:
         ranks = (f"{rank} ({count}×)" for rank, count in found.ranks.items())
         lines[-1] += f", rank {', '.join(ranks)}"

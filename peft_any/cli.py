@@ -17,7 +17,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from peft_any._console import progress, say, signals, silence, tell
+from peft_any._console import prepare_streams, progress, say, signals, silence, tell
 from peft_any.errors import PeftError, UsageError, VerifyError
 from peft_any.receipt import SCHEMA_VERSION
 
@@ -272,9 +272,7 @@ def run(args: Sequence[str] | None = None) -> int:
     with signals() as caught, warnings.catch_warnings():
         warnings.showwarning = note
         warnings.simplefilter("always", UserWarning)
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a path may be no text at all
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         try:
             command = typer.main.get_command(app)
             found = command(given or ["--help"], prog_name="peft-any", standalone_mode=False)
@@ -300,7 +298,7 @@ def show(result: Result) -> int:
         document = result.document
         if error is not None:
             document |= {"error": record(error, str(error), error.exit_code)}
-        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(document, indent=2, allow_nan=False))
     elif not result.quiet:
         say(*result.shown)
     if error is None:
@@ -319,7 +317,7 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool) -> int:
         code = error.exit_code
     elif hasattr(error, "format_message"):  # typer's own
         command = getattr(getattr(error, "ctx", None), "command_path", "peft-any")
-        code, message = UsageError.exit_code, f"{error.format_message()} See {command} --help"
+        code, message = UsageError.exit_code, f"{error.format_message()} (see {command} --help)"
     elif isinstance(error, BrokenPipeError | SystemExit):
         silence()
         return PIPE
@@ -335,13 +333,14 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool) -> int:
     if as_json:
         document = {"schema_version": SCHEMA_VERSION, "error": record(error, message, code)}
         with suppress(OSError):
-            print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
+            print(json.dumps(document, indent=2), flush=True)
     return code
 
 
 def record(error: BaseException, message: str, code: int) -> dict[str, Any]:
-    """Describe an error for `--json`."""
-    return {"type": type(error).__name__, "message": message, "exit_code": code}
+    """Describe an error for `--json`; what typer finds wrong is a `UsageError`."""
+    kind = UsageError if code == UsageError.exit_code else type(error)
+    return {"type": kind.__name__, "message": message, "exit_code": code}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

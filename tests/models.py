@@ -83,7 +83,13 @@ def side_files(root: Path, **config: Any) -> None:
 
 
 def adapter(
-    root: Path, weights: Weights, config: Tuner, *, scale: float = 0.1, seed: int = 3, **changes: Any
+    root: Path,
+    weights: Weights,
+    config: Tuner,
+    *,
+    scale: float = 0.1,
+    seed: int = 3,
+    **changes: Any,
 ) -> Path:
     """Write an adapter of random values."""
     made = random_adapter(weights, config, scale=scale, seed=seed)

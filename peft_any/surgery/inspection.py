@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from math import prod, sqrt
 from typing import Any
 
-from peft_any._typing import Params
+from peft_any._typing import Params, Shape
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, astype, compute_dtype, is_floating, resolve
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.layer import CONVOLUTIONS, Kind, Site
-from peft_any.method import Additive, Prompt, Tuner, check_params
+from peft_any.method import Additive, Prompt, Tuner
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.job import Progress
@@ -177,7 +178,7 @@ def _describe(given: Given) -> Inspection:
         given.source.files,
         shown,
         adapter.num_parameters,
-        tuple(_site_report(config, adapter.shared, *item) for item in adapter.sites.items()),
+        tuple(_site_reports(adapter)),
         {name: tuple(a.shape) for name, a in adapter.extra.items()},
         {name: tuple(a.shape) for name, a in adapter.tokens.items()},
         {name: tuple(a.shape) for name, a in adapter.shared.items()},
@@ -185,46 +186,54 @@ def _describe(given: Given) -> Inspection:
     )
 
 
-def _site_report(config: Any, shared: Params, name: str, params: Params) -> SiteReport:
-    own = {**shared, **params}
-    found = _guess(config, name, params) if isinstance(config, Tuner) else None
-    rank = getattr(config if found is None else found[0], "r", None)
-    trained = [k for k in params if k not in config.frozen]
-    return SiteReport(
-        name,
-        sum(prod(params[k].shape) for k in trained),
-        rank if isinstance(rank, int) and rank > 0 else None,
-        {k: tuple(a.shape) for k, a in params.items()},
-        {k: _norm(a) for k, a in params.items() if is_floating(a)},
-        None if found is None else _delta_norm(*found, own),
-    )
+def _site_reports(adapter: Adapter) -> Iterator[SiteReport]:
+    config: Any = adapter.config
+    known: dict[Any, list[Site]] = {}
+    for name, params in adapter.sites.items():
+        found = _guess(config, name, params, known)
+        rank = getattr(config if found is None else found[0], "r", None)
+        yield SiteReport(
+            name,
+            sum(prod(a.shape) for k, a in params.items() if k not in config.frozen),
+            rank if isinstance(rank, int) and rank > 0 else None,
+            {k: tuple(a.shape) for k, a in params.items()},
+            {k: _norm(a) for k, a in params.items() if is_floating(a)},
+            None if found is None else _delta_norm(*found, {**adapter.shared, **params}),
+        )
 
 
 def _norm(array: Any) -> float:
     return sqrt(measure(array, array, delta=array).delta2)
 
 
-def _guess(config: Tuner, name: str, params: Params) -> tuple[Tuner, Site] | None:
+def _guess(
+    config: Tuner, name: str, params: Params, known: dict[Any, list[Site]]
+) -> tuple[Tuner, Site] | None:
     """Find the one size of layer whose parameters these are, without the base."""
-    kernels = {tuple(a.shape[2:]) for a in params.values() if a.ndim > 2}
-    kernel = max(kernels, key=prod, default=())
-    kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
-    sizes = {n for a in params.values() for n in a.shape[:2]}
-    sizes |= {m * n for m, n in product(sizes, sizes)}
-    embedding = any("embedding" in key for key in params)
+    shapes = {k: tuple(a.shape) for k, a in params.items()}
+    key = tuple(sorted(shapes.items()))
     hits = []
-    for n_in, n_out in product(sorted(sizes), sorted(sizes)):
-        site = Site(name, n_in, n_out, "Embedding" if embedding else kind, kernel)
+    for site in known.get(key) or _sizes(name, shapes):
         try:
-            own = config.at(site)
-            if own.shapes(site) == {k: tuple(a.shape) for k, a in params.items()}:
-                check_params(own, params, site)
+            own = config.at(replace(site, name=name))
+            if own.shapes(site) == shapes:
                 hits.append((own, site))
         except PeftError:
             continue
-        if len(hits) > 1:
-            return None
-    return hits[0] if hits else None
+    known[key] = [site for _, site in hits]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _sizes(name: str, shapes: dict[str, Shape]) -> Iterator[Site]:
+    """Make layers of all sizes that parameters of these shapes may belong to."""
+    kernel = max((shape[2:] for shape in shapes.values()), key=prod, default=())
+    kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
+    if any("embedding" in suffix for suffix in shapes):
+        kind = "Embedding"
+    sizes = {n for shape in shapes.values() for n in shape[:2]}
+    sizes |= {m * n for m, n in product(sizes, sizes)}
+    for n_in, n_out in product(sorted(sizes), sorted(sizes)):
+        yield Site(name, n_in, n_out, kind, kernel)
 
 
 def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:
@@ -234,5 +243,5 @@ def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:
     wide = {k: astype(a, name) if is_floating(a) else a for k, a in params.items()}
     try:
         return _norm(config.delta(wide, site))
-    except (PeftError, KeyError):
+    except (PeftError, KeyError):  # what the file leaves out: start values, projections
         return None

@@ -38,9 +38,7 @@ class Job:
         self.seconds: dict[str, float] = {}
         self.changes: list[Change] = []
         self.copied = 0
-        self.total = sum(
-            self._size(*spec) for shard in self.base.shards for spec in self.specs(shard)
-        )
+        self.total = 0
         self.done = 0
 
     @property
@@ -94,8 +92,10 @@ class Job:
 
     def run(self, folder: Path | None, names: dict[str, str] | None = None) -> None:
         """Compute everything, and write it into `folder` unless that is None."""
+        every = {shard.path: self.specs(shard) for shard in self.base.shards}
+        self.total = sum(self._size(*spec) for specs in every.values() for spec in specs)
         for shard in self.base.shards:
-            specs = self.specs(shard)
+            specs = every[shard.path]
             if folder is None:
                 for name, dtype, shape in specs:
                     self._tensor(name, None, shard)

@@ -11,7 +11,7 @@ import numpy as np
 from peft_any.errors import ShapeError
 from peft_any.receipt import Change, Host
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
 """Elements of a block: its double-precision copies stay in the cache."""
 _BYTES = 1 << 22
 
@@ -88,8 +88,8 @@ def measure(
     for rows in _blocks(realised):
         after = _double(realised[rows])
         before = np.zeros_like(after)
-        known = _double(base[rows])
-        before[: known.shape[0]] = known
+        known = _double(base[rows][: len(after)])
+        before[: len(known)] = known
         change = _double(wanted[rows])
         if delta is None:
             change -= before

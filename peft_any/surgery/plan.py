@@ -9,6 +9,7 @@ from typing import Any
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
+from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
 from peft_any.placed import Placed, rederived
 from peft_any.receipt import Source, Target, Use
@@ -229,24 +230,35 @@ def _weighted(plan: Plan, owners: tuple[int, ...]) -> bool:
 
 
 def _check_grown(plan: Plan) -> None:
-    """Refuse to resize one of two tied tensors, or a resized sum; warn of the rest."""
+    """Refuse to resize the input embedding or the output head alone, and a resized sum."""
     faults = []
     for name, array in plan.view.grown.items():
-        rows = len(array)
+        rows, before = len(array), len(plan.view.stored(name))
         if _weighted(plan, plan.touched[name].copies):
             faults.append(f"{name}: the change to {rows} rows cannot be summed with weights")
-        for group in plan.base.tied:
-            mates = [mate for mate in group if name in group and mate != name]
-            faults += [
-                f"{mate}: is tied to {name}, which gets {rows} rows: the adapter must carry both"
-                for mate in mates
-                if len(plan.view.grown.get(mate, ())) != rows
-            ]
-        plan.warnings.append(
-            f"{name}: resized from {len(plan.view.stored(name))} to {rows} rows, as the adapter has"
-        )
+        faults += [
+            f"{mate}: has {before} rows, as {name} had, which gets {rows}: the adapter must carry "
+            "both, or no model can be loaded from the result"
+            for mate in _mates(plan, name, before)
+            if len(plan.view.grown.get(mate, ())) != rows
+        ]
+        plan.warnings.append(f"{name}: resized from {before} to {rows} rows, as the adapter has")
     if faults:
         raise TargetError("\n".join(faults))
+
+
+def _mates(plan: Plan, name: str, rows: int) -> list[str]:
+    """List the tables of the same vocabulary: tied ones, and the head of an input embedding."""
+
+    def head(tensor: str) -> bool:
+        return OUTPUT.fullmatch(tensor.rpartition(".")[0]) is not None
+
+    mates = [mate for group in plan.base.tied for mate in group if name in group]
+    for mate in plan.view:
+        other = looks_like_embedding(mate.rpartition(".")[0]) and head(mate) != head(name)
+        if other and plan.base.info(plan.view.aliases.get(mate, mate)).shape[0] == rows:
+            mates.append(mate)
+    return [mate for mate in dict.fromkeys(mates) if mate != name]
 
 
 def _targets(given: Given, placed: Placed) -> Iterator[Target]:

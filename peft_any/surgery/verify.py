@@ -127,12 +127,12 @@ class Audit:
         for name in self.theirs:
             if name not in expected:
                 self._extra(name)
-        for name in self.plan.untied:
-            if name in self._stands:
-                self.problems.append(
-                    f"{name}: config.json of the merged checkpoint still ties it to another "
-                    "tensor, and the adapter changes only one of them"
-                )
+        config, untied = self.theirs.config, self.plan.untied
+        if untied and config and config.get("tie_word_embeddings") is not False:
+            self.problems.append(
+                f"{' and '.join(untied)}: config.json of the merged checkpoint ties them, and the "
+                "adapter makes them differ"
+            )
         self.problems += too_little(tuple(self.changes), self.min_kept)
 
     def _found(self, name: str) -> Host | None:
