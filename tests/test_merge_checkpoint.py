@@ -635,7 +635,8 @@ class TestLeftovers:
         with Checkpoint(tmp_path / "out") as got:
             for name, value in peft_any.merge(weights, whole).items():
                 np.testing.assert_allclose(got[name], value, atol=1e-5)
-        tuned = adapter(tmp_path / "a", weights, QV)
+        other = IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+        tuned = adapter(tmp_path / "a", weights, other)
         with pytest.raises(ConfigError, match="nothing to redo"):
             merge_checkpoint(base, tuned, dry_run=True, rederive=True)
 

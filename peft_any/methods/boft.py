@@ -98,8 +98,9 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
 
     def factors(self, p: Params) -> list[tuple[Array, int, int]]:
         """Give R as few block-diagonal factors, as `butterfly` does."""
-        if "factors" in p:
-            return p["factors"]
+        known: list[tuple[Array, int, int]] | None = p.get("factors")
+        if known is not None:
+            return known
         x = p["boft_R"]
         xp, (m, k, b, _) = namespace(x), x.shape
         x = xp.reshape(x, (m * k, b, b))

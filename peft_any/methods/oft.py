@@ -90,8 +90,9 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
 
     def rotation(self, p: Params) -> Array:
         """R₁ … R_k (k, b, b), or (1, b, b) under `block_share`."""
-        if "rotation" in p:
-            return p["rotation"]
+        known: Array | None = p.get("rotation")
+        if known is not None:
+            return known
         v = p["oft_R.weight" if "oft_R.weight" in p else "oft_embedding_R.weight"]
         xp, terms = namespace(v), self.num_cayley_neumann_terms
         if self.coft:

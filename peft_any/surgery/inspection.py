@@ -213,7 +213,7 @@ def _guess(
     shapes = {k: tuple(a.shape) for k, a in params.items()}
     key = tuple(sorted(shapes.items()))
     hits = []
-    for site in known.get(key) or _sizes(name, shapes):
+    for site in known[key] if key in known else _sizes(name, shapes):
         try:
             own = config.at(replace(site, name=name))
             if own.shapes(site) == shapes:

@@ -180,12 +180,14 @@ class Job:
 
     def _index(self, path: Path, index: dict[str, Any]) -> None:
         weight_map = dict(index["weight_map"])
-        weight_map |= {new: weight_map[old] for new, old in self.plan.added.items()}
+        if self.plan.added:
+            added = {new: weight_map[old] for new, old in self.plan.added.items()}
+            weight_map = dict(sorted({**weight_map, **added}.items()))
         metadata = index.get("metadata")
         metadata = dict(metadata) if isinstance(metadata, dict) else {}
         written = {**index, "metadata": {**metadata, "total_size": self.total}}
-        written["weight_map"] = dict(sorted(weight_map.items()))
-        text = json.dumps(written, indent=2, sort_keys=False, ensure_ascii=False)
+        written["weight_map"] = weight_map
+        text = json.dumps(written, indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
     def _config(self) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def make() -> None:
     (OUT / "adapter" / "README.md").unlink()
     path = OUT / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": "nn-medium"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(merged(OUT / "adapter"), OUT / "merged.safetensors", metadata=PLAIN)
 
     x = flights(100, seed=2)
