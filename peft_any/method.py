@@ -107,9 +107,13 @@ class Tuner(Config):
         """Draw the arrays that all sites share; `merge` and `forward` get them among `p`."""
         return {}
 
+    def lacks(self, p: Params) -> str | None:  # noqa: ARG002
+        """Name what the parameters lack because their writer took it from the base, if anything."""
+        return None
+
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:  # noqa: ARG002
-        """Add what the file leaves out because its writer took it from the base (`new.base`)."""
-        raise ConfigError(f"{site.name}: rederive=True has nothing to redo for {self.where}")
+        """Add what the parameters lack, from the base (`new.base`)."""
+        return p
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Give configuration and parameters in the form that a file carries."""

@@ -11,13 +11,13 @@ from typing import Any
 from peft_any import combine
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
-from peft_any.backend import astype, dtype_name
+from peft_any.backend import astype, compute_dtype, dtype_name
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
 from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
-from peft_any.placed import Placed, dense, fitted, fresh, given, rederived
+from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking
 from peft_any.registry import Config
 
 
@@ -110,6 +110,7 @@ class PeftModel:
             placed = fitted(adapter, self.weights, self._kinds)
         if rederive:
             placed = rederived(placed, self.weights)
+        refuse_lacking(placed)
         self._placed[name] = placed
         if not self._active:
             self.activate(name)
@@ -276,25 +277,27 @@ class PeftModel:
 
     def replaced(self, tensor: str) -> Array:
         """Give a base tensor as the active adapters' full copies and token rows leave it."""
-        base = total = self.weights[tensor]
-        owners = []
-        for name, weight in self._active.items():
-            new = self._placed[name].adapter.replacement(tensor, base)
-            if new is None:
-                continue
-            owners.append(name)
-            if weight == 1.0:
-                total = new
-            else:
-                step = "float64" if dtype_name(base) == "float64" else "float32"
-                wide = astype(total, step) + weight * (astype(new, step) - astype(base, step))
-                total = astype(wide, dtype_name(base))
-        if len(owners) > 1 and all(self._active[o] == 1.0 for o in owners):
+        base = self.weights[tensor]
+        copies = {
+            name: new
+            for name in self._active
+            if (new := self._placed[name].adapter.replacement(tensor, base)) is not None
+        }
+        if not copies:
+            return base
+        if len(copies) == 1 and self._active[next(iter(copies))] == 1.0:
+            return next(iter(copies.values()))
+        if self._stacked:
             raise TargetError(
-                f"{tensor}: adapters {owners} each carry a full copy of it and cannot act "
+                f"{tensor}: adapters {[*copies]} each carry a full copy of it and cannot act "
                 "together: activate one, or give weights for their sum"
             )
-        return total
+        wide = astype(base, compute_dtype(base))
+        total = wide
+        for name, new in copies.items():
+            total = total + self._active[name] * (astype(new, dtype_name(wide)) - wide)
+        summed: Array = astype(total, dtype_name(base))
+        return summed
 
     def _with(self, params: Mapping[str, Any]) -> PeftModel:
         for name in params:

@@ -97,13 +97,40 @@ def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
     Raises
     ------
     ConfigError
-        If the method takes nothing from it.
+        If it lacks nothing.
     """
+    if not lacking(placed):
+        raise ConfigError(
+            f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
+            "nothing"
+        )
     root, params = Fresh(0, library(weights)), {}
     for name, site in placed.sites.items():
         new = root.at(name, dense(weights, site))
         params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)
     return replace(placed, adapter=placed.adapter.replace(sites=params))
+
+
+def lacking(placed: Placed) -> dict[str, str]:
+    """Say what the sites of an adapter lack because its writer took it from the base."""
+    lacks = {n: c.lacks(placed.adapter.sites[n]) for n, c in placed.configs.items()}
+    return {name: what for name, what in lacks.items() if what is not None}
+
+
+def refuse_lacking(placed: Placed) -> None:
+    """Refuse an adapter that cannot be applied without what its writer took from the base.
+
+    Raises
+    ------
+    ConfigError
+        Naming it, and the ways out.
+    """
+    for name, what in lacking(placed).items():
+        raise ConfigError(
+            f"{name}: the adapter lacks {what}: give rederive=True (--rederive) with the very "
+            "base it was made for, or convert the adapter where it was made "
+            "(path_initial_model_for_weight_conversion)"
+        )
 
 
 def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:

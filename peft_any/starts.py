@@ -62,19 +62,30 @@ def has_start(init: bool | str | None) -> bool:
     return how in ("pissa", "olora") or (how[:12] == "pissa_niter_" and how[12:].isdigit())
 
 
-def check_init(init: bool | str | None) -> None:
-    """Refuse an `init_lora_weights` that does not exist.
+def missing(init: bool | str | None, p: Params) -> str | None:
+    """Say that parameters lack the product taken out of the base, if they do."""
+    if not has_start(init) or "start_A" in p:
+        return None
+    return f"the product that init_lora_weights={init!r} took out of the base"
+
+
+def check(config: Any) -> None:
+    """Refuse a LoRA configuration that contradicts itself, or an init that does not exist.
 
     Raises
     ------
     ConfigError
-        With the ones that do.
     """
+    if config.r < 1:
+        raise ConfigError(f"{config.where}: r={config.r} cannot be a rank: give at least 1")
+    if config.use_dora and config.lora_bias:
+        raise ConfigError(f"{config.where}: lora_bias cannot go with use_dora")
+    init = config.init_lora_weights
     known = ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", *FOREIGN)
     if isinstance(init, str) and init not in known and not has_start(init):
         raise ConfigError(
-            f"init_lora_weights={init!r} is not known{nearest(init, known)}: true, false, "
-            f"{', '.join(known)}"
+            f"{config.where}: init_lora_weights={init!r} is not known{nearest(init, known)}: "
+            f"true, false, {', '.join(known)}"
         )
 
 

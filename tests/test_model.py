@@ -240,6 +240,17 @@ def test_full_copies_and_token_rows_take_part() -> None:
     np.testing.assert_allclose(half, want, atol=1e-6)
 
 
+def test_full_copies_with_unlike_weights_are_summed() -> None:
+    model = PeftModel(net())
+    for name in ("a", "b"):
+        model.add(name, LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]))
+        trained(model, name)
+    base = model.weights["head.weight"]
+    one, two = (model[name].extra["head.weight"] - base for name in ("a", "b"))
+    model.activate({"a": 0.5, "b": 1.0})
+    np.testing.assert_allclose(model.merge()["head.weight"], base + 0.5 * one + two, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_half_precision_is_computed_wide_and_rounded_once(dtype: str) -> None:
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))

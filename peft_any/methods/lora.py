@@ -53,11 +53,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
-        if self.use_dora and self.lora_bias:
-            raise ConfigError(f"{self.where}: lora_bias cannot go with use_dora")
-        starts.check_init(self.init_lora_weights)
+        starts.check(self)
 
     @property
     def scaling(self) -> float:
@@ -106,8 +102,12 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         """With `lora_bias`."""
         return self.lora_bias
 
+    def lacks(self, p: Params) -> str | None:
+        """The product taken out of the base."""
+        return starts.missing(self.init_lora_weights, p)
+
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
-        """Add A₀ and B₀, the factors that `init_lora_weights` names."""
+        """Add A₀ and B₀."""
         a, b = starts.starting_pair(str(self.init_lora_weights), site, self.r, self.scaling, new)
         return {**p, "start_A": a, "start_B": b}
 

@@ -11,7 +11,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
-from peft_any.placed import Placed, rederived
+from peft_any.placed import Placed, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
 from peft_any.surgery.sources import Given, Kinds, View, given_adapters, pruned, uses
@@ -132,7 +132,7 @@ def make_plan(
     placed, faults = [], []
     for one in given:
         try:
-            placed.append(_fit(one, view, kinds, strict, rederive))
+            placed.append(_fit(one, view, kinds, strict, rederive, alone=len(given) == 1))
         except PeftError as error:
             faults.append((one, error))
     if faults:
@@ -148,15 +148,18 @@ def make_plan(
     return plan
 
 
-def _fit(given: Given, view: View, kinds: Kinds, strict: bool, rederive: bool) -> Placed:
+def _fit(
+    given: Given, view: View, kinds: Kinds, strict: bool, rederive: bool, *, alone: bool
+) -> Placed:
     sites = place(given.adapter, view, kinds, strict=strict)
     config = given.adapter.config
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is no method that changes layers")
     adapter = given.adapter.with_shared([*sites.values()])
     placed = Placed(adapter, sites, configured(config, sites))
-    if rederive:
+    if rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
+    refuse_lacking(placed)
     wrong = [
         f"{site.bias_name}: the base has no such bias, and the adapter corrects it: apply the "
         "adapter without merging"
