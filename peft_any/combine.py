@@ -85,10 +85,8 @@ def merge(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense
     return _plus(base, *effect(parts, base))
 
 
-def realise(
-    parts: Sequence[Part], base: Dense, *, stacked: bool = False
-) -> tuple[Dense, Array, Array | None]:
-    """Merge as `merge` does, and say what was to be added to the weight and to the bias.
+def realise(parts: Sequence[Part], base: Dense) -> tuple[Dense, Array, Array | None]:
+    """Merge the weighted sum, and say what was to be added to the weight and to the bias.
 
     Returns
     -------
@@ -99,9 +97,9 @@ def realise(
     """
     alone = len(parts) == 1 and parts[0].weight == 1.0
     config, params = parts[0].config, parts[0].params
-    adds = alone and isinstance(config, Additive) and config.gain(params, base) is None
-    if not adds and (stacked or alone):
-        merged = merge(parts, base, stacked=stacked)
+    adds = isinstance(config, Additive) and config.gain(params, base) is None
+    if alone and not adds:
+        merged = merge(parts, base)
         shift = None
         if merged.bias is not None and base.bias is not None:
             shift = merged.bias - base.bias

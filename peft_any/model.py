@@ -225,48 +225,18 @@ class PeftModel:
                     names.add(site.bias_name)
         return [name for name in self.weights if name in names]
 
-    def merged(self, tensor: str) -> Array:
-        """Merge one tensor of the base; an untouched one is given as it is."""
-        base = self.replaced(tensor)
-        if (site := self.site_of(tensor)) is None:
-            return base
-        merged = self.merged_site(site)
-        if tensor == site.weight:
-            return merged.stored()
-        return base if merged.bias is None else merged.bias
-
     def merged_site(self, site: Site) -> Dense:
         """Merge one adapted layer, rounded to the base's dtypes."""
-        parts, wide, base = self.opened(site)
-        return narrow(combine.merge(parts, wide, stacked=self._stacked), base)
-
-    def realised_site(self, site: Site) -> tuple[Dense, Dense, Array, Array | None]:
-        """Give an adapted layer's base and its merge, both in the compute dtype, and ΔW and Δb."""
-        parts, wide, _ = self.opened(site)
-        return wide, *combine.realise(parts, wide, stacked=self._stacked)
-
-    def opened(self, site: Site) -> tuple[list[Part], Dense, Dense]:
-        """Give a layer's adapters and its base in the compute dtype, and the base as it is."""
         base, parts = self._base(site), self._parts(site)
         params, wide = widen([part.params for part in parts], base)
-        return [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)], wide, base
+        exact = [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)]
+        return narrow(combine.merge(exact, wide, stacked=self._stacked), base)
 
     def sites(self) -> dict[str, Site]:
         """Give the layers that the active adapters adapt, by module name."""
         return {
             key: site for name in self._active for key, site in self._placed[name].sites.items()
         }
-
-    def sites_of(self, name: str) -> dict[str, Site]:
-        """Give the layers that one adapter adapts, by module name."""
-        return dict(self._known(name).sites)
-
-    def site_of(self, tensor: str) -> Site | None:
-        """Give the adapted layer whose merge changes a tensor, if any."""
-        for site in self.sites().values():
-            if tensor == site.weight or (tensor == site.bias_name and self._moves_bias(site)):
-                return site
-        return None
 
     def _moves_bias(self, site: Site) -> bool:
         return any(part.config.changes_bias(site) for part in self._parts(site))
