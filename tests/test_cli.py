@@ -125,8 +125,9 @@ def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Shell:
 
 def start(*args: object, code: str = "", **kwargs: Any) -> subprocess.Popen[str]:
     program = f"{code}\nfrom peft_any.cli import main\nmain()"
-    env = {**os.environ, "PYTHONPATH": str(Path(peft_any.__file__).parents[1])}
-    env |= kwargs.pop("env", {})
+    ours = {"NO_COLOR", "FORCE_COLOR", "PEFT_ANY_BACKEND"}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"PYTHONPATH": str(Path(peft_any.__file__).parents[1]), **kwargs.pop("env", {})}
     command = [sys.executable, "-c", program, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
     return subprocess.Popen(command, text=True, env=env, **pipes)
