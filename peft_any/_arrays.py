@@ -134,6 +134,21 @@ def astype(x: Any, name: str) -> Any:
     return library.astype(x, dtype_by_name(xp, name), xp)
 
 
+def inv(x: Any) -> Any:
+    """Invert a stack of matrices (..., b, b); lazily on Dask, whose own `inv` takes but one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> inv(np.asarray([[[2.0]], [[4.0]]])).tolist()
+    [[[0.5]], [[0.25]]]
+    """
+    if library_of(x).name != "dask":
+        return namespace(x).linalg.inv(x)
+    whole = x.rechunk({x.ndim - 2: -1, x.ndim - 1: -1})
+    return whole.map_blocks(inv, dtype=x.dtype, meta=x._meta)  # noqa: SLF001 - as it documents
+
+
 def to_numpy(x: Any) -> Host:
     """Bring an array to the host as a NumPy array, which may share its memory.
 

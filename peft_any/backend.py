@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from peft_any._arrays import astype, creation_device, dtype_by_name, is_array, namespace, to_numpy
+from peft_any._arrays import (
+    astype,
+    creation_device,
+    dtype_by_name,
+    inv,
+    is_array,
+    namespace,
+    to_numpy,
+)
 from peft_any._dtypes import compute_dtype, dtype_name, is_floating, numpy_dtype
 from peft_any._libraries import CUPY, LIBRARIES, TORCH, UNKNOWN, find_library, library_of
 from peft_any._typing import Namespace
@@ -21,8 +29,8 @@ from peft_any.errors import BackendError, nearest
 
 __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
-    "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "is_array", "is_floating",
-    "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
+    "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv", "is_array",
+    "is_floating", "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
 ]  # fmt: skip
 
 
@@ -88,8 +96,10 @@ def resolve(spec: str | Backend = "auto", *arrays: Any, device: Any = None) -> B
     """
     if isinstance(spec, Backend):
         name, place = spec.name, spec.device
-    else:
+    elif isinstance(spec, str):
         name, _, place = spec.partition(":")
+    else:
+        raise BackendError(f"backend {spec!r:.60}: give a name such as 'torch:cuda:0', or 'auto'")
     if device is not None:
         if place and str(place) != str(device):
             raise BackendError(f"backend '{spec}': contradicts device={str(device)!r}: give one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from peft_any._typing import Array
-from peft_any.backend import creation_device, namespace
+from peft_any.backend import creation_device, inv, namespace
 
 
 def skew(v: Array, b: int) -> Array:
@@ -66,7 +66,7 @@ def inverse(a: Array) -> Array:
     """
     xp, h = namespace(a), a.shape[-1] // 2
     if h <= 8:  # smaller halves gain little, and take long to compile
-        leaf: Array = xp.linalg.inv(a)
+        leaf: Array = inv(a)
         return leaf
     corner, left = inverse(a[:, :h, :h]), a[:, h:, :h]
     above = corner @ a[:, :h, h:]

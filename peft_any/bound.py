@@ -12,7 +12,7 @@ from peft_any._typing import Array
 from peft_any.backend import astype, dtype_name, is_floating
 from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
-from peft_any.layer import Dense, widen
+from peft_any.layer import Dense, check_input, widen
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class BoundLayer:
                 f"{self.base.site.name}: a convolution cannot be called here: its stride and "
                 "padding are not in the checkpoint; use merge() and your library's convolution"
             )
+        check_input(x, self.base.site)
         parts, base = self._wide  # type: ignore[attr-defined]
         floating = is_floating(x)
         out = dtype_name(x if floating else self.base.weight)

@@ -78,7 +78,7 @@ def merge(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense
         layer = base
         for part in parts:
             _refuse_weight(part, base.site)
-            layer = part.config.merge(part.params, layer).replace(unadapted=base.original)
+            layer = _merged(part, layer).replace(unadapted=base.original)
         return layer
     if not parts:
         return base
@@ -106,6 +106,22 @@ def realise(parts: Sequence[Part], base: Dense) -> tuple[Dense, Array, Array | N
         return merged, merged.weight - base.weight, shift
     weight, shift = effect(parts, base)
     return _plus(base, weight, shift), weight, shift
+
+
+def _merged(part: Part, layer: Dense) -> Dense:
+    merged = part.config.merge(part.params, layer)
+    if merged.bias is layer.bias:
+        return merged
+    if layer.bias is None:
+        raise ConfigError(
+            f"{layer.site.name}: a bias correction cannot be merged: the base has no bias"
+        )
+    if merged.bias is None or not part.config.changes_bias(layer.site):
+        raise ConfigError(
+            f"{layer.site.name}: {part.config.where} cannot change the bias in merge alone: its "
+            "changes_bias must say so, and merge must give one"
+        )
+    return merged
 
 
 def _plus(base: Dense, weight: Array, shift: Array | None) -> Dense:

@@ -157,6 +157,27 @@ def flat(a: Array) -> Array:
     return flattened
 
 
+def check_input(x: Array, site: Site) -> None:
+    """Check that a layer can be called on an array.
+
+    Raises
+    ------
+    ShapeError
+        If its last axis is not the layer's input, or it holds integers and is no embedding's.
+    """
+    if not is_floating(x):
+        if site.kind != "Embedding":
+            raise ShapeError(
+                f"{site.name}: {dtype_name(x)} values cannot go into a {site.kind} layer: it "
+                "takes floats, and embeddings alone take token numbers"
+            )
+    elif tuple(x.shape[-1:]) != (site.width,):
+        raise ShapeError(
+            f"{site.name}: an input of shape {tuple(x.shape)} cannot go into the layer: it takes "
+            f"(..., {site.width})"
+        )
+
+
 class Layer(Protocol):
     """A layer that can be called: a `Dense`, or one that already carries an adapter."""
 

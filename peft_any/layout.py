@@ -152,10 +152,12 @@ def _told(module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind]) 
     """Read a matrix's orientation from the biases of the checkpoint, where they tell it."""
     if module in proofs:
         return proofs[module]
+    whole, _, last = module.rpartition(".")
+    if last == "out_proj" and (f"{whole}.in_proj_weight" if whole else "in_proj_weight") in shapes:
+        return "Linear"  # the output half of torch's packed attention
     if not _has_bias(module, shapes):
         # transformers' Conv1D always has a bias: one without is linear where there are real ones.
         return "Linear" if "Conv1D" in proofs.values() else None
-    last = module.rpartition(".")[2]
     for peers in ([m for m in proofs if m.rpartition(".")[2] == last], proofs):
         found = {proofs[m] for m in peers}
         if len(found) == 1:

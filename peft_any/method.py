@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
 from peft_any.errors import ConfigError, Irreversible, ShapeError, nearest
-from peft_any.layer import KINDS, Dense, Kind, Layer, Site, linear, narrow, widen
+from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
 from peft_any.rng import Fresh
@@ -78,9 +78,9 @@ class Tuner(Config):
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
         """Give what merging adds to the weight, and to the bias if it changes it."""
         merged = self.merge(p, base)
-        if base.bias is None or merged.bias is None or not self.changes_bias(base.site):
+        if merged.bias is None or not self.changes_bias(base.site):
             return merged.weight - base.weight, None
-        return merged.weight - base.weight, merged.bias - base.bias
+        return merged.weight - base.weight, merged.bias - _bias(base)
 
     def changes_bias(self, site: Site) -> bool:  # noqa: ARG002
         """Whether merging changes the layer's bias."""
@@ -295,6 +295,7 @@ class AdaptedLayer:
 
     def __call__(self, x: Array) -> Array:
         """Apply the adapted layer (the base must have been given)."""
+        check_input(x, self.site)
         p, layer = self._ready
         out = dtype_name(x if is_floating(x) else self._base().weight)
         x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from math import prod
+from math import isfinite, nan, prod
 from typing import Any
 
 from peft_any import combine
@@ -106,6 +106,11 @@ class PeftModel:
             raise ConfigError(f"adapter {name!r} is already there: remove it first, or rename")
         if isinstance(adapter, Config):
             placed = fresh(adapter, self.weights, self._kinds, seed, dtype)
+        elif not isinstance(adapter, Adapter):
+            raise ConfigError(
+                f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "
+                "an adapter that Adapter.load read"
+            )
         else:
             placed = fitted(adapter, self.weights, self._kinds)
         if rederive:
@@ -137,7 +142,7 @@ class PeftModel:
             weights = dict.fromkeys(weights, 1.0)
         for name in weights:
             self._known(name)
-        self._active = {name: float(weight) for name, weight in weights.items()}
+        self._active = {name: _number(name, weight) for name, weight in weights.items()}
         self._stacked = not isinstance(names, Mapping)
 
     @contextmanager
@@ -291,3 +296,13 @@ class PeftModel:
         if name not in self._placed:
             raise ConfigError(f"adapter {name!r} is not here{nearest(name, self._placed)}")
         return self._placed[name]
+
+
+def _number(name: str, weight: Any) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = nan
+    if not isfinite(number):
+        raise ConfigError(f"adapter {name!r}: {weight!r} cannot be a weight: give a finite number")
+    return number

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from peft_any._typing import Array
+from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, backend_of
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
-from peft_any.method import Prompt, Tuner
+from peft_any.method import Prompt, Tuner, check_params
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import select
@@ -87,8 +87,27 @@ def fresh(
         name: configs[name].init(site, root.at(name, dense(weights, site)))
         for name, site in sites.items()
     }
+    for name, site in sites.items():
+        _refuse_nameless(config, params[name])
+        check_params(configs[name], params[name], site)
     shared = config.init_shared([*sites.values()], root)
     return Placed(Adapter(config, params, shared).with_copies(weights, sites), sites, configs)
+
+
+def _refuse_nameless(config: Tuner, params: Params) -> None:
+    """Refuse a method whose files could not be read again."""
+    if not getattr(config, "peft_type", ""):
+        raise ConfigError(
+            f"{config.where}: a method without a peft_type cannot be used: give its class one, "
+            'class MineConfig(Additive, peft_type="MINE", prefix="mine_")'
+        )
+    odd = [k for k in params if not (config.prefix and k.startswith(config.prefix))]
+    odd = [k for k in odd if k not in config.frozen]
+    if odd:
+        raise ConfigError(
+            f"{config.where}: parameters {odd} cannot be stored: their names begin with the "
+            f"class's prefix, which is {config.prefix!r}"
+        )
 
 
 def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:

@@ -40,6 +40,8 @@ class Config(abc.ABC):
 
     def __init_subclass__(cls, *, peft_type: str = "", prefix: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        peft_type = peft_type or cls.__dict__.get("peft_type", "")
+        prefix = prefix or cls.__dict__.get("prefix", cls.prefix)
         if peft_type:
             module = f"peft_any.methods.{peft_type.lower()}"
             if cls.__module__ != module and peft_type in method_names():

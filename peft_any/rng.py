@@ -279,6 +279,8 @@ class Fresh:
         if seed < 0:
             raise ConfigError(f"seed {seed}: cannot be negative: use any integer from 0 on")
         dtype_by_name(backend.xp, dtype)
+        if not is_floating(dtype):
+            raise ConfigError(f"dtype {dtype!r}: cannot hold parameters: they are floats")
         digest = hashlib.sha256(key.encode()).digest()
         words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)]
         self.seed, self.backend, self.key, self.dtype, self.base = seed, backend, key, dtype, base

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace, to_numpy
+from peft_any.backend import astype, compute_dtype, namespace, to_numpy
 from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Kind, Site
 from peft_any.rng import Fresh
@@ -115,7 +115,8 @@ def starting_pair(how: str, site: Site, r: int, scale: float, new: Fresh) -> tup
             raise ConfigError(f"{site.name}: 'orthogonal' cannot halve r={r}: give an even rank")
         a, b = annihilating_factors(draw((r, r)), draw((site.n_in, half)), draw((site.n_out, half)))
     else:
-        w = to_numpy(new.base_for(site.name, f"init_lora_weights={how!r}").weight)
+        base = new.base_for(site.name, f"init_lora_weights={how!r}").weight
+        w = to_numpy(astype(base, compute_dtype(base)))  # no decomposition takes half precision
         sketch = draw((site.n_in, min(r + 8, *w.shape))).astype(w.dtype)
         a, b = starting_factors(how, w, r, scale, sketch)
     return new.array(a), new.array(b)

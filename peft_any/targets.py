@@ -189,10 +189,21 @@ def place(
         Listing everything that does not fit.
     """
     config = adapter.config
-    adapter.check_copies(weights)
+    sites: dict[str, Site] = {}
+    faults: list[PeftError] = []
+    try:
+        adapter.check_copies(weights)
+    except PeftError as error:
+        faults.append(error)
+    try:
+        if isinstance(config, Tuner):
+            sites = sites_of_params(config, adapter.sites, weights, kinds)
+    except PeftError as error:
+        faults.append(error)
+    if faults:
+        raise type(faults[-1])("\n".join(map(str, faults))) from faults[-1]
     if not isinstance(config, Tuner):
         return {}
-    sites = sites_of_params(config, adapter.sites, weights, kinds)
     shared = config.shared_shapes([*sites.values()]) if sites and adapter.shared else {}
     wrong = [
         f"{name}: shape {tuple(adapter.shared[name].shape)} cannot fit: {config.where} needs "

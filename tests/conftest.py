@@ -100,8 +100,6 @@ class Lib:
         """Say which extension a computation needs that this row does not have."""
         if self.row == "strict:minimal" and needs:
             return f"needs the {needs} extension, which strict:minimal does not offer"
-        if self.name == "dask" and "linalg" in needs:
-            return "needs stacked linear solves, which dask does not have"
         return None
 
     def array(self, host: Any) -> Any:

@@ -97,9 +97,12 @@ def test_square_matrices_are_as_their_namesakes() -> None:
 
 
 def test_a_square_matrix_among_both_orientations_asks_for_kinds() -> None:
-    adapter = Adapter.load(FILES / "lora-attention")
-    with pytest.raises(TargetError, match=r"out_proj, .*square matrices .* pass kinds="):
-        adapter.check(base_of("lora-attention"))
+    base = {"a.weight": np.zeros((4, 6)), "a.bias": np.zeros(6), "b.weight": np.zeros((6, 4))}
+    base |= {"b.bias": np.zeros(6), "c.weight": np.zeros((4, 4)), "c.bias": np.zeros(4)}
+    pair = {"lora_A.weight": np.zeros((1, 4)), "lora_B.weight": np.zeros((4, 1))}
+    adapter = Adapter(LoraConfig(r=1, target_modules=["c"]), {"c": pair})
+    with pytest.raises(TargetError, match=r"c: square matrices .* pass kinds="):
+        adapter.check(base)
 
 
 def test_copies_biases_and_tokens_are_sorted_by_base_names() -> None:

@@ -75,7 +75,7 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     for key in keys:
         parts = key.removeprefix(PREFIX).split(".")
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
-        if at and not isinstance(config, Prompt):
+        if at and not isinstance(config, Prompt) and not _shared(config, key):
             suffixes[key] = _module(parts[: at[-1]]), parts[at[-1] :]
         else:
             rest.append(key)
@@ -140,13 +140,23 @@ def _beside(config: Config, key: str, sites: Collection[str]) -> Place | str:
         module = _module(parts[: max(at - 1, 0)])
         if module and parts[at - 1] == "token_adapter" and len(parts) <= at + 2:
             return Place("tokens", module)
-    if isinstance(config, Tuner) and type(config).shared_shapes is not Tuner.shared_shapes:
-        whole = key.startswith("base_model.") and not key.startswith(PREFIX)
-        name, *rest = key.split(".")[1:] if whole else parts
-        named = whole and len(rest) == 1 and rest[0] not in _LEAVES
-        if name not in _WRAPPERS and (named or not rest):
-            return Place("shared", "", name)
+    alone = parts[0] if _shares(config) and len(parts) == 1 else ""
+    if name := _shared(config, key) or alone:
+        return Place("shared", "", name)
     return _copy(config, parts, sites)
+
+
+def _shares(config: Config) -> bool:
+    return isinstance(config, Tuner) and type(config).shared_shapes is not Tuner.shared_shapes
+
+
+def _shared(config: Config, key: str) -> str:
+    """Read the name of an array of all sites, perhaps with the adapter's; empty if it is none."""
+    if not _shares(config) or not key.startswith("base_model.") or key.startswith(PREFIX):
+        return ""
+    name, *rest = key.split(".")[1:]
+    named = len(rest) == 1 and rest[0] not in _LEAVES
+    return name if name not in _WRAPPERS and (named or not rest) else ""
 
 
 def _copy(config: Config, parts: list[str], sites: Collection[str]) -> Place | str:

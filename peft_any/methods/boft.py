@@ -76,10 +76,10 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
                 f"{site.name}: {field}={given} cannot divide {n} inputs; divisors: "
                 f"{', '.join(map(str, near))}"
             )
-        if m > 1 and (b % 2 or n // b % 2 ** (m - 1)):
+        if m > 1 and (b % 2 or m > n.bit_length() or n // b % 2 ** (m - 1)):
             raise ShapeError(
                 f"{site.name}: boft_n_butterfly_factor={m} cannot pair {n // b} blocks of {b}: "
-                f"the size must be even and the number a multiple of {2 ** (m - 1)}"
+                f"the size must be even and the number a multiple of 2^{m - 1}"
             )
         return replace(self, boft_block_size=b, boft_block_num=0)
 

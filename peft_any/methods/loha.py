@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError
-from peft_any.layer import Kind, Site, linear
+from peft_any.layer import Kind, Layer, Site, linear
 from peft_any.linalg import khatri_rao, tucker
 from peft_any.method import Additive
 from peft_any.patterns import matching
@@ -105,7 +105,19 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """Σᵢⱼ over the r² products of rows i and j, unless forming ΔW is cheaper."""
         m, n, r, tokens = site.n_out, site.width, self.r, prod(x.shape[:-1])
-        if r * r * (m + n) * (tokens + PASS) >= m * n * (2 * r + tokens + 2 * PASS):
-            return super().residual(p, x, site)
+        if "rows" not in p:
+            if r * r * (m + n) * (tokens + PASS) >= m * n * (2 * r + tokens + 2 * PASS):
+                return super().residual(p, x, site)
+            p = self._with_rows(p)
+        into, out = p["rows"]
+        y: Array = linear(x, into) @ out
+        return y
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Form the products of rows once, where they are fewer than ΔW's entries."""
+        m, n, r = base.site.n_out, base.site.width, self.r
+        return self._with_rows(p) if r * r * (m + n) < m * n else p
+
+    def _with_rows(self, p: Params) -> Params:
         a1, b1, a2, b2 = self.factors(p)
-        return linear(x, khatri_rao(b1, b2)) @ khatri_rao(a1, a2)
+        return {**p, "rows": (khatri_rao(b1, b2), khatri_rao(a1, a2))}

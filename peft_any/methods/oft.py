@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, skew
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
@@ -57,6 +57,11 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
             raise ConfigError(
                 f"{self.where}: r={self.r} and oft_block_size={self.oft_block_size} cannot size "
                 "the blocks: give one of the two, and 0 for the other"
+            )
+        if self.num_cayley_neumann_terms > 1000:
+            raise ConfigError(
+                f"{self.where}: num_cayley_neumann_terms={self.num_cayley_neumann_terms} cannot be "
+                "summed: give at most 1000"
             )
         if self.coft and not self.eps > 0:
             raise ConfigError(f"{self.where}: eps={self.eps} cannot bound a norm: give eps > 0")
@@ -127,7 +132,7 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
         """
         r = self.rotation(p)
         xp = namespace(r)
-        back = xp.linalg.inv(r) if self.use_cayley_neumann else xp.matrix_transpose(r)
+        back = inv(r) if self.use_cayley_neumann else xp.matrix_transpose(r)
         return self._turn(back, merged)
 
     @staticmethod

@@ -17,6 +17,9 @@ from peft_any.receipt import Change, Host
 from peft_any.surgery.measure import all_finite, change_of, measure
 from peft_any.surgery.plan import Plan
 
+_WIDEST = ("float32", "float64", "bfloat16")
+_WIDER = "give a dtype with a larger range (--dtype float32 or bfloat16)"
+
 
 @dataclass
 class Surgeon:
@@ -123,8 +126,8 @@ class Surgeon:
             realised: Host = astype(exact, name)
         if is_floating(name) and not all_finite(realised):
             raise VerifyError(
-                f"{tensor}: the merged values cannot be stored: they overflow {name}; give a "
-                "dtype with a larger range (--dtype float32 or bfloat16)"
+                f"{tensor}: the merged values cannot be stored: they overflow {name}; "
+                + ("the adapter's effect is too large" if name in _WIDEST else _WIDER)
             )
         return realised
 

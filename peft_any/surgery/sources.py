@@ -107,6 +107,10 @@ def _pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
         yield adapters, 1.0
     elif isinstance(adapters, Mapping):
         yield from adapters.items()
+    elif not isinstance(adapters, Iterable):
+        raise UsageError(
+            f"adapter={adapters!r}: is none: give a path, an Adapter, or several with weights"
+        )
     else:
         for item in adapters:
             yield item if isinstance(item, tuple) else (item, 1.0)

@@ -67,8 +67,23 @@ def _untie(plan: Plan, group: tuple[str, ...], hit: list[str], stored: list[str]
             f"{names}: are one tensor, and the adapter changes {', '.join(hit)} alone: they cannot "
             "be told apart in the merged checkpoint; keep the adapter beside the base"
         )
-    plan.added.update((name, stored[0]) for name in group if name not in plan.base)
+    for name in (name for name in group if name not in plan.base):
+        plan.added[name] = stored[0]
+        _part_bias(plan, name)
     plan.untied.extend(group)
     plan.warnings.append(
         f"{names}: were one tensor and are two now: tie_word_embeddings=false in config.json"
     )
+
+
+def _part_bias(plan: Plan, head: str) -> None:
+    """Store the bias of a masked model's head under its second name too.
+
+    transformers ties ``….decoder.bias`` to ``….bias`` along with the weight, and reads it alone
+    once they are parted.
+    """
+    module = head.removesuffix(".weight")
+    outer, _, last = module.rpartition(".")
+    first, second = f"{outer}.bias", f"{module}.bias"
+    if last == "decoder" and first in plan.base and second not in plan.base:
+        plan.added[second] = plan.mirrored[second] = first
