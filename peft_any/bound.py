@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -36,7 +36,7 @@ class BoundLayer:
     def __post_init__(self) -> None:
         params, base = widen([part.params for part in self.parts], self.base)
         parts = [
-            Part(part.config, part.config.prepare(p, base), part.weight)
+            replace(part, params=part.config.prepare(p, base))
             for part, p in zip(self.parts, params, strict=True)
         ]
         object.__setattr__(self, "_wide", (parts, base))
@@ -92,9 +92,17 @@ class Bound:
     ----------
     layers : mapping of str to callable
         The layers, adapted where an active adapter says so: ``layers["fc"](x)``.
+    params : mapping {adapter: {site: {name: array}}}
+        The trained arrays: a prompt's table is ``params["task"][""]["prompt_embeddings"]``.
+    weights : Weights
+        All tensors under their checkpoint names, for code that takes a dict of arrays. An adapted
+        weight is an array-like whose products apply the adapted layer; other uses take the merged
+        array, without the dropout of a training step.
     """
 
     layers: Layers
+    params: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Parameters(dict[str, dict[str, dict[str, Any]]]):
