@@ -104,7 +104,8 @@ class Noise:
     def chosen_in(self, rows: int, n: int, rate: float, like: Array) -> Array:
         """Choose int(rate·n) of the n places of one row: a mask (rows, n, 1, 1), 1 where chosen."""
         host, mask = self.host, np.zeros((rows, n, 1, 1))
-        mask[host.integers(rows)] = (host.permutation(n) < int(rate * n)).reshape(n, 1, 1)
+        row = host.integers(rows)
+        mask[row] = (host.permutation(n) < int(rate * n)).reshape(n, 1, 1)
         return self.array(mask, like)
 
     def rows(self, n: int, rate: float, like: Array, *, scaled: bool) -> Array:
@@ -142,8 +143,7 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
         scaled = getattr(config, "rank_dropout_scale", True)
         change = change * noise.at("rank").rows(site.n_out, rate, change, scaled=scaled)
     gain = config.gain(p, base)
-    if gain is None:
-        y = y + change
-    else:
-        y = y + (gain - 1.0) * linear(thin, base.weight) + gain * change
+    if gain is not None:
+        change = (gain - 1.0) * linear(thin, base.weight) + gain * change
+    y = y + change
     return y

@@ -17,7 +17,7 @@ from peft_any._libraries import _of_type, library_of
 from peft_any._typing import Array, Shape
 from peft_any.backend import astype, creation_device, dtype_name, is_array, namespace
 from peft_any.bound import BoundLayer
-from peft_any.errors import TargetError, nearest
+from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, Site
 from peft_any.view_products import is_view, plain, refusal
 
@@ -38,6 +38,13 @@ class Source:
         bound = whole()
         self.base, self.stored = bound.base, bound.base.stored()
         self.arrays = (self.base.weight, *_params(bound))
+        for part in bound.parts:
+            shift = getattr(part.config, "bias_delta", None)
+            if shift and self.base.bias is None and shift(part.params, site) is not None:
+                raise ConfigError(
+                    f"{site.name}: a bias correction cannot be among the weights: the base has no "
+                    "bias; call .layers instead"
+                )
         self._shifts = any(part.config.changes_bias(site) for part in bound.parts)
 
     def _keep(self, key: str, make: Callable[[], Any]) -> Any:

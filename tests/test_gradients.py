@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_any import tape_var
 from peft_any.backend import namespace
 from peft_any.layer import Dense
 from peft_any.methods import lora
 from tests.cases import CASES, Case
-from tests.gradients import ENGINES, difference, finite_differences, gradients, like
+from tests.gradients import ENGINES, difference, gradients, like
 from tests.test_laws import inputs
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -54,19 +55,34 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def hold(x: Any) -> Any:
         held.append(x)
-        return held[0]
+        return x.space.wrap(held[0]) if hasattr(x, "space") else held[0]
 
     monkeypatch.setattr(lora, "detach", hold)
     yield
 
 
+def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> float:
+    """Differentiate along a direction by central differences of fourth order."""
+
+    def at(t: float) -> float:
+        p = {k: v + t * along[k] for k, v in problem.trained.items()}
+        return float(problem.loss(p, *problem.rest))
+
+    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+
+
 @table
 @ways
 def test_gradients_are_finite_differences(case: Case, way: str, constants: None) -> None:
-    problem = Problem(case, way)
-    numeric = finite_differences(problem.loss, problem.trained, *problem.rest)
+    problem, rng = Problem(case, way), np.random.default_rng(1)
+    problem.loss(problem.trained, *problem.rest)  # `constants` holds what this computes
     _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
-    assert difference(grads, numeric) < 1e-6
+    for _ in range(3):
+        along = {k: rng.standard_normal(v.shape) for k, v in problem.trained.items()}
+        numeric = slope(problem, along)
+        slant = sum(float(np.sum(grads[k] * d)) for k, d in along.items())
+        size = sum(float(np.sum(np.abs(grads[k] * d))) for k, d in along.items())
+        assert abs(slant - numeric) <= 1e-6 * max(size, 1.0)
 
 
 @table
@@ -78,4 +94,32 @@ def test_gradients_agree_on_every_engine(case: Case, way: str, engine: str) -> N
     loss, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
     assert abs(loss - value) <= 1e-12 * max(abs(value), 1.0)
     assert difference(got, want) < 1e-12
-    assert any(np.any(g != 0) for g in got.values())
+
+
+def test_the_gradient_of_dora_takes_its_norm_as_constant() -> None:
+    case = next(c for c in CASES if c.name == "dora")
+    problem = Problem(case, "merge")
+    _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    _, other = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    assert difference(grads, other) == 0
+    along = {k: grads[k] * (k == "lora_A.weight") for k in grads}
+    steep = sum(float(np.sum(g * g)) for g in along.values())
+    assert abs(slope(problem, along) - steep) > 1e-3 * abs(steep)  # of the norm, too
+
+
+def test_frozen_arrays_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.name == "vera")
+    problem, shapes = Problem(case, "forward"), []
+    settle = tape_var.settle
+
+    def watch(xp: Any, g: Any, shape: Any, dtype: Any) -> Any:
+        shapes.append(tuple(shape))
+        return settle(xp, g, shape, dtype)
+
+    monkeypatch.setattr(tape_var, "settle", watch)
+    _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    assert set(grads) == {"vera_lambda_b", "vera_lambda_d"}
+    frozen, _, weight, _ = problem.rest
+    large = {a.shape for a in (*frozen.values(), weight)}
+    assert shapes
+    assert not large & set(shapes)

@@ -21,7 +21,7 @@ LAYERS = [
     {"_arrays"},
     {"_engines"},
     {"backend"},
-    {"_engines", "_tree", "linalg", "blocks", "rng", "layer", "patterns", "dropout"},
+    {"_tree", "linalg", "blocks", "rng", "layer", "patterns", "dropout"},
     {"starts", "registry", "prompts"},
     {"method"},
     {"methods", "layout", "selection", "targets", "extras", "io"},

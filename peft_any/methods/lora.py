@@ -8,7 +8,6 @@ from math import sqrt
 from typing import ClassVar, Self
 
 from peft_any import starts
-from peft_any._engines import detach
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, detach, namespace
 from peft_any.errors import ConfigError

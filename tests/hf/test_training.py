@@ -18,6 +18,7 @@ from torch import nn  # noqa: E402
 from peft_any._tree import leaves, tree_map  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.backend import from_numpy, namespace, resolve, to_numpy  # noqa: E402
+from peft_any.dropout import Noise  # noqa: E402
 from peft_any.methods.adalora import AdaLoraConfig  # noqa: E402
 from peft_any.methods.boft import BOFTConfig  # noqa: E402
 from peft_any.methods.ia3 import IA3Config  # noqa: E402
@@ -240,3 +241,52 @@ def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> 
     got = to_numpy(run.params["task"][""]["prompt_embeddings"])
     assert got.dtype == want.dtype
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(want)))
+
+
+DROPPING = {
+    "lora": LoraConfig(r=3, lora_dropout=0.4, target_modules=BOTH),
+    "dora": LoraConfig(r=3, lora_dropout=0.4, use_dora=True, target_modules=BOTH),
+    "adalora": replace(CONFIGS["adalora"], lora_dropout=0.4),
+    "vera": VeraConfig(r=6, vera_dropout=0.4, target_modules=BOTH),
+    "loha": LoHaConfig(r=2, rank_dropout=0.4, target_modules=BOTH),
+    "lokr": LoKrConfig(r=2, rank_dropout=0.4, target_modules=BOTH),
+    "lokr-scaled": LoKrConfig(r=2, rank_dropout=0.4, rank_dropout_scale=True, target_modules=BOTH),
+    "oft": OFTConfig(oft_block_size=4, module_dropout=0.5, target_modules=BOTH),
+    "boft": BOFTConfig(boft_block_size=2, boft_dropout=0.5, target_modules=BOTH),
+    "boft-2": BOFTConfig(
+        boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.5, target_modules=BOTH
+    ),
+}
+SINGLE = {"boft", "boft-2", "lokr-scaled"}
+"""Where Hugging Face PEFT's mask is in single precision."""
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With our draws in the place of torch's, Hugging Face PEFT's layer gives the same."""
+    hf, base = start(DROPPING[name], tmp_path, "float64")
+    model = PeftModel(base)
+    model.add("task", Adapter.load(tmp_path))
+    x = np.random.default_rng(5).normal(size=(7, N_IN))
+    noise = Noise.of((3, 1)).at("task/fc1")
+
+    def thin(self: Any, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        if not self.training:
+            return input
+        return input * torch.tensor(noise.at("input").thinned(np.ones(x.shape), self.p))
+
+    def rand(n: int) -> torch.Tensor:
+        return torch.ones(1) if n == 1 else torch.tensor(noise.at("rank").host.random(n))
+
+    stream = noise.host
+    monkeypatch.setattr(nn.Dropout, "forward", thin)
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch, "randint", lambda low, n, size: torch.tensor([stream.integers(n)]))
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor(stream.permutation(n)))
+    with torch.no_grad():
+        layer = hf.base_model.model.get_submodule("fc1")
+        want = layer(torch.tensor(x)).numpy()
+        plain = layer.eval()(torch.tensor(x)).numpy()
+    got = model.bind(rng=(3, 1)).layers["fc1"](x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 if name in SINGLE else 1e-12)
+    assert np.allclose(want, plain) == (name == "oft")
