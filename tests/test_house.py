@@ -21,6 +21,9 @@ LAYERS = [
     {"_arrays"},
     {"_engines"},
     {"backend"},
+    {"tape_rules"},
+    {"tape", "tape_fft", "tape_linalg", "tape_numpy", "tape_products", "tape_shapes", "tape_var"},
+    {"autodiff", "custom"},
     {"_tree", "linalg", "blocks", "rng", "layer", "patterns", "dropout"},
     {"starts", "registry", "prompts"},
     {"method"},
@@ -33,6 +36,8 @@ LAYERS = [
     {"transforms", "schedules", "batches", "resume", "allocator"},
     {"optimise"},
     {"train"},
+    {"_airfoil", "_console", "_report"},
+    {"_specialise"},
     {"demo"},
     {"cli"},
 ]

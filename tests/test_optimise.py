@@ -50,7 +50,10 @@ def torch_run(make: Callable[[Any], Any], params: Any, steps: int = 30) -> Any:
 
 
 def close(got: Any, want: Any, rtol: float = 1e-12) -> None:
-    for (path, g), (_, w) in zip(leaves(got), leaves(want), strict=True):
+    found, wanted = dict(leaves(got)), dict(leaves(want))
+    assert found.keys() == wanted.keys()
+    for path, g in found.items():
+        w = wanted[path]
         np.testing.assert_allclose(to_numpy(g), w, rtol=rtol, atol=rtol, err_msg=str(path))
 
 
