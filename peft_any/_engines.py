@@ -68,7 +68,13 @@ class _Jax(Engine):
     def jax(self) -> Any:
         return LIBRARIES["jax"].module
 
-    def vjp(self, run: Run, leaves: list[Any], *, keep: bool) -> tuple[list[Any], Any, Pull]:
+    def vjp(
+        self,
+        run: Run,
+        leaves: list[Any],
+        *,
+        keep: bool,  # noqa: ARG002 - JAX always keeps
+    ) -> tuple[list[Any], Any, Pull]:
         jax, extra = self.jax, []
 
         def pure(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -205,8 +211,7 @@ def scatter(g: Any, key: Any, shape: tuple[int, ...]) -> Any:
     if all(k is None or isinstance(k, int | slice | type(...)) for k in parts):
         zeros[key] = g
     elif name == "torch":
-        index = tuple(k if hasattr(k, "dtype") else k for k in parts)
-        zeros = _torch_add(zeros, index, g)
+        zeros = _torch_add(zeros, parts, g)
     else:
         module = np if name == "numpy" else LIBRARIES["cupy"].module
         module.add.at(zeros, key, g)

@@ -104,11 +104,10 @@ def _call(
     shape: list[Callable[..., Any]] = []
 
     def run(arrays: list[Any]) -> tuple[list[Any], Any]:
-        given = rest
+        given, space = rest, namespace(arrays[0])
         if isinstance(chosen, _Tape):
             others, _, refill = flatten(rest)
             namespace(*leaves, *others)
-            space = namespace(arrays[0])
             given = refill([space.lift(x) for x in others])
         value, aux = f(fill(arrays), *given), None
         if has_aux:
@@ -294,5 +293,3 @@ def _arrays(value: Any) -> None:
     for x, path in zip(leaves, paths, strict=True):
         if not dtype_name(x).startswith(("float", "bfloat", "complex")):
             raise GradientError(f"{path}: an array of {dtype_name(x)} has no cotangent")
-
-

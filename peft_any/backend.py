@@ -22,8 +22,8 @@ from peft_any.errors import BackendError, nearest
 
 __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
-    "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "is_array", "is_floating",
-    "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
+    "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "is_array",
+    "is_floating", "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
 ]  # fmt: skip
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
-from peft_any import tape_fft, tape_linalg, tape_numpy
+from peft_any import tape_fft, tape_numpy
 from peft_any._typing import Namespace
 from peft_any.backend import is_array
 from peft_any.errors import GradientError
-from peft_any.tape_products import LINALG_COMPOSITES, LINALG_RULES
+from peft_any.tape_linalg import LINALG_COMPOSITES, LINALG_RULES
 from peft_any.tape_rules import RULES, is_inexact
 from peft_any.tape_shapes import COMPOSITES, PASS, SEQUENCES, put
 from peft_any.tape_var import OPERATORS, Node, Session, Var, sweep
@@ -79,11 +79,12 @@ class Space(ModuleType):
         return made
 
     def _function(self, name: str) -> Any:
+        raw: Any
         if name in OPERATORS:
             name, raw = OPERATORS[name]
+        elif name in _OPERATIONS:
+            raw = _OPERATIONS[name]
         else:
-            raw = _OPERATIONS.get(name)
-        if raw is None:
             raw = partial(put, self.raw) if name == "_put" else getattr(self.raw, name)
         if not callable(raw) or isinstance(raw, type) or name in _QUESTIONS:
             return raw if name not in _QUESTIONS else self._question(raw)
@@ -150,9 +151,7 @@ _ESCAPED = (
 )
 
 
-def _recorded(
-    space: Space, raw: Callable[..., Any], rule: Any, label: str
-) -> Callable[..., Any]:
+def _recorded(space: Space, raw: Callable[..., Any], rule: Any, label: str) -> Callable[..., Any]:
     """Make the recording form of a function that has a rule."""
     kind, below = space.kind, space.__dict__.get("main", space).raw
 
@@ -178,7 +177,7 @@ def _recorded(
     return call
 
 
-def _record_tuple(
+def _record_tuple(  # noqa: PLR0917 - what `_recorded` has at hand
     space: Space, below: Any, rule: Any, out: Any, values: Any, edges: Any, kwargs: Any
 ) -> Any:
     """Record a function of several results: a node for each, over one that gathers them."""
@@ -188,7 +187,7 @@ def _record_tuple(
 
     def gather(pull: Callable[..., Any]) -> Callable[[Any], Any]:
         def back(g: dict[int, Any]) -> Any:
-            return pull([g.get(i, None) for i in range(len(like))])
+            return pull([g.get(i) for i in range(len(like))])
 
         return back
 
@@ -272,7 +271,7 @@ def custom(
         box.append(saved)
         return out
 
-    def rule(xp: Any, out: Any, *values: Any) -> list[Callable[[Any], Any]]:  # noqa: ARG001
+    def rule(xp: Any, out: Any, *values: Any) -> list[Callable[[Any], Any]]:
         saved, last = box.pop(), [(None, None)]
 
         def cotangents(g: Any) -> Any:
@@ -284,7 +283,10 @@ def custom(
                 last[0] = (g, backward(saved, given))
             return last[0][1]
 
-        return [lambda g, i=i: cotangents(g)[i] for i in range(len(values))]
+        def one(i: int) -> Callable[[Any], Any]:
+            return lambda g: cotangents(g)[i]
+
+        return [one(i) for i in range(len(values))]
 
     return _recorded(space, raw, rule, getattr(forward, "__name__", "custom_vjp"))(*arrays)
 

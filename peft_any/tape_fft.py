@@ -81,9 +81,7 @@ def _sizes(x: Any, s: Sequence[int] | None, axes: Sequence[int] | None) -> list[
 
 
 def _over_axes(name: str) -> Rule:
-    def of(
-        xp: Any, x: Any, /, *, s: Any = None, axes: Any = None, norm: str = "backward"
-    ) -> Any:
+    def of(xp: Any, x: Any, /, *, s: Any = None, axes: Any = None, norm: str = "backward") -> Any:
         for axis, n in _sizes(x, s, axes):
             x = getattr(xp.fft, name)(x, n=n, axis=axis, norm=norm)
         return x

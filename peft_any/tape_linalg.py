@@ -11,8 +11,11 @@ from typing import Any
 
 from peft_any.backend import creation_device
 from peft_any.errors import GradientError
+from peft_any.tape_products import LINALG_COMPOSITES as LINALG_COMPOSITES
+from peft_any.tape_products import LINALG_RULES as LINALG_RULES
 from peft_any.tape_products import adjoint, composite, linalg
 from peft_any.tape_rules import conj, is_complex
+
 
 @linalg("inv")
 def _(xp: Any, y: Any, a: Any) -> Any:
@@ -115,9 +118,7 @@ def _(xp: Any, y: Any, a: Any) -> Any:
 
     def back(gs: list[Any]) -> Any:
         eye = xp.eye(v.shape[-1], dtype=values.dtype, device=creation_device(v))
-        inner = eye * xp.expand_dims(
-            xp.zeros_like(values) if gs[0] is None else gs[0], axis=-1
-        )
+        inner = eye * xp.expand_dims(xp.zeros_like(values) if gs[0] is None else gs[0], axis=-1)
         if gs[1] is not None:
             inner = inner + (adjoint(xp, v) @ gs[1]) * (1.0 - eye) / _gaps(xp, values)
         return v @ xp.astype(inner, v.dtype) @ adjoint(xp, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, prod
 from typing import Any
 
@@ -12,7 +13,7 @@ LINALG_RULES: dict[str, Rule] = {}
 LINALG_COMPOSITES: dict[str, Rule] = {}
 
 
-def linalg(*names: str) -> Any:
+def linalg(*names: str) -> Callable[[Rule], Rule]:
     """Enter a rule of a `linalg` function."""
 
     def enter(f: Rule) -> Rule:
@@ -22,7 +23,7 @@ def linalg(*names: str) -> Any:
     return enter
 
 
-def composite(*names: str) -> Any:
+def composite(*names: str) -> Callable[[Rule], Rule]:
     """Enter a composite of an extension."""
 
     def enter(f: Rule) -> Rule:
@@ -85,7 +86,8 @@ def _tensordot(xp: Any, a: Any, b: Any, /, *, axes: Any = 2) -> Any:
     shape = tuple(a.shape[i] for i in free[0]) + tuple(b.shape[i] for i in free[1])
     a = xp.permute_dims(a, (*free[0], *left)) if a.ndim > 1 else a
     b = xp.permute_dims(b, (*right, *free[1])) if b.ndim > 1 else b
-    product = xp.reshape(a, (a.size // k if k else 0, k)) @ xp.reshape(b, (k, b.size // k if k else 0))
+    rows, columns = prod(shape[: len(free[0])]), prod(shape[len(free[0]) :])
+    product = xp.reshape(a, (rows, k)) @ xp.reshape(b, (k, columns))
     return xp.reshape(product, shape)
 
 

@@ -20,7 +20,7 @@ RULES: dict[str, Rule] = {}
 
 
 @lru_cache(maxsize=64)
-def _kind(library: type, dtype: Any) -> str:  # noqa: ARG001 - dtypes of two libraries may not meet
+def _kind(library: type, dtype: Any) -> str:
     match = _LETTERS.match(dtype_name(dtype))
     return match.group() if match else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -17,17 +18,60 @@ SEQUENCES = frozenset({"concat", "stack"})
 """Functions whose operands come in a sequence."""
 
 PASS = frozenset(
-    """all any argmax argmin argsort bitwise_and bitwise_invert bitwise_left_shift bitwise_or
-    bitwise_right_shift bitwise_xor broadcast_shapes ceil count_nonzero device empty_like equal
-    floor floor_divide greater greater_equal isdtype isfinite isin isinf isnan less less_equal
-    logical_and logical_not logical_or logical_xor matrix_rank nonzero not_equal ones_like round
-    searchsorted sign signbit size trunc unique_all unique_counts unique_inverse unique_values
-    zeros_like""".split()
+    [
+        "all",
+        "any",
+        "argmax",
+        "argmin",
+        "argsort",
+        "bitwise_and",
+        "bitwise_invert",
+        "bitwise_left_shift",
+        "bitwise_or",
+        "bitwise_right_shift",
+        "bitwise_xor",
+        "broadcast_shapes",
+        "ceil",
+        "count_nonzero",
+        "device",
+        "empty_like",
+        "equal",
+        "floor",
+        "floor_divide",
+        "greater",
+        "greater_equal",
+        "isdtype",
+        "isfinite",
+        "isin",
+        "isinf",
+        "isnan",
+        "less",
+        "less_equal",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "logical_xor",
+        "matrix_rank",
+        "nonzero",
+        "not_equal",
+        "ones_like",
+        "round",
+        "searchsorted",
+        "sign",
+        "signbit",
+        "size",
+        "trunc",
+        "unique_all",
+        "unique_counts",
+        "unique_inverse",
+        "unique_values",
+        "zeros_like",
+    ]
 )
 """Functions whose derivative is zero or nowhere, or whose results are not floating."""
 
 
-def composite(*names: str) -> Any:
+def composite(*names: str) -> Callable[[Rule], Rule]:
     """Enter a composite under its functions' names."""
 
     def enter(f: Rule) -> Rule:
@@ -159,7 +203,9 @@ def _(xp: Any, x: Any, repeats: Any, /, *, axis: int | None = None) -> Any:
 
 
 @composite("diff")
-def _(xp: Any, x: Any, /, *, axis: int = -1, n: int = 1, prepend: Any = None, append: Any = None) -> Any:
+def _(
+    xp: Any, x: Any, /, *, axis: int = -1, n: int = 1, prepend: Any = None, append: Any = None
+) -> Any:
     parts = [p for p in (prepend, x, append) if p is not None]
     x = xp.concat(parts, axis=axis) if len(parts) > 1 else x
     lead = (slice(None),) * (axis % x.ndim)

@@ -65,7 +65,7 @@ class Var:
             n *= k
         return n
 
-    def __array_namespace__(self, *, api_version: str | None = None) -> Any:  # noqa: ARG002
+    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         return self.space
 
     def __repr__(self) -> str:
@@ -207,15 +207,17 @@ def sweep(
                 h = settle(xp, h, parent.shape, parent.dtype)
             give(parent, h)
             del h, pull
+    return _apart(xp, [grads.get(leaf) for leaf in leaves])
+
+
+def _apart(xp: Any, grads: list[Any]) -> list[Any]:
+    """Give gradients memory of their own, where they share it."""
     seen: set[int] = set()
-    found = []
-    for leaf in leaves:
-        g = grads.get(leaf)
+    for i, g in enumerate(grads):
         if g is not None:
-            g = xp.asarray(g, copy=True) if id(g) in seen else own(g)
-            seen.add(id(g))
-        found.append(g)
-    return found
+            grads[i] = xp.asarray(g, copy=True) if id(g) in seen else own(g)
+            seen.add(id(grads[i]))
+    return grads
 
 
 def settle(xp: Any, g: Any, shape: Shape, dtype: Any) -> Any:

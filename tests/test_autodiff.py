@@ -128,7 +128,7 @@ def test_traced_arrays_do_not_leave() -> None:
         (lambda p: total(p) * complex(p[0, 0]).real, "Python complex"),
         (lambda p: total(p) if p[0, 0] else p, "as a condition"),
         (lambda p: [1, 2][p[0, 0]], "as an index"),
-        (lambda p: np.asarray(p), "as a NumPy array"),
+        (np.asarray, "as a NumPy array"),
         (lambda p: np.asarray([p, p]), "as a NumPy array"),
         (lambda p: p.__setitem__(0, 1.0), r"xp\.where"),
         (lambda p: namespace(p).linspace(p[0, 0], 1.0, 3), r"xp\.linspace: has no derivative"),
@@ -332,7 +332,7 @@ def test_gradients_are_arrays_of_their_own() -> None:
 def test_dask_stays_lazy() -> None:
     da = pytest.importorskip("dask.array")
     x = da.from_array(X, chunks=(2, 4))
-    loss, g = value_and_grad(lambda p: total(namespace(p).tanh(p @ da.from_array(W)) ** 2))(x)
+    _, g = value_and_grad(lambda p: total(namespace(p).tanh(p @ da.from_array(W)) ** 2))(x)
     assert type(g) is da.Array
     np.testing.assert_allclose(
         g.compute(), grad(lambda p: total(namespace(p).tanh(p @ W) ** 2))(X), rtol=1e-12
@@ -382,3 +382,46 @@ def test_a_session_ends_with_its_gradients() -> None:
     with pytest.raises(GradientError, match="taken already"):
         back([np.asarray(1.0)], keep=False)
     assert copy.copy(tape_var.Session().open)
+
+
+def softmax(z: Any) -> Any:
+    e = np.exp(z - np.max(z, axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+NUMPY = {
+    "net": lambda p, x: np.mean(
+        np.square(np.tanh(np.dot(x, p.T) + 1.0)) * np.maximum(x @ p, 0.1 * (x @ p))
+    ),
+    "softmax": lambda p, x: -np.log(softmax(x @ p)[:, 0]).mean(),
+    "joined": lambda p, x: np.sum(np.concatenate([p, x], axis=0) ** 2)
+    + np.stack([p, p]).sum() + np.hstack([p, p]).std() + np.linalg.norm(p),
+    "shapes": lambda p, x: np.sum(np.reshape(p, (2, 8)) * p.reshape(2, -1))
+    + np.transpose(p)[0].dot(p.ravel()[:4]) + p.T.flatten()[3] * p.swapaxes(0, 1)[1, 2],
+    "left": lambda p, x: np.sum(x @ p - x * np.sum(p, axis=0)) + (x[0, 0] * p).max()
+    + np.float64(2.0) * p.mean(axis=1).prod(),
+    "choice": lambda p, x: np.where(p > 0, p, 0.5 * p).sum() + np.clip(p, -0.5, 0.5).sum()
+    + np.abs(p).sum() + np.power(np.absolute(p), 1.5).sum() + p.copy().var(ddof=1),
+    "more": lambda p, x: np.sum(np.cumsum(p, axis=0) * np.flip(p, 0)) + np.take(p, 2)
+    + np.sum(np.linalg.inv(p) @ np.outer(x[0], p[0])) + np.add.reduce(p, axis=1)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_functions_written_for_numpy_run_as_they_are(name: str) -> None:
+    f = NUMPY[name]
+    value, g = value_and_grad(f)(W, X)
+    assert float(value) == pytest.approx(float(f(W, X)))
+    assert difference(g, finite_differences(f, W, X)) < 1e-6
+    _, closed = value_and_grad(lambda p: f(p, X))(W)
+    np.testing.assert_allclose(closed, g, rtol=1e-12)
+
+
+def test_numpy_functions_that_cannot_be_recorded_say_so() -> None:
+    for f, words in [
+        (lambda p: np.einsum("ij,ij->", p, p), "np.einsum"),
+        (lambda p: np.add(p, p, out=np.zeros((4, 4))).sum(), "out="),
+        (lambda p: np.add.accumulate(p).sum(), "accumulate"),
+    ]:
+        with pytest.raises(GradientError, match=words):
+            grad(f)(W)

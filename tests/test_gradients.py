@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ class Problem:
 
 
 @pytest.fixture
-def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold what a method detaches at the values of its first computation."""
     held: list[Any] = []
 
@@ -58,7 +57,6 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return x.space.wrap(held[0]) if hasattr(x, "space") else held[0]
 
     monkeypatch.setattr(lora, "detach", hold)
-    yield
 
 
 def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> float:

@@ -30,7 +30,7 @@ LAYERS = [
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"adapter"},
     {"combine", "bound", "placed"},
-    {"view", "view_products"},
+    {"view", "view_products", "view_source"},
     {"model", "receipt"},
     {"surgery"},
     {"transforms", "schedules", "batches", "resume", "allocator"},
