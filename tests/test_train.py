@@ -19,6 +19,7 @@ from peft_any.backend import from_numpy, is_array, namespace, resolve, to_numpy
 from peft_any.batches import Batches
 from peft_any.dropout import Noise
 from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TrainingError
+from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Dense
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.methods.boft import BOFTConfig
@@ -393,6 +394,21 @@ def test_any_state_survives_a_file(tmp_path: Path) -> None:
         save_state(tmp_path / "bad", {1: 1.0})
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"version": 2, "tree": {"value": 1}}', "version 2 cannot be read"),
+        ('{"version": 1, "tree": {"pickle": 1}}', "unknown kind 'pickle'"),
+        ('{"version": 1, "tree": {"array": "absent"}}', "no training state"),
+        ("[", "no training state"),
+    ],
+)
+def test_a_damaged_state_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "s", {"a": np.ones(1)}, {"peft_any_state": text})
+    with pytest.raises(FormatError, match=words):
+        load_state(tmp_path / "s")
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     given: dict[str, Any] = {"steps": 2, "checkpoint": path}
@@ -452,6 +468,8 @@ def test_a_traced_seed_is_refused() -> None:
         jax.jit(lambda s: Noise.of(s).seed[0])(3)
     with pytest.raises(ConfigError, match="whole number"):
         Noise.of("seed")
+    with pytest.raises(ConfigError, match="from 0 on"):
+        Noise.of((0, -1))
 
 
 def test_batches_are_known_by_number() -> None:
