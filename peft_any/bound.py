@@ -8,8 +8,8 @@ from math import prod
 from typing import Any
 
 from peft_any import combine
-from peft_any._typing import Array
-from peft_any.backend import astype, dtype_name, is_floating
+from peft_any._typing import Array, Params
+from peft_any.backend import astype, dtype_name, is_array, is_floating, namespace
 from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, widen
@@ -35,6 +35,7 @@ class BoundLayer:
 
     def __post_init__(self) -> None:
         params, base = widen([part.params for part in self.parts], self.base)
+        base = lifted(base, params)
         parts = [
             replace(part, params=part.config.prepare(p, base))
             for part, p in zip(self.parts, params, strict=True)
@@ -61,6 +62,15 @@ class BoundLayer:
             x = astype(x, dtype_name(base.weight))
         y: Array = astype(combine.forward(parts, x, base, stacked=self.stacked), out)
         return y
+
+
+def lifted(base: Dense, params: Sequence[Params]) -> Dense:
+    """Take a base to the tape that records its adapters: a library may refuse to meet a tape's."""
+    arrays = [a for p in params for a in p.values() if is_array(a)]
+    xp = namespace(base.weight, *arrays)
+    if not hasattr(xp, "lift"):
+        return base
+    return base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
 
 
 class Layers(Mapping[str, BoundLayer]):

@@ -184,8 +184,7 @@ class PeftModel:
             return BoundLayer(model._base(site), model._parts(site), self._stacked)  # noqa: SLF001
 
         trained = {name: model[name].trainable() for name in self._active}
-        layers = Layers([*sites], make)
-        return Bound(layers, trained, view.weights(model, layers))
+        return Bound(Layers([*sites], make), trained, view.weights(model, make))
 
     def merge(self) -> dict[str, Array]:
         """Give all weights with the active adapters merged, as a new mapping.

@@ -15,89 +15,17 @@ from typing import Any, ClassVar
 from peft_any import view_products
 from peft_any._libraries import _of_type, library_of
 from peft_any._typing import Array, Shape
-from peft_any.backend import astype, creation_device, dtype_name, is_array, namespace
+from peft_any.backend import astype, creation_device, dtype_name, namespace
 from peft_any.bound import BoundLayer
-from peft_any.errors import ConfigError, TargetError, nearest
-from peft_any.layer import Dense, Site
+from peft_any.errors import TargetError, nearest
+from peft_any.layer import Site
 from peft_any.view_products import is_view, plain, refusal
+from peft_any.view_source import Source, at_zero
 
 _ASKING = frozenset({"numpy", "cupy", "torch", "jax", "dask"})
 """Libraries whose operators give way to a foreign operand."""
 _RENAMED = {"power": "pow", "true_divide": "divide", "absolute": "abs", "conjugate": "conj"}
 """NumPy's ufuncs by the standard's names, where they differ."""
-
-
-class Source:
-    """What the stand-ins of one weight share: the layer without bias, and its merged weight."""
-
-    def __init__(
-        self, whole: Callable[[], BoundLayer], merge: Callable[[Site], Dense], site: Site
-    ) -> None:
-        self._whole, self._merge, self.site = whole, merge, site
-        self._kept: dict[str, Any] = {}
-        bound = whole()
-        self.base, self.stored = bound.base, bound.base.stored()
-        self.arrays = (self.base.weight, *_params(bound))
-        for part in bound.parts:
-            shift = getattr(part.config, "bias_delta", None)
-            if shift and self.base.bias is None and shift(part.params, site) is not None:
-                raise ConfigError(
-                    f"{site.name}: a bias correction cannot be among the weights: the base has no "
-                    "bias; call .layers instead"
-                )
-        self._shifts = any(part.config.changes_bias(site) for part in bound.parts)
-
-    def _keep(self, key: str, make: Callable[[], Any]) -> Any:
-        if key in self._kept:
-            return self._kept[key]
-        made = make()
-        # what a JAX transformation traces must not outlive it, and it joins equal computations
-        if "Tracer" not in type(made[1] if isinstance(made, tuple) else made).__name__:
-            self._kept[key] = made
-        return made
-
-    @property
-    def merged(self) -> Array:
-        """The merged weight in the checkpoint's layout."""
-
-        def make() -> Array:
-            w = self._merge(self.site).stored()
-            if hasattr(w, "flags") and hasattr(w.flags, "writeable"):
-                w = w.view()
-                w.flags.writeable = False
-            return w
-
-        merged: Array = self._keep("merged", make)
-        return merged
-
-    def layer(self, x: Array) -> Array:
-        """Apply the weight alone."""
-
-        def make() -> tuple[BoundLayer, Array | None]:
-            bound = self._whole()
-            if not self._shifts:
-                alone = BoundLayer(self.base.replace(bias=None), bound.parts, bound.stacked)
-                return alone, None
-            zero = namespace(self.base.weight).zeros_like(self.base.weight[:, 0])
-            alone = BoundLayer(self.base.replace(bias=zero), bound.parts, bound.stacked)
-            return alone, _at_zero(alone)
-
-        alone, shift = self._keep("layer", make)
-        y: Array = alone(x)
-        return y if shift is None else y - astype(shift, dtype_name(y))
-
-
-def _params(bound: BoundLayer) -> list[Array]:
-    return [p for part in bound.parts for p in part.params.values() if is_array(p)]
-
-
-def _at_zero(layer: BoundLayer) -> Array:
-    """Give the bias of an adapted layer: what it makes of zeros."""
-    base = layer.base.weight
-    xp = namespace(base)
-    zeros = xp.zeros((1, base.shape[1]), dtype=base.dtype, device=creation_device(base))
-    y: Array = layer(zeros)[0, :]
-    return y
 
 
 class AdaptedWeight:
@@ -113,7 +41,7 @@ class AdaptedWeight:
     flipped: bool
 
     @property
-    def merged(self) -> Array:
+    def merged(self) -> Any:
         """The merged weight, made once; read-only in NumPy."""
         w = self.source.merged
         return namespace(w).matrix_transpose(w) if self.flipped != self._stored_flipped else w
@@ -144,7 +72,7 @@ class AdaptedWeight:
     @property
     def T(self) -> Any:  # noqa: N802 - the standard's name
         """The transposed weight."""
-        if self.ndim != 2:  # noqa: PLR2004
+        if self.ndim != 2:
             w = self.merged
             return namespace(w).permute_dims(w, tuple(range(w.ndim))[::-1])
         return _stand_in(self.source, flipped=not self.flipped)
@@ -152,7 +80,7 @@ class AdaptedWeight:
     @property
     def mT(self) -> Any:  # noqa: N802 - the standard's name
         """The transposed weight."""
-        w = self.merged if self.ndim != 2 else None  # noqa: PLR2004
+        w = self.merged if self.ndim != 2 else None
         return self.T if w is None else namespace(w).matrix_transpose(w)
 
     def t(self) -> Any:
@@ -161,10 +89,10 @@ class AdaptedWeight:
 
     def transpose(self, *axes: Any) -> Any:
         """Transpose, as NumPy and torch spell it."""
-        turned = view_products.transpose(self, *axes)
-        if turned is NotImplemented or (list(axes) == [0, 1] and hasattr(self.source.stored, "mm")):
-            return self.merged.transpose(*axes)
-        return turned
+        exchanging = hasattr(self.source.stored, "mm")  # torch's two axes are exchanged
+        turn = view_products.exchange if exchanging else view_products.transpose
+        turned = turn(self, *axes)
+        return self.merged.transpose(*axes) if turned is NotImplemented else turned
 
     def dot(self, other: Any) -> Any:
         """Multiply, as NumPy spells it."""
@@ -186,14 +114,14 @@ class AdaptedWeight:
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("source", "flipped", "to_dask_array"):
-            if name == "to_dask_array" and hasattr(self.merged, "dask"):
+            if name == "to_dask_array" and hasattr(self.source.stored, "dask"):
                 return lambda: self.merged
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise refusal(self, name)
         return getattr(self.merged, name)
 
-    def __array_namespace__(self, *, api_version: str | None = None) -> Any:  # noqa: ARG002
+    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         return namespace(*self.source.arrays)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
@@ -207,14 +135,14 @@ class AdaptedWeight:
             f = getattr(namespace(merged), _RENAMED.get(f.__name__, f.__name__))
         return view_products.call(f, inputs, kwargs)
 
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return view_products.call(func, args, kwargs)
 
     @classmethod
     def __torch_function__(
         cls,
         func: Any,
-        types: Any,  # noqa: ARG003
+        types: Any,
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
@@ -246,7 +174,20 @@ class AdaptedWeight:
 
 
 def _install() -> None:
-    two = ("add sub mul truediv floordiv mod pow and_ or_ xor lshift rshift").split()
+    two = [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and_",
+        "or_",
+        "xor",
+        "lshift",
+        "rshift",
+    ]
     for name in [n.rstrip("_") for n in two]:
         f = getattr(operator, f"__{name}__")
         setattr(AdaptedWeight, f"__{name}__", lambda self, other, f=f: f(self.merged, plain(other)))
@@ -282,13 +223,16 @@ def _class_of(like: Array) -> type:
         bases: tuple[type, ...] = (AdaptedWeight,)
         if library.name not in _ASKING:
             bases, body["__module__"] = (AdaptedWeight, kind), kind.__module__
-        if library.name in ("cupy", "torch", "jax", "dask", "strict"):
+        if library.name in ("cupy", "torch", "jax", "strict"):
             body["__array_ufunc__"] = None  # NumPy's operators give way to the reflected ones
         if library.name != "jax":
             body["__jax_array__"] = None
         made = type("AdaptedWeight", bases, body)
         if library.name == "jax":
-            made.__jax_array__ = AdaptedWeight.__jax_array__  # type: ignore[attr-defined]
+            # JAX's jitted functions take no foreign arrays but trees: a tree of the merged one
+            library.module.tree_util.register_pytree_node(
+                made, lambda w: ((w.merged,), None), lambda _, merged: merged[0]
+            )
         _of_type[made] = library
         _classes[kind] = made
     return _classes[kind]
@@ -299,7 +243,7 @@ def _stand_in(source: Source, *, flipped: bool) -> Any:
     known = [a for a in source.arrays if library_of(a).name]
     recorded = [a for a in source.arrays if not library_of(a).name]
     kind = _class_of((recorded or known)[0])
-    w = object.__new__(kind)
+    w: Any = object.__new__(kind)
     w.source, w.flipped = source, flipped
     return w
 
@@ -367,22 +311,22 @@ class Weights(Mapping[str, Any]):
         return tree
 
 
-def weights(model: Any, layers: Mapping[str, BoundLayer]) -> Weights:
+def weights(model: Any, make: Callable[[str], BoundLayer]) -> Weights:
     """Give the tensors of a model whose parameters are fixed."""
 
     def maker(name: str) -> Callable[[], Any]:
         site = model.site_of(name)
-        return lambda: model.replaced(name) if site is None else _adapted(model, layers, name, site)
+        return lambda: model.replaced(name) if site is None else _adapted(model, make, name, site)
 
     return Weights({name: maker(name) for name in model.weights})
 
 
-def _adapted(model: Any, layers: Mapping[str, BoundLayer], name: str, site: Site) -> Any:
+def _adapted(model: Any, make: Callable[[str], BoundLayer], name: str, site: Site) -> Any:
     """Make the stand-in of an adapted weight, or the adapted bias."""
     if name == site.weight:
-        source = Source(lambda: layers[site.name], model.merged_site, site)
+        source = Source(lambda: make(site.name), site)
         return _stand_in(source, flipped=site.kind in ("Conv1D", "Embedding"))
-    bound = layers[site.name]
+    bound = make(site.name)
     if site.is_conv:
         return model.merged(name)
-    return astype(_at_zero(bound), dtype_name(bound.base.bias))
+    return astype(at_zero(bound), dtype_name(bound.base.bias))

@@ -32,7 +32,7 @@ def plain(x: Any) -> Any:
 
 def _fits(x: Any, w: Any, size: Any) -> bool:
     """Tell whether the layer takes `x`: floating, of `size` inputs, of a library that meets it."""
-    if w.ndim != 2 or not is_array(x) or not is_floating(x):  # noqa: PLR2004
+    if w.ndim != 2 or not is_array(x) or not is_floating(x):
         return False
     try:
         namespace(x, *w.source.arrays)
@@ -52,10 +52,10 @@ def matmul(a: Any, b: Any, /, **rest: Any) -> Any:
     if is_view(a) and is_view(b):
         b = b.merged
     if is_view(b):
-        if b.flipped and getattr(a, "ndim", 0) and _fits(a, b, a.shape[-1]):
+        if b.flipped and getattr(a, "ndim", None) and _fits(a, b, a.shape[-1]):
             return b.source.layer(a)
         return operator.matmul(a, b.merged)
-    if not a.flipped and getattr(b, "ndim", 0) and _fits(b, a, b.shape[max(b.ndim - 2, 0)]):
+    if not a.flipped and getattr(b, "ndim", None) and _fits(b, a, b.shape[max(b.ndim - 2, 0)]):
         return a.source.layer(b) if b.ndim == 1 else _swap(a.source.layer(_swap(b)))
     return operator.matmul(a.merged, b)
 
@@ -74,7 +74,7 @@ def tensordot(a: Any, b: Any, /, axes: Any = 2, **rest: Any) -> Any:
         return NotImplemented
     if axes == 1:
         first, second = a.ndim - 1, 0
-    elif isinstance(axes, list | tuple) and len(axes) == 2:  # noqa: PLR2004
+    elif isinstance(axes, list | tuple) and len(axes) == 2:
         pair = [i[0] if isinstance(i, list | tuple) and len(i) == 1 else i for i in axes]
         if not all(isinstance(i, int) for i in pair):
             return NotImplemented
@@ -82,14 +82,12 @@ def tensordot(a: Any, b: Any, /, axes: Any = 2, **rest: Any) -> Any:
     else:
         return NotImplemented
     of_w, of_x = (first, second) if w is a else (second, first)
-    if not (-x.ndim <= of_x < x.ndim and -2 <= of_w < 2):  # noqa: PLR2004
+    if not (-x.ndim <= of_x < x.ndim and -2 <= of_w < 2):
         return NotImplemented
     if of_w % 2 == int(w.flipped) or not _fits(x, w, x.shape[of_x]):
         return NotImplemented
     xp, of_x = namespace(x), of_x % x.ndim
-    y = w.source.layer(
-        xp.permute_dims(x, (*(i for i in range(x.ndim) if i != of_x), of_x))
-    )
+    y = w.source.layer(xp.permute_dims(x, (*(i for i in range(x.ndim) if i != of_x), of_x)))
     return y if w is b else namespace(y).permute_dims(y, (y.ndim - 1, *range(y.ndim - 1)))
 
 
@@ -149,7 +147,7 @@ def embedding(idx: Any, w: Any, *args: Any, **rest: Any) -> Any:
 def transpose(w: Any, *axes: Any, **rest: Any) -> Any:
     """Turn a matrix around, by whichever order of axes says so."""
     given = [*axes, *rest.values()]
-    if w.ndim != 2 or is_view(given):  # noqa: PLR2004
+    if w.ndim != 2 or is_view(given):
         return NotImplemented
     if len(given) == 1 and isinstance(given[0], list | tuple):
         given = [*given[0]]
@@ -162,10 +160,8 @@ def transpose(w: Any, *axes: Any, **rest: Any) -> Any:
 def exchange(w: Any, *axes: Any, **rest: Any) -> Any:
     """Exchange two axes of a matrix."""
     given = [*axes, *rest.values()]
-    if w.ndim == 2 and all(isinstance(i, int) for i in given):  # noqa: PLR2004
-        if not given or sorted(i % 2 for i in given) == [0, 1]:
-            return w.T
-    return NotImplemented
+    two = w.ndim == 2 and all(isinstance(i, int) for i in given)
+    return w.T if two and sorted(i % 2 for i in given) in ([], [0, 1]) else NotImplemented
 
 
 _OF_VIEWS: Mapping[str, Route] = {
@@ -181,7 +177,7 @@ _OF_ONE: Mapping[str, Route] = {
 def call(func: Callable[..., Any], args: Any, kwargs: Any, *, torch_like: bool = False) -> Any:
     """Call a library's function on arguments of which some stand for adapted weights."""
     name = getattr(func, "__name__", "")
-    kwargs = kwargs or {}
+    kwargs = {k: v for k, v in (kwargs or {}).items() if k != "out" or v is not None}
     if name == "embedding" and len(args) > 1 and is_view(args[1]):
         route: Route | None = embedding
     elif name == "transpose" and args and is_view(args[0]):

