@@ -15,12 +15,19 @@ from peft_any.backend import backend as backend
 
 if TYPE_CHECKING:
     from peft_any.adapter import Adapter as Adapter
+    from peft_any.autodiff import grad as grad
+    from peft_any.autodiff import value_and_grad as value_and_grad
+    from peft_any.autodiff import vjp as vjp
     from peft_any.backend import Backend as Backend
+    from peft_any.backend import detach as detach
     from peft_any.backend import move as move
     from peft_any.backend import resolve as resolve
+    from peft_any.custom import custom_vjp as custom_vjp
+    from peft_any.custom import remat as remat
     from peft_any.errors import BackendError as BackendError
     from peft_any.errors import ConfigError as ConfigError
     from peft_any.errors import FormatError as FormatError
+    from peft_any.errors import GradientError as GradientError
     from peft_any.errors import Irreversible as Irreversible
     from peft_any.errors import PeftError as PeftError
     from peft_any.errors import ShapeError as ShapeError
@@ -47,9 +54,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": "Adapter",
-    "backend": "Backend backend move resolve",
-    "errors": "BackendError ConfigError FormatError Irreversible PeftError ShapeError "
-    "StorageError TargetError VerifyError",
+    "autodiff": "grad value_and_grad vjp",
+    "backend": "Backend backend detach move resolve",
+    "custom": "custom_vjp remat",
+    "errors": "BackendError ConfigError FormatError GradientError Irreversible PeftError "
+    "ShapeError StorageError TargetError VerifyError",
     "io.config": "config_from_json",
     "io.safetensors": "read_safetensors write_safetensors",
     "layer": "Dense Site",

@@ -46,10 +46,14 @@ def _find_namespace(arrays: tuple[Any, ...], kinds: tuple[type, ...]) -> Namespa
             continue
         library = library_of(x)
         xp = library.namespace(x)
-        constant = constant and library is not UNKNOWN  # a recording array's may be its own
+        # any other array may have a namespace of its own
+        constant = constant and (library is not UNKNOWN or hasattr(xp, "records"))
         found[library.name or xp.__name__] = xp
     if not found:
         raise BackendError("namespace: cannot be found without an array: all are None or scalars")
+    if len(found) > 1:  # a tape takes arrays of the library that it records as constants
+        tapes = [xp for xp in found.values() if {*found} <= getattr(xp, "records", set())]
+        found = {xp.__name__: xp for xp in tapes} or found
     if len(found) > 1:
         raise BackendError(
             f"arrays of {' and '.join(sorted(found))} cannot be used together: convert them to "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from peft_any import combine
-from peft_any._typing import Array
-from peft_any.backend import astype, dtype_name, is_floating
+from peft_any._typing import Array, Params
+from peft_any.backend import astype, dtype_name, is_array, is_floating, namespace
 from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input, widen
@@ -35,8 +35,9 @@ class BoundLayer:
 
     def __post_init__(self) -> None:
         params, base = widen([part.params for part in self.parts], self.base)
+        base = lifted(base, params)
         parts = [
-            Part(part.config, part.config.prepare(p, base), part.weight)
+            replace(part, params=part.config.prepare(p, base))
             for part, p in zip(self.parts, params, strict=True)
         ]
         object.__setattr__(self, "_wide", (parts, base))
@@ -62,6 +63,15 @@ class BoundLayer:
             x = astype(x, dtype_name(base.weight))
         y: Array = astype(combine.forward(parts, x, base, stacked=self.stacked), out)
         return y
+
+
+def lifted(base: Dense, params: Sequence[Params]) -> Dense:
+    """Take a base to the tape that records its adapters: a library may refuse to meet a tape's."""
+    arrays = [a for p in params for a in p.values() if is_array(a)]
+    xp = namespace(base.weight, *arrays)
+    if not hasattr(xp, "lift"):
+        return base
+    return base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
 
 
 class Layers(Mapping[str, BoundLayer]):
@@ -93,9 +103,17 @@ class Bound:
     ----------
     layers : mapping of str to callable
         The layers, adapted where an active adapter says so: ``layers["fc"](x)``.
+    params : mapping {adapter: {site: {name: array}}}
+        The trained arrays: a prompt's table is ``params["task"][""]["prompt_embeddings"]``.
+    weights : Weights
+        All tensors under their checkpoint names, for code that takes a dict of arrays. An adapted
+        weight is an array-like whose products apply the adapted layer; other uses take the merged
+        array, without the dropout of a training step.
     """
 
     layers: Layers
+    params: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Parameters(dict[str, dict[str, dict[str, Any]]]):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft_any._typing import Array, Params
+from peft_any.dropout import Noise
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Layer, Site
 from peft_any.method import Additive, Tuner
@@ -23,11 +24,20 @@ class Part:
         The site's parameters and the adapter's shared ones, joined.
     weight : float
         Factor of the adapter's effect.
+    noise : Noise, optional
+        What training drops.
     """
 
     config: Tuner
     params: Params
     weight: float = 1.0
+    noise: Noise | None = None
+
+    def forward(self, x: Array, base: Layer) -> Array:
+        """Apply base and adapter."""
+        if self.noise is None:
+            return self.config.forward(self.params, x, base)
+        return self.config.dropped(self.params, x, base, self.noise)
 
 
 def effect(parts: Sequence[Part], base: Dense) -> tuple[Array, Array | None]:
@@ -146,7 +156,7 @@ def forward(parts: Sequence[Part], x: Array, base: Layer, *, stacked: bool = Fal
     once = Once(base)
     y = out = once(x)
     for part in parts:
-        out = out + part.weight * (part.config.forward(part.params, x, once) - y)
+        out = out + part.weight * (part.forward(x, once) - y)
     return out
 
 
@@ -188,7 +198,7 @@ class Adapted:
 
     def __call__(self, x: Array) -> Array:
         """Apply base and adapter."""
-        return self.part.config.forward(self.part.params, x, self.base)
+        return self.part.forward(x, self.base)
 
     def _dense(self) -> Dense:
         if not self._merged:

@@ -51,6 +51,14 @@ class Irreversible(PeftError, TypeError):  # noqa: N818 - reads as the fact it s
     """A merge that cannot be undone from the merged weight alone."""
 
 
+class GradientError(PeftError, TypeError):
+    """A computation that cannot be differentiated, or an array that cannot be trained."""
+
+
+class TrainingError(PeftError, ArithmeticError):
+    """A training step whose loss or gradient is not finite."""
+
+
 class VerifyError(PeftError, ValueError):
     """A merge that did not keep what was asked of it; `receipt` says what it kept."""
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
+from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible, ShapeError, nearest
 from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.registry import Config as Config
@@ -67,6 +68,10 @@ class Tuner(Config):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Apply the adapted layer to `x`; overridden where that is cheaper than merging."""
         return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))(x)
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Apply the adapted layer in training, without what `noise` drops."""
+        return dropped(self, p, x, base, noise)
 
     def prepare(self, p: Params, base: Layer) -> Params:  # noqa: ARG002
         """Add what every call with these parameters would compute anew, under names of its own.

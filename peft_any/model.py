@@ -8,12 +8,13 @@ from copy import copy
 from math import isfinite, nan, prod
 from typing import Any
 
-from peft_any import combine
+from peft_any import combine, view
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, compute_dtype, dtype_name
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
 from peft_any.combine import Part
+from peft_any.dropout import Noise, Seed
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
@@ -52,6 +53,7 @@ class PeftModel:
         self._placed: dict[str, Placed] = {}
         self._active: dict[str, float] = {}
         self._stacked = True
+        self._noise: Noise | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)
@@ -145,6 +147,15 @@ class PeftModel:
         self._active = {name: _number(name, weight) for name, weight in weights.items()}
         self._stacked = not isinstance(names, Mapping)
 
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Put trained arrays {adapter: {site: {name: array}}} in the place of the adapters' own."""
+        self._placed = self._with(params)._placed  # noqa: SLF001 - its own class
+
+    def exchange(self, name: str, adapter: Adapter) -> None:
+        """Put another state of an adapter, a pruned one say, in its place."""
+        self._known(name)
+        self._placed[name] = fitted(adapter, self.weights, self._kinds)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let no adapter act within the block."""
@@ -160,22 +171,26 @@ class PeftModel:
         values = {name: placed.adapter.trainable() for name, placed in self._placed.items()}
         return Parameters(values, sum(prod(w.shape) for w in self.weights.values()))
 
-    def bind(self, params: Mapping[str, Any] | None = None) -> Bound:
+    def bind(self, params: Mapping[str, Any] | None = None, *, rng: Seed | None = None) -> Bound:
         """Fix the parameters of the active adapters, and give the adapted layers.
 
         Parameters
         ----------
         params : mapping {adapter: {site: {name: array}}}, optional
             Stands in for the adapters' own arrays, in part or whole: what a gradient is taken of.
+        rng : int or sequence of int, optional
+            Seeds the dropout of a training step, ``(seed, step)``; without it nothing is dropped.
         """
         model = self._with(params or {})
+        model._noise = None if rng is None else Noise.of(rng)  # noqa: SLF001 - its own class
         sites = {**layout(self.weights, self._kinds), **self.sites()}
 
         def make(name: str) -> BoundLayer:
             site = sites[name]
             return BoundLayer(model._base(site), model._parts(site), self._stacked)  # noqa: SLF001
 
-        return Bound(Layers([*sites], make))
+        trained = {name: model[name].trainable() for name in self._active}
+        return Bound(Layers([*sites], make), trained, view.weights(model, make))
 
     def merge(self) -> dict[str, Array]:
         """Give all weights with the active adapters merged, as a new mapping.
@@ -286,7 +301,8 @@ class PeftModel:
     def _part(self, name: str, site: Site) -> Part:
         placed = self._placed[name]
         params = {**placed.adapter.shared, **placed.adapter.sites[site.name]}
-        return Part(placed.configs[site.name], params, self._active[name])
+        noise = None if self._noise is None else self._noise.at(f"{name}/{site.name}")
+        return Part(placed.configs[site.name], params, self._active[name], noise)
 
     def _parts(self, site: Site) -> list[Part]:
         active = [name for name in self._active if site.name in self._placed[name].sites]

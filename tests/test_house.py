@@ -19,16 +19,26 @@ LAYERS = [
     {"_dtypes"},
     {"_libraries"},
     {"_arrays"},
+    {"_engines"},
     {"backend"},
-    {"linalg", "blocks", "rng", "layer", "patterns"},
+    {"tape_rules"},
+    {"tape", "tape_fft", "tape_linalg", "tape_numpy", "tape_products", "tape_shapes", "tape_var"},
+    {"autodiff", "custom"},
+    {"_tree", "linalg", "blocks", "rng", "layer", "patterns", "dropout"},
     {"starts", "registry", "prompts"},
     {"method"},
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"adapter"},
     {"combine", "bound", "placed"},
+    {"view", "view_products", "view_source"},
     {"model", "receipt"},
     {"surgery", "oneshot"},
-    {"demo", "_console", "_report"},
+    {"transforms", "schedules", "batches", "resume", "allocator"},
+    {"optimise"},
+    {"train"},
+    {"_airfoil", "_console", "_report"},
+    {"_specialise"},
+    {"_airfoil", "_figure", "_specialise", "demo"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -73,7 +83,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=relative)
 def test_one_module_names_the_array_libraries(path: Path) -> None:
-    if path.stem in ("backend", "_arrays", "_libraries", "_dtypes"):
+    if path.stem in ("backend", "_arrays", "_libraries", "_dtypes", "_engines"):
         pytest.skip("these are the modules that do")
     named = {m.split(".")[0] for m in imports(path)}
     assert not named & LIBRARIES
@@ -108,7 +118,8 @@ def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
 
 
 def test_public_names_exist() -> None:
-    assert len(peft_any.__all__) <= 35
+    # 35 for adapters, 7 for derivatives: those are used where a model is written
+    assert len(peft_any.__all__) <= 42
     for name in peft_any.__all__:
         assert getattr(peft_any, name) is not None
     assert peft_any.LoraConfig.peft_type == "LORA"

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import creation_device, namespace
 from peft_any.blocks import block_matmul, butterfly, cayley
+from peft_any.dropout import Noise
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Tuner
@@ -99,13 +100,24 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
     def factors(self, p: Params) -> list[tuple[Array, int, int]]:
         """Give R as few block-diagonal factors, as `butterfly` does."""
         known: list[tuple[Array, int, int]] | None = p.get("factors")
-        if known is not None:
-            return known
+        return butterfly(self.blocks(p)) if known is None else known
+
+    def blocks(self, p: Params) -> Array:
+        """Give the rotations of all blocks (m, k, b, b)."""
         x = p["boft_R"]
         xp, (m, k, b, _) = namespace(x), x.shape
         x = xp.reshape(x, (m * k, b, b))
-        r = cayley(0.5 * (x - xp.matrix_transpose(x)))
-        return butterfly(xp.reshape(r, (m, k, b, b)))
+        rotations: Array = xp.reshape(cayley(0.5 * (x - xp.matrix_transpose(x))), (m, k, b, b))
+        return rotations
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """As `forward`, with some blocks of one factor, chosen anew in each step, held still."""
+        r, (m, k, b, _) = self.blocks(p), p["boft_R"].shape
+        if int(self.boft_dropout * k):
+            mask = noise.chosen_in(m, k, self.boft_dropout, r)
+            still = namespace(r).eye(b, dtype=r.dtype, device=creation_device(r))
+            r = (1.0 - mask) * r + mask * still
+        return self.forward({**p, "factors": butterfly(r)}, x, base)
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Compute R's factors once."""

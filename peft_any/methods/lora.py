@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from peft_any import starts
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, namespace
+from peft_any.backend import astype, detach, namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Layer, Site, flat, linear, widen
 from peft_any.linalg import row_norms
@@ -68,9 +68,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
             if getattr(self, flag) and site.kind in kinds:
                 raise ConfigError(f"{site.name}: {flag} cannot adapt a {site.kind} layer")
         r = matching(self.rank_pattern, site.name, self.r)
-        return replace(
-            self, r=r, lora_alpha=matching(self.alpha_pattern, site.name, self.lora_alpha)
-        )
+        alpha = matching(self.alpha_pattern, site.name, self.lora_alpha)
+        return replace(self, r=r, lora_alpha=alpha)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A and B in the layouts of torch's own layers."""
@@ -134,10 +133,10 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         return linear(linear(x, a), b, self.bias_delta(p, site))
 
     def gain(self, p: Params, base: Layer) -> Array | None:
-        """m/‖W + ΔW‖ by rows, with `use_dora`; W is the weight without any other adapter."""
+        """m/‖W + ΔW‖ by rows, with `use_dora`: W before any adapter, norms constant (§4.3)."""
         if not self.use_dora or "gain" in p:
             return p.get("gain")
-        norms = row_norms(base.original, *self.factors(p))
+        norms = detach(row_norms(base.original, *self.factors(p)))  # the paper's section 4.3
         gain: Array = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms
         return gain
 

@@ -26,6 +26,8 @@ ADAPTED = r"net\.[0246]"
 """All linear layers but the last."""
 TAUGHT = slice(1, 4)
 """The outputs that are taught: 2·CL, ½·ln CD + 2 and 20·CM."""
+KEPT = 4
+"""Outputs of the large network that are kept, those that nobody asks for left out."""
 STEPS = 2000
 PLAIN = {"format": "pt"}
 """The files' metadata; with more than one entry their bytes would change from run to run."""
@@ -54,6 +56,13 @@ def published(size: str) -> dict[str, np.ndarray]:
     assert spec, "pip install --no-deps neuralfoil"
     path = Path(str(spec.origin)).parent / "nn_weights_and_biases" / f"nn-{size}.npz"
     return {k: np.ascontiguousarray(v) for k, v in np.load(path).items()}
+
+
+def large() -> dict[str, np.ndarray]:
+    """Give the large network with the first rows of its last layer alone."""
+    weights = published("xlarge")
+    rows = {k: np.ascontiguousarray(v[:KEPT]) for k, v in weights.items() if k.startswith("net.10.")}
+    return weights | rows
 
 
 def section(camber: float, place: float, thickness: float) -> np.ndarray:
@@ -136,10 +145,12 @@ def make() -> None:
     """Write every file."""
     OUT.mkdir(exist_ok=True)
     save_file(published("medium"), OUT / "nn-medium.safetensors", metadata=PLAIN)
+    save_file(large(), OUT / "nn-xlarge.safetensors", metadata=PLAIN)
     licence = distribution("neuralfoil").read_text("licenses/LICENSE.txt")
     (OUT / "LICENSE.neuralfoil").write_text(
-        "nn-medium.safetensors and merged.safetensors hold weights of neuralfoil; "
-        f"flights.safetensors holds outputs of its nn-xlarge.\n\n{licence}"
+        "nn-medium.safetensors, nn-xlarge.safetensors (of the last layer the first four rows) and "
+        "merged.safetensors hold weights of neuralfoil; flights.safetensors holds outputs of its "
+        f"nn-xlarge.\n\n{licence}"
     )
     model = train()
     model.save_pretrained(OUT / "adapter")
@@ -152,17 +163,18 @@ def make() -> None:
     x = flights(100, seed=2)
     order, sign = mirror()
     with torch.no_grad():
-        large = taught(Net(published("xlarge")), torch.from_numpy(x)).numpy()
-    cases = {"inputs": x, "mirror_order": order, "mirror_sign": sign, "nn_xlarge": large}
+        answers = taught(Net(published("xlarge")), torch.from_numpy(x)).numpy()
+    cases = {"inputs": x, "mirror_order": order, "mirror_sign": sign, "nn_xlarge": answers}
     save_file(cases, OUT / "flights.safetensors", metadata=PLAIN)
     for file in OUT.rglob("*.safetensors"):
         file.chmod(0o644)
 
 
 def check() -> None:
-    """Compare the committed files with the package's network and the installed PEFT's merge."""
-    for name, want in published("medium").items():
-        np.testing.assert_array_equal(load_file(OUT / "nn-medium.safetensors")[name], want)
+    """Compare the committed files with the package's networks and the installed PEFT's merge."""
+    for size, weights in (("medium", published("medium")), ("xlarge", large())):
+        for name, want in weights.items():
+            np.testing.assert_array_equal(load_file(OUT / f"nn-{size}.safetensors")[name], want)
     for name, want in merged(OUT / "adapter").items():
         np.testing.assert_allclose(load_file(OUT / "merged.safetensors")[name], want, atol=1e-6)
 

@@ -1,0 +1,231 @@
+"""What differentiation must know of each array library: its own engine, constants, scatter-add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from peft_any._arrays import creation_device, namespace
+from peft_any._libraries import LIBRARIES, library_of
+
+Pull: TypeAlias = Callable[[Sequence[Any]], list[Any]]
+"""From the cotangents of the outputs to those of the inputs."""
+Run: TypeAlias = Callable[[list[Any]], tuple[list[Any], Any]]
+"""From input arrays to output arrays, and whatever else there is to hand on."""
+
+_nested: ContextVar[bool] = ContextVar("peft_any_torch_nested", default=False)
+
+
+def detach(x: Any) -> Any:
+    """Give the same values as a constant: no gradient passes through it.
+
+    Parameters
+    ----------
+    x : array of any library
+
+    Returns
+    -------
+    array
+        `x` itself where the library records nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> detach(np.ones(2))
+    array([1., 1.])
+    """
+    if library_of(x).name == "jax":
+        return LIBRARIES["jax"].module.lax.stop_gradient(x)
+    return x.detach() if hasattr(x, "detach") else x
+
+
+class Engine:
+    """A library's own differentiation."""
+
+    def vjp(self, run: Run, leaves: list[Any], *, keep: bool) -> tuple[list[Any], Any, Pull]:
+        """Run a function and give its outputs, its extras, and the way back.
+
+        With `keep` the way back can be gone more than once.
+        """
+        raise NotImplementedError
+
+    def custom(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], arrays: list[Any]
+    ) -> Any:
+        """Call `forward(*arrays) -> (out, saved)`, whose derivative is `backward(saved, g)`."""
+        raise NotImplementedError
+
+    def remat(self, f: Callable[..., Any], arrays: list[Any]) -> Any:
+        """Call `f(*arrays)`, keeping nothing of it but what it was given."""
+        raise NotImplementedError
+
+
+class _Jax(Engine):
+    @property
+    def jax(self) -> Any:
+        return LIBRARIES["jax"].module
+
+    def vjp(
+        self,
+        run: Run,
+        leaves: list[Any],
+        *,
+        keep: bool,  # noqa: ARG002 - JAX always keeps
+    ) -> tuple[list[Any], Any, Pull]:
+        jax, extra = self.jax, []
+
+        def pure(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+            # what is no array (strings, configurations) goes around the transformation
+            outputs, aux = run(arrays)
+            parts, tree = jax.tree_util.tree_flatten(aux)
+            extra[:] = [tree, [None if isinstance(p, jax.Array) else p for p in parts]]
+            return outputs, [p for p in parts if isinstance(p, jax.Array)]
+
+        outputs, pull, seen = jax.vjp(pure, leaves, has_aux=True)
+        tree, parts = extra
+        arrays = iter(seen)
+        parts = [next(arrays) if p is None else p for p in parts]
+
+        def back(gs: Sequence[Any]) -> list[Any]:
+            # JAX's cotangents are the conjugates of torch's
+            (found,) = pull([_conj(g) for g in gs])
+            return [_conj(g) for g in found]
+
+        return outputs, tree.unflatten(parts), back
+
+    def custom(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], arrays: list[Any]
+    ) -> Any:
+        call = self.jax.custom_vjp(lambda *a: forward(*a)[0])
+
+        def pull(kept: Any, g: Any) -> tuple[Any, ...]:
+            saved, inputs = kept
+            g = tuple(_conj(i) for i in g) if isinstance(g, tuple) else _conj(g)
+            found = zip(backward(saved, g), inputs, strict=True)
+            return tuple(
+                None if h is None else _conj(h).reshape(x.shape).astype(x.dtype) for h, x in found
+            )
+
+        def push(*a: Any) -> tuple[Any, Any]:
+            out, saved = forward(*a)
+            return out, (saved, a)
+
+        call.defvjp(push, pull)
+        return call(*arrays)
+
+    def remat(self, f: Callable[..., Any], arrays: list[Any]) -> Any:
+        return self.jax.checkpoint(f)(*arrays)
+
+
+class _Torch(Engine):
+    @property
+    def torch(self) -> Any:
+        return LIBRARIES["torch"].module
+
+    def vjp(self, run: Run, leaves: list[Any], *, keep: bool) -> tuple[list[Any], Any, Pull]:
+        torch, nested = self.torch, _nested.get()
+        with torch.enable_grad():
+            # within another's forward the way back is itself recorded
+            inputs = [
+                x.view_as(x) if nested and x.requires_grad else x.detach().requires_grad_()
+                for x in leaves
+            ]
+            token = _nested.set(True)
+            try:
+                outputs, aux = run(inputs)
+            finally:
+                _nested.reset(token)
+        differ = [i for i, y in enumerate(outputs) if y.requires_grad]
+
+        def back(gs: Sequence[Any]) -> list[Any]:
+            if not differ:
+                return [torch.zeros_like(x) for x in leaves]
+            found = torch.autograd.grad(
+                [outputs[i] for i in differ],
+                inputs,
+                [gs[i] for i in differ],
+                allow_unused=True,
+                create_graph=nested,
+                retain_graph=nested or keep,
+            )
+            pairs = zip(found, leaves, strict=True)
+            return [torch.zeros_like(x) if g is None else g for g, x in pairs]
+
+        given = outputs if nested else [y.detach() for y in outputs]
+        return given, aux, back
+
+    def custom(
+        self, forward: Callable[..., Any], backward: Callable[..., Any], arrays: list[Any]
+    ) -> Any:
+        torch = self.torch
+
+        class Function(torch.autograd.Function):  # type: ignore[misc,name-defined]
+            @staticmethod
+            def forward(ctx: Any, *a: Any) -> Any:
+                out, ctx.saved = forward(*(x.detach() for x in a))
+                ctx.set_materialize_grads(True)
+                return out
+
+            @staticmethod
+            def backward(ctx: Any, *gs: Any) -> Any:
+                return tuple(backward(ctx.saved, gs if len(gs) > 1 else gs[0]))
+
+        return Function.apply(*arrays)
+
+    def remat(self, f: Callable[..., Any], arrays: list[Any]) -> Any:
+        from torch.utils.checkpoint import checkpoint  # noqa: PLC0415 - only with torch
+
+        return checkpoint(f, *arrays, use_reentrant=False)
+
+
+ENGINES: dict[str, Engine] = {"jax": _Jax(), "torch": _Torch()}
+"""Libraries that differentiate themselves."""
+
+
+def _conj(g: Any) -> Any:
+    return g.conj() if "complex" in str(getattr(g, "dtype", "")) else g
+
+
+def can_scatter(x: Any) -> bool:
+    """Tell whether `scatter` takes arrays of integers in its key."""
+    return library_of(x).name in ("numpy", "cupy", "torch", "jax")
+
+
+def scatter(g: Any, key: Any, shape: tuple[int, ...]) -> Any:
+    """Add `g` to zeros of a shape at a key, repeated places too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scatter(np.ones(2), np.asarray([1, 1]), (3,))
+    array([0., 2., 0.])
+    """
+    xp, name = namespace(g), library_of(g).name
+    zeros = xp.zeros(shape, dtype=g.dtype, device=creation_device(g))
+    if name == "jax":
+        return zeros.at[key].add(g)
+    parts = key if isinstance(key, tuple) else (key,)
+    if all(k is None or isinstance(k, int | slice | type(...)) for k in parts):
+        zeros[key] = g
+    elif name == "torch":
+        zeros = _torch_add(zeros, parts, g)
+    else:
+        module = np if name == "numpy" else LIBRARIES["cupy"].module
+        module.add.at(zeros, key, g)
+    return zeros
+
+
+def _torch_add(zeros: Any, key: tuple[Any, ...], g: Any) -> Any:
+    torch = LIBRARIES["torch"].module
+    places = torch.arange(zeros.numel(), device=zeros.device).reshape(zeros.shape)[key]
+    return zeros.reshape(-1).index_add(0, places.reshape(-1), g.reshape(-1)).reshape(zeros.shape)
+
+
+def own(g: Any) -> Any:
+    """Copy an array that is a repeating or read-only view, so that its owner may write to it."""
+    if isinstance(g, np.ndarray) and (0 in g.strides or not g.flags.writeable):
+        return g.copy()
+    return g

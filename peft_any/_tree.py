@@ -1,0 +1,100 @@
+"""Nests of dicts, lists and tuples with arrays as leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from peft_any.backend import dtype_name, is_array
+
+Tree: TypeAlias = Any
+"""Nested dicts, lists and tuples of arrays; None is an empty nest."""
+Path: TypeAlias = tuple[str | int, ...]
+
+
+def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Give the leaves of a nest with the keys that lead to them.
+
+    Examples
+    --------
+    >>> [*leaves({"a": [1.0, None], "b": {}})]
+    [(('a', 0), 1.0)]
+    """
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            yield from leaves(value, (*path, i))
+    elif tree is not None:
+        yield path, tree
+
+
+def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """Apply a function to every leaf, with those at the same place in other nests.
+
+    Examples
+    --------
+    >>> tree_map(lambda a, b: a + b, {"a": (1, None)}, {"a": (2, None)})
+    {'a': (3, None)}
+    """
+    return map_with_path(lambda _, *found: f(*found), tree, *others)
+
+
+def map_with_path(f: Callable[..., Any], tree: Tree, *others: Tree, path: Path = ()) -> Tree:
+    """Apply `f(path, leaf, …)` as `tree_map` does.
+
+    Examples
+    --------
+    >>> map_with_path(lambda path, x: (path, x), {"a": [1]})
+    {'a': [(('a', 0), 1)]}
+    """
+    if isinstance(tree, dict):
+        return {
+            k: map_with_path(f, v, *(o[k] for o in others), path=(*path, k))
+            for k, v in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        items = [
+            map_with_path(f, v, *(o[i] for o in others), path=(*path, i))
+            for i, v in enumerate(tree)
+        ]
+        if isinstance(tree, list):
+            return items
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return None if tree is None else f(path, tree, *others)
+
+
+def named(path: Path) -> str:
+    """Name a leaf in a message.
+
+    Examples
+    --------
+    >>> named(("task", "mlp.fc", "lora_A.weight"))
+    'task.mlp.fc.lora_A.weight'
+    """
+    return ".".join(str(key) for key in path if key != "") or "params"
+
+
+def shape_faults(found: Tree, want: Tree) -> list[str]:
+    """Describe what a nest has too much, too little or of other kinds than another.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> shape_faults({"a": np.ones(2)}, {"a": np.ones(3), "b": np.ones(1)})
+    ['a: (2,) of float64, not (3,) of float64', 'b: missing']
+    """
+    have, need = dict(leaves(found)), dict(leaves(want))
+    faults = []
+    for path, leaf in need.items():
+        if path not in have:
+            faults.append(f"{named(path)}: missing")
+            continue
+        kinds = [
+            f"{tuple(x.shape)} of {dtype_name(x)}" if is_array(x) else ""
+            for x in (have[path], leaf)
+        ]
+        if kinds[0] != kinds[1]:
+            faults.append(f"{named(path)}: {kinds[0] or have[path]}, not {kinds[1] or leaf}")
+    return faults + [f"{named(path)}: unexpected" for path in have if path not in need]

@@ -1,0 +1,212 @@
+"""Optimisers as pairs of pure functions, for arrays of any library.
+
+``init(params)`` gives a state, and ``update(grads, state, params)`` what to add to the parameters
+and the next state. Parameters are arrays in any nest of dicts, lists and tuples; a state is such
+a nest too, with a few Python numbers. Nothing is written in place.
+
+Moments are kept in at least float32, updates are rounded to the parameters' dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from peft_any._tree import Tree, tree_map
+from peft_any._typing import Array
+from peft_any.backend import astype, compute_dtype, dtype_name, namespace
+from peft_any.errors import ConfigError, nearest
+from peft_any.schedules import Schedule, constant, cosine, linear
+from peft_any.transforms import (
+    Optimizer,
+    State,
+    accumulate,
+    as_like,
+    chain,
+    check_decay,
+    check_from_zero,
+    clip_by_global_norm,
+    global_norm,
+    lora_plus,
+    not_finite,
+    skip_not_finite,
+    zeros,
+)
+
+__all__ = [
+    "OPTIMIZERS", "Optimizer", "Schedule", "accumulate", "adamw", "apply_updates", "chain",
+    "clip_by_global_norm", "constant", "cosine", "global_norm", "linear", "lion", "lora_plus",
+    "not_finite", "optimizer_for", "sgd", "skip_not_finite", "zeros",
+]  # fmt: skip
+
+Rate: TypeAlias = float | Schedule
+
+
+def adamw(
+    learning_rate: Rate = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> Optimizer:
+    """AdamW: Adam with weight decay apart from the gradient (Loshchilov & Hutter 2019).
+
+    p ← p − η·λ·p − η·m̂/(√v̂ + ε), https://arxiv.org/abs/1711.05101; equal to torch's to rounding.
+
+    Parameters
+    ----------
+    learning_rate : float or schedule
+        η, or a function of the number of steps made.
+    betas : pair of float
+        Decay of the mean m and of the mean square v of the gradient.
+    eps : float
+        ε, outside the root.
+    weight_decay : float
+        λ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> params = {"w": np.asarray([1.0, -1.0])}
+    >>> optimizer = adamw(0.1, weight_decay=0.0)
+    >>> updates, state = optimizer.update({"w": np.ones(2)}, optimizer.init(params), params)
+    >>> apply_updates(params, updates)["w"].round(6)
+    array([ 0.9, -1.1])
+    """
+    check_from_zero("adamw", eps=eps, weight_decay=weight_decay)
+    for beta in betas:
+        check_decay("adamw", "betas", beta)
+    first, second = betas
+
+    def init(params: Tree) -> State:
+        return {"step": 0, "m": zeros(params), "v": zeros(params)}
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        t, rate = state["step"] + 1, _rate(learning_rate, state["step"])
+        size, root = rate / (1 - first**t), (1 - second**t) ** 0.5
+        m = tree_map(lambda m, g: m + (1 - first) * (as_like(g, m) - m), state["m"], grads)
+        v = tree_map(
+            lambda v, g: second * v + (1 - second) * (as_like(g, v) * as_like(g, v)),
+            state["v"],
+            grads,
+        )
+
+        def step(p: Array, m: Array, v: Array) -> Array:
+            change = -size * (m / (namespace(v).sqrt(v) / root + eps))
+            return as_like(change - rate * weight_decay * as_like(p, m), p)
+
+        return tree_map(step, params, m, v), {"step": t, "m": m, "v": v}
+
+    return Optimizer(init, update)
+
+
+def sgd(
+    learning_rate: Rate = 1e-2,
+    momentum: float = 0.0,
+    *,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Gradient descent with momentum, by torch's rule: the rate is not part of the momentum.
+
+    Parameters
+    ----------
+    learning_rate : float or schedule
+    momentum : float
+        Decay of the sum of gradients.
+    dampening : float
+        Part of each gradient after the first that is left out of the sum.
+    nesterov : bool
+        Look ahead by the momentum.
+    weight_decay : float
+        λ; λ·p is added to the gradient.
+
+    Raises
+    ------
+    ConfigError
+        For numbers out of range, or `nesterov` without momentum or with dampening.
+    """
+    check_from_zero("sgd", momentum=momentum, weight_decay=weight_decay)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ConfigError("sgd: nesterov=True needs momentum above 0 and dampening=0")
+
+    def init(params: Tree) -> State:
+        return {"step": 0} | ({"momentum": zeros(params)} if momentum else {})
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        t, rate = state["step"], _rate(learning_rate, state["step"])
+
+        def slope(p: Array, g: Array) -> Array:
+            wide = compute_dtype(p, g)
+            g = astype(g, wide)
+            return g + weight_decay * astype(p, wide) if weight_decay else g
+
+        slopes = tree_map(slope, params, grads)
+        if not momentum:
+            return tree_map(lambda p, g: as_like(-rate * g, p), params, slopes), {"step": t + 1}
+        share = 1 - dampening if t else 1.0
+        kept = tree_map(lambda b, g: momentum * b + share * g, state["momentum"], slopes)
+        steps = tree_map(lambda b, g: g + momentum * b, kept, slopes) if nesterov else kept
+        updates = tree_map(lambda p, s: as_like(-rate * s, p), params, steps)
+        return updates, {"step": t + 1, "momentum": kept}
+
+    return Optimizer(init, update)
+
+
+def lion(
+    learning_rate: Rate = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023), half of AdamW's state.
+
+    p ← p − η·(sign(β₁·m + (1 − β₁)·g) + λ·p), m ← β₂·m + (1 − β₂)·g,
+    https://arxiv.org/abs/2302.06675.
+    """
+    check_from_zero("lion", weight_decay=weight_decay)
+    for beta in betas:
+        check_decay("lion", "betas", beta)
+    first, second = betas
+
+    def init(params: Tree) -> State:
+        return {"step": 0, "m": zeros(params)}
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        rate = _rate(learning_rate, state["step"])
+
+        def step(p: Array, m: Array, g: Array) -> Array:
+            way = namespace(m).sign(first * m + (1 - first) * as_like(g, m))
+            return as_like(-rate * (way + weight_decay * as_like(p, m)), p)
+
+        m = tree_map(lambda m, g: second * m + (1 - second) * as_like(g, m), state["m"], grads)
+        return tree_map(step, params, state["m"], grads), {"step": state["step"] + 1, "m": m}
+
+    return Optimizer(init, update)
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Add updates to parameters; dtypes stay."""
+    return tree_map(lambda p, u: p + astype(u, dtype_name(p)), params, updates)
+
+
+def _rate(rate: Rate, step: int) -> float:
+    return rate(step) if callable(rate) else rate
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "sgd": sgd, "lion": lion}
+"""Optimisers that `fit` knows by name."""
+
+
+def optimizer_for(given: str | Optimizer) -> Optimizer:
+    """Find an optimiser by name, with its defaults; one that is given is itself.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+    """
+    if not isinstance(given, str):
+        return given
+    if given not in OPTIMIZERS:
+        raise ConfigError(f"optimizer {given!r}: is not known{nearest(given, OPTIMIZERS)}")
+    return OPTIMIZERS[given]()

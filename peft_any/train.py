@@ -1,0 +1,340 @@
+"""A training loop, for those who do not want to write their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal, TypeAlias
+
+from peft_any._tree import Tree, tree_map
+from peft_any._typing import Array
+from peft_any.allocator import RankAllocator
+from peft_any.autodiff import value_and_grad
+from peft_any.backend import backend_of, to_numpy
+from peft_any.batches import Batches
+from peft_any.bound import Bound
+from peft_any.errors import ConfigError, TrainingError
+from peft_any.io._atomic import StrPath
+from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.model import PeftModel
+from peft_any.optimise import (
+    Optimizer,
+    apply_updates,
+    clip_by_global_norm,
+    global_norm,
+    not_finite,
+    optimizer_for,
+)
+from peft_any.resume import load_state, refuse_other, save_state
+
+Loss: TypeAlias = Callable[[Bound, Any], Array]
+Record: TypeAlias = dict[str, float]
+Callback: TypeAlias = Callable[["Run"], object]
+
+
+@dataclass
+class Run:
+    """A training run: what it has come to, and what is needed to go on.
+
+    Attributes
+    ----------
+    params : nest
+        Parameters after the last step; at the end of a run with `patience`, the best ones.
+    step : int
+        How many steps were made.
+    history : list of dict
+        For every step ``step``, ``loss``, ``norm`` (of the gradient) and, where it was measured,
+        ``held_out``.
+    best : float
+        The lowest loss held out.
+    optimizer, allocators : nest
+        States of the optimiser and of AdaLoRA's allocators.
+    stopped : str
+        Why it ended before the last step, if it did.
+    """
+
+    params: Tree
+    optimizer: Any
+    allocators: dict[str, Any]
+    step: int = 0
+    history: list[Record] = field(default_factory=list)
+    best: float = inf
+    best_params: Tree = None
+    waited: int = 0
+    stopped: str = ""
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [record["loss"] for record in self.history]
+
+
+def fit(
+    model: PeftModel,
+    loss: Loss,
+    data: Any,
+    *,
+    steps: int,
+    optimizer: str | Optimizer = "adamw",
+    batch_size: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    accumulate: int = 1,
+    max_grad_norm: float | None = None,
+    held_out: Any = None,
+    every: int = 50,
+    patience: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: StrPath | None = None,
+    save_every: int = 100,
+    not_finite: Literal["raise", "skip"] = "raise",
+    progress: bool | None = None,
+) -> Run:
+    """Train the active adapters of a model, and put the trained arrays into it.
+
+    The run is a function of its arguments: one seed gives one run, on every library, and a run
+    that was killed and goes on from its checkpoint gives the same numbers as one that was not.
+    AdaLoRA's regulariser and allocator take part by themselves.
+
+    Parameters
+    ----------
+    model : PeftModel
+        Its active adapters are trained; ``model.update`` gets the result, an AdaLoRA adapter
+        whose last mask is set is pruned.
+    loss : callable (bound, batch) -> array ()
+        The mean loss of a batch; ``bound`` is ``model.bind(params)`` with dropout, without it
+        for `held_out`.
+    data
+        A list of batches; or, with `batch_size`, a nest of arrays with one first axis, cut into
+        batches (an incomplete last one is left out); or a function of the number of the batch.
+    steps : int
+        Steps in all, those of a resumed run included.
+    optimizer : Optimizer, or "adamw", "sgd" or "lion"
+    batch_size, shuffle, seed
+        How `data` is cut and ordered; `seed` is also that of dropout.
+    accumulate : int
+        Batches per step; a step takes the mean of their gradients.
+    max_grad_norm : float, optional
+        See `optimise.clip_by_global_norm`.
+    held_out : list of batches, optional
+        Measured every `every` steps and at the end.
+    patience : int, optional
+        Stop after so many measurements without a new best, and give the best parameters.
+    callbacks : sequence of callables
+        Called with the `Run` after every step; ``True`` ends it.
+    checkpoint : path, optional
+        A safetensors file, written every `save_every` steps and at the end, whole or not at all.
+        If it exists the run goes on from it.
+    not_finite : {"raise", "skip"}
+        What to do where loss or gradient is NaN or infinite.
+    progress : bool, optional
+        Show a bar; by default if somebody is there to see it.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ConfigError
+        For arguments that make no sense, nothing to train, or a checkpoint of another run.
+    TrainingError
+        Where loss or gradient is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.backend import namespace
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> model = PeftModel({"fc.weight": np.zeros((1, 2))})
+    >>> _ = model.add("task", LoraConfig(r=1, target_modules=["fc"]))
+    >>> x = np.asarray([[1.0, 0.0], [0.0, 1.0]])
+    >>> def loss(bound, x):
+    ...     gap = bound.layers["fc"](x) - 1.0
+    ...     return namespace(gap).mean(gap * gap)
+    >>> run = fit(model, loss, [x], steps=200)
+    >>> run.losses[0], run.losses[-1] < 0.1
+    (1.0, True)
+    """
+    rule = optimizer_for(optimizer)
+    if steps < 1 or accumulate < 1 or every < 1 or save_every < 1:
+        raise ConfigError(
+            f"fit: steps={steps}, accumulate={accumulate}, every={every} and save_every="
+            f"{save_every} cannot be: give 1 or more"
+        )
+    if patience is not None and held_out is None:
+        raise ConfigError("fit: patience needs held_out: a list of batches to measure")
+    batches = Batches(data, batch_size=batch_size, shuffle=shuffle, seed=seed)
+    job = _Job(model, loss, rule, batches, seed, accumulate, max_grad_norm, not_finite == "skip")
+    run = job.start(None if checkpoint is None else Path(checkpoint))
+    with _bar(steps, progress) as show:
+        while run.step < steps and not run.stopped:
+            job.step(run)
+            if held_out is not None and (run.step % every == 0 or run.step == steps):
+                job.measure(run, held_out, patience)
+            for callback in callbacks:
+                if callback(run) is True:
+                    run.stopped = run.stopped or f"a callback, at step {run.step}"
+            if checkpoint is not None and (
+                run.step % save_every == 0 or run.step == steps or run.stopped
+            ):
+                job.save(run, checkpoint)
+            show(run)
+    if patience is not None and run.best_params is not None:
+        run.params = run.best_params
+    job.finish(run)
+    return run
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What does not change during a run."""
+
+    model: PeftModel
+    loss: Loss
+    rule: Optimizer
+    batches: Batches
+    seed: int
+    accumulate: int
+    max_grad_norm: float | None
+    skips: bool
+
+    def start(self, checkpoint: Path | None) -> Run:
+        params = {name: self.model[name].trainable() for name in self.model.active}
+        if not any(p for sites in params.values() for p in sites.values()):
+            raise ConfigError(
+                "fit: there is no parameter to train: add an adapter to the model and activate it"
+            )
+        found = {name: a.init(params[name]) for name, a in self.allocators.items()}
+        run = Run(params, self.rule.init(params), found)
+        return run if checkpoint is None or not checkpoint.exists() else self.load(run, checkpoint)
+
+    def load(self, run: Run, path: Path) -> Run:
+        array = next(a for sites in run.params.values() for p in sites.values() for a in p.values())
+        saved = load_state(path, backend=backend_of(array))
+        if not isinstance(saved, dict) or "optimizer" not in saved or "params" not in saved:
+            raise ConfigError(f"{path}: cannot resume: it is no checkpoint of fit")
+        if saved.get("seed") != self.seed:
+            raise ConfigError(
+                f"{path}: cannot resume: its run has seed={saved.get('seed')}, this one "
+                f"{self.seed}: give the same seed, or another checkpoint"
+            )
+        why = "its parameters are not those of the model's active adapters"
+        refuse_other(saved["params"], run.params, str(path), why)
+        why = "its optimiser's state is not one of this optimizer"
+        refuse_other(saved["optimizer"], run.optimizer, str(path), why)
+        return Run(**{k: v for k, v in saved.items() if k != "seed"})
+
+    def save(self, run: Run, path: StrPath) -> None:
+        save_state(path, {**vars(run), "seed": self.seed, "stopped": ""})
+
+    @property
+    def allocators(self) -> dict[str, RankAllocator]:
+        configs = {name: self.model[name].config for name in self.model.active}
+        return {
+            name: RankAllocator(config)
+            for name, config in configs.items()
+            if isinstance(config, AdaLoraConfig) and config.rank_pattern is None
+        }
+
+    def total(self, params: Tree, weights: Mapping[str, Any], batch: Any, at: Any) -> Array:
+        model = copy(self.model)
+        model.weights = weights  # among the arguments, so that a tape knows them
+        value = self.loss(model.bind(params, rng=at), batch)
+        for name, allocator in self.allocators.items():
+            own = [p for p in params[name].values() if "lora_E" in p]
+            value = value + allocator.config.regularizer(own)
+        return value
+
+    def step(self, run: Run) -> None:
+        losses: list[float] = []
+        grads: Any = None
+        for i in range(run.step * self.accumulate, (run.step + 1) * self.accumulate):
+            batch, at = self.batches[i], (self.seed, i)
+            value, g = value_and_grad(lambda p, w, b: self.total(p, w, b, at))(  # noqa: B023
+                run.params, dict(self.model.weights), batch
+            )
+            losses.append(float(to_numpy(value)))
+            grads = g if grads is None else tree_map(lambda a, b: a + b, grads, g)
+        if self.accumulate > 1:
+            grads = tree_map(lambda a: a / self.accumulate, grads)
+        value = sum(losses) / self.accumulate
+        norm = float(to_numpy(global_norm(grads)))
+        run.step += 1
+        run.history.append({"step": run.step, "loss": value, "norm": norm})
+        if not (isfinite(value) and isfinite(norm)):
+            if self.skips:
+                return
+            raise TrainingError(_diagnosis(run.step, value, grads))
+        if self.max_grad_norm is not None:
+            grads, _ = clip_by_global_norm(self.max_grad_norm).update(grads, {}, run.params)
+        updates, run.optimizer = self.rule.update(grads, run.optimizer, run.params)
+        run.params = apply_updates(run.params, updates)
+        for name, allocator in self.allocators.items():
+            run.params[name], run.allocators[name] = allocator.update(
+                grads[name], run.allocators[name], run.params[name], run.step
+            )
+
+    def measure(self, run: Run, held_out: Sequence[Any], patience: int | None) -> None:
+        bound = self.model.bind(run.params)
+        found = [float(to_numpy(self.loss(bound, batch))) for batch in held_out]
+        value = sum(found) / len(found)
+        run.history[-1]["held_out"] = value
+        if value < run.best:
+            run.best, run.best_params, run.waited = value, run.params, 0
+            return
+        run.waited += 1
+        if patience is not None and run.waited >= patience:
+            run.stopped = f"no better loss held out in {patience} measurements, at step {run.step}"
+
+    def finish(self, run: Run) -> None:
+        self.model.update(run.params)
+        for name, allocator in self.allocators.items():
+            end = (allocator.config.total_step or 0) - allocator.config.tfinal
+            if run.step >= end:
+                pruned = allocator.pruned(self.model[name], run.allocators[name])
+                self.model.exchange(name, pruned)
+
+
+def _diagnosis(step: int, value: float, grads: Tree) -> str:
+    bad = not_finite(grads)
+    which = f"; not finite: gradients of {', '.join(bad[:5])}" if bad else ""
+    return (
+        f"step {step}: loss {value}, and no step can be made{which}: lower the learning rate, set "
+        'max_grad_norm, or pass not_finite="skip" to leave such batches out'
+    )
+
+
+@contextmanager
+def _bar(steps: int, progress: bool | None) -> Iterator[Callable[[Run], None]]:
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda run: None  # noqa: ARG005 - nobody looks
+        return
+    from rich.console import Console  # noqa: PLC0415 - slow to import
+    from rich.progress import (  # noqa: PLC0415  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    shown = TextColumn("{task.fields[shown]}", markup=False)
+    columns = "training", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), shown
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task, last = bars.add_task("training", total=steps, shown=""), [0.0]
+
+        def show(run: Run) -> None:
+            if perf_counter() - last[0] > 0.1 or run.step >= steps or run.stopped:
+                record, last[0] = run.history[-1], perf_counter()
+                text = f"loss {record['loss']:.4g}"
+                text += f", held out {record['held_out']:.4g}" if "held_out" in record else ""
+                bars.update(task, completed=run.step, shown=text)
+
+        yield show

@@ -1,0 +1,96 @@
+"""What the stand-ins of an adapted weight share: the layer without its bias, the merged weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from peft_any import combine
+from peft_any._typing import Array
+from peft_any.backend import astype, creation_device, dtype_name, is_array, namespace
+from peft_any.bound import BoundLayer, lifted
+from peft_any.errors import ConfigError
+from peft_any.layer import Site, narrow, widen
+
+
+class Source:
+    """What the stand-ins of one weight share: the layer without bias, and its merged weight."""
+
+    def __init__(self, whole: Callable[[], BoundLayer], site: Site) -> None:
+        self._whole, self.site = whole, site
+        self._kept: dict[str, Any] = {}
+        bound = whole()
+        self.base, self.stored = bound.base, bound.base.stored()
+        self.arrays = (self.base.weight, *_params(bound))
+        for part in bound.parts:
+            shift = getattr(part.config, "bias_delta", None)
+            if shift and self.base.bias is None and shift(part.params, site) is not None:
+                raise ConfigError(
+                    f"{site.name}: a bias correction cannot be among the weights: the base has no "
+                    "bias; call .layers instead"
+                )
+        self._shifts = any(part.config.changes_bias(site) for part in bound.parts)
+
+    def _keep(self, key: str, make: Callable[[], Any]) -> Any:
+        if key in self._kept:
+            return self._kept[key]
+        made = make()
+        # what a JAX transformation traces must not outlive it, and it joins equal computations
+        arrays = _prepared(made[0]) if isinstance(made, tuple) else [made]
+        if not any("Tracer" in type(a).__name__ for a in arrays):
+            self._kept[key] = made
+        return made
+
+    @property
+    def merged(self) -> Array:
+        """The merged weight in the checkpoint's layout."""
+
+        def make() -> Any:
+            bound = self._whole()
+            params, base = widen([part.params for part in bound.parts], bound.base)
+            base = lifted(base, params)
+            parts = [replace(q, params=p) for q, p in zip(bound.parts, params, strict=True)]
+            merged = combine.merge(parts, base, stacked=bound.stacked)
+            w: Any = narrow(merged, bound.base).stored()
+            if hasattr(w, "flags") and hasattr(w.flags, "writeable"):
+                w = w.view()
+                w.flags.writeable = False
+            return w
+
+        merged: Array = self._keep("merged", make)
+        return merged
+
+    def layer(self, x: Array) -> Array:
+        """Apply the weight alone."""
+
+        def make() -> tuple[BoundLayer, Array | None]:
+            bound = self._whole()
+            if not self._shifts:
+                alone = BoundLayer(self.base.replace(bias=None), bound.parts, bound.stacked)
+                return alone, None
+            zero = namespace(self.base.weight).zeros_like(self.base.weight[:, 0])
+            alone = BoundLayer(self.base.replace(bias=zero), bound.parts, bound.stacked)
+            return alone, at_zero(alone)
+
+        alone, shift = self._keep("layer", make)
+        y: Array = alone(x)
+        return y if shift is None else y - astype(shift, dtype_name(y))
+
+
+def _params(bound: BoundLayer) -> list[Array]:
+    return [p for part in bound.parts for p in part.params.values() if is_array(p)]
+
+
+def _prepared(bound: BoundLayer) -> list[Array]:
+    parts, _ = bound._wide  # type: ignore[attr-defined]  # noqa: SLF001
+    return [p for part in parts for p in part.params.values()]
+
+
+def at_zero(layer: BoundLayer) -> Array:
+    """Give the bias of an adapted layer: what it makes of zeros."""
+    base = layer.base.weight
+    xp = namespace(base, *_params(layer))
+    zeros = xp.zeros((1, base.shape[1]), dtype=base.dtype, device=creation_device(base))
+    y: Array = layer(zeros)[0, :]
+    return y

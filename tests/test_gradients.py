@@ -1,0 +1,123 @@
+"""Law 5: gradients of every row agree on all engines, and with finite differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_any import tape_var
+from peft_any.backend import namespace
+from peft_any.layer import Dense
+from peft_any.methods import lora
+from tests.cases import CASES, Case
+from tests.gradients import ENGINES, difference, gradients, like
+from tests.test_laws import inputs
+
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+ways = pytest.mark.parametrize("way", ["forward", "merge"])
+
+
+class Problem:
+    """A loss of a row's trained parameters; all else is frozen and comes as other arguments."""
+
+    def __init__(self, case: Case, way: str) -> None:
+        self.case, self.way = case, way
+        self.config, base = case.config.at(case.site), case.base(dtype="float64")
+        p = case.params(base, dtype="float64")
+        names = set(self.config.shapes(case.site)) - self.config.frozen
+        self.trained = {k: v for k, v in p.items() if k in names}
+        frozen = {k: v for k, v in p.items() if k not in names}
+        x = inputs(case, (2, 3), "float64", 0)
+        self.rest = frozen, x, base.weight, base.bias
+
+    def loss(self, trained: Any, frozen: Any, x: Any, weight: Any, bias: Any) -> Any:
+        layer, p = Dense(weight, bias, self.case.site), {**frozen, **trained}
+        if self.way == "forward":
+            parts = [self.config.forward(p, x, layer)]
+        else:
+            merged = self.config.merge(p, layer)
+            parts = [merged.weight] if bias is None else [merged.weight, merged.bias]
+        xp = namespace(*parts)
+        total = 0.0
+        for y in parts:
+            n = np.arange(np.prod(y.shape, dtype=int))
+            total = total + xp.sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
+        return total
+
+
+@pytest.fixture
+def constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold what a method detaches at the values of its first computation."""
+    held: list[Any] = []
+
+    def hold(x: Any) -> Any:
+        held.append(x)
+        return x.space.wrap(held[0]) if hasattr(x, "space") else held[0]
+
+    monkeypatch.setattr(lora, "detach", hold)
+
+
+def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> float:
+    """Differentiate along a direction by central differences of fourth order."""
+
+    def at(t: float) -> float:
+        p = {k: v + t * along[k] for k, v in problem.trained.items()}
+        return float(problem.loss(p, *problem.rest))
+
+    return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+
+
+@table
+@ways
+def test_gradients_are_finite_differences(case: Case, way: str, constants: None) -> None:
+    problem, rng = Problem(case, way), np.random.default_rng(1)
+    problem.loss(problem.trained, *problem.rest)  # `constants` holds what this computes
+    _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    for _ in range(3):
+        along = {k: rng.standard_normal(v.shape) for k, v in problem.trained.items()}
+        numeric = slope(problem, along)
+        slant = sum(float(np.sum(grads[k] * d)) for k, d in along.items())
+        size = sum(float(np.sum(np.abs(grads[k] * d))) for k, d in along.items())
+        assert abs(slant - numeric) <= 1e-6 * max(size, 1.0)
+
+
+@table
+@ways
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_gradients_agree_on_every_engine(case: Case, way: str, engine: str) -> None:
+    problem = Problem(case, way)
+    value, want = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    loss, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
+    assert abs(loss - value) <= 1e-12 * max(abs(value), 1.0)
+    assert difference(got, want) < 1e-12
+
+
+def test_the_gradient_of_dora_takes_its_norm_as_constant() -> None:
+    case = next(c for c in CASES if c.name == "dora")
+    problem = Problem(case, "merge")
+    _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    _, other = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    assert difference(grads, other) == 0
+    along = {k: grads[k] * (k == "lora_A.weight") for k in grads}
+    steep = sum(float(np.sum(g * g)) for g in along.values())
+    assert abs(slope(problem, along) - steep) > 1e-3 * abs(steep)  # of the norm, too
+
+
+def test_frozen_arrays_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.name == "vera")
+    problem, shapes = Problem(case, "forward"), []
+    settle = tape_var.settle
+
+    def watch(xp: Any, g: Any, shape: Any, dtype: Any) -> Any:
+        shapes.append(tuple(shape))
+        return settle(xp, g, shape, dtype)
+
+    monkeypatch.setattr(tape_var, "settle", watch)
+    _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    assert set(grads) == {"vera_lambda_b", "vera_lambda_d"}
+    frozen, _, weight, _ = problem.rest
+    large = {a.shape for a in (*frozen.values(), weight)}
+    assert shapes
+    assert not large & set(shapes)

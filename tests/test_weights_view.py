@@ -1,0 +1,400 @@
+"""`.weights` of a bound model: code over a dict of arrays runs with adapters as it was written."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import peft_any.view_source
+from peft_any import ConfigError, PeftModel, TargetError
+from peft_any.backend import namespace, to_numpy
+from peft_any.methods.boft import BOFTConfig
+from peft_any.methods.ia3 import IA3Config
+from peft_any.methods.lora import LoraConfig
+from peft_any.methods.oft import OFTConfig
+from tests.conftest import Lib
+
+rng = np.random.default_rng(9)
+CONFIGS: dict[str, Any] = {
+    "lora": LoraConfig(r=2, target_modules=["fc1", "fc2"]),
+    "lora_bias": LoraConfig(r=2, target_modules=["fc1", "fc2"], lora_bias=True),
+    "dora": LoraConfig(r=2, target_modules=["fc1", "fc2"], use_dora=True),
+    "ia3": IA3Config(target_modules=["fc1", "fc2"], feedforward_modules=["fc2"]),
+    "oft": OFTConfig(oft_block_size=2, target_modules=["fc1", "fc2"]),
+    "boft": BOFTConfig(boft_block_size=2, target_modules=["fc1", "fc2"]),
+}
+NEEDS = {"dora": (), "oft": ("linalg",), "boft": ("linalg",)}
+
+
+def draw(*shape: int) -> np.ndarray:
+    """Draw float32 numbers."""
+    return rng.standard_normal(shape).astype("float32")
+
+
+def mlp() -> dict[str, np.ndarray]:
+    """Draw a network of two layers."""
+    return {
+        "fc1.weight": draw(8, 6), "fc1.bias": draw(8), "fc2.weight": draw(4, 8), "fc2.bias": draw(4)
+    }  # fmt: skip
+
+
+def adapted(
+    weights: dict[str, Any], config: Any, lib: Lib | None = None, **kinds: Any
+) -> tuple[PeftModel, PeftModel]:
+    """Make one model on NumPy and, with the same trained adapter, one on a library."""
+    host = PeftModel(weights, kinds=kinds or None)
+    adapter = host.add("a", config, seed=1)
+    draws = np.random.default_rng(3)
+    for params in adapter.sites.values():
+        for key, value in params.items():
+            noise = (0.3 * draws.standard_normal(value.shape)).astype(value.dtype)
+            params[key] = value + noise
+    if lib is None:
+        return host, host
+    other = PeftModel({k: lib.array(v) for k, v in weights.items()}, kinds=kinds or None)
+    other.add("a", adapter)
+    return host, other
+
+
+def forward(w: Any, x: Any) -> Any:
+    """Apply the network, as somebody wrote it."""
+    xp = namespace(x)
+    return xp.tanh(x @ w["fc1.weight"].T + w["fc1.bias"]) @ w["fc2.weight"].T + w["fc2.bias"]
+
+
+@pytest.fixture
+def never_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a merged weight is formed."""
+
+    def merged(self: Any) -> Any:
+        raise AssertionError(f"{self.site.name} was merged")
+
+    monkeypatch.setattr(peft_any.view_source.Source, "merged", property(merged))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("never_merged")
+def test_a_forward_function_runs_as_it_was_written(lib: Lib, name: str) -> None:
+    if reason := lib.lacks(NEEDS.get(name, ())):
+        pytest.skip(reason)
+    host, model = adapted(mlp(), CONFIGS[name], lib)
+    x = draw(5, 6)
+    params = {"a": model["a"].trainable()}
+    got = lib.call(lambda p, x: forward(model.bind(p).weights, x), params, x) if (
+        lib.name == "jax"
+    ) else lib.call(lambda x: forward(model.bind().weights, x), x)  # fmt: skip
+    lib.check(got, forward(host.merge(), x), rtol=2e-6)
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_both_sides_and_vectors_take_the_layer(lib: Lib) -> None:
+    host, model = adapted(mlp(), CONFIGS["dora"], lib)
+    w, merged = model.bind().weights["fc1.weight"], host.merge()["fc1.weight"]
+    x, v, batch = draw(6, 5), draw(6), draw(2, 6, 3)
+    lib.check(w @ lib.array(x), merged @ x, rtol=2e-6)
+    lib.check(w @ lib.array(v), merged @ v, rtol=2e-6)
+    lib.check(lib.array(v) @ w.T, v @ merged.T, rtol=2e-6)
+    lib.check(w @ lib.array(batch), merged @ batch, rtol=2e-6)
+    assert (w.shape, w.T.shape, w.mT.shape, w.ndim, w.size, len(w)) == (
+        (8, 6), (6, 8), (6, 8), 2, 48, 8,
+    )  # fmt: skip
+    assert w.dtype == model.weights["fc1.weight"].dtype
+
+
+def test_anything_else_takes_the_merged_array(lib: Lib) -> None:
+    host, model = adapted(mlp(), CONFIGS["lora"], lib)
+    bound = model.bind()
+    w, merged = bound.weights["fc1.weight"], host.merge()["fc1.weight"]
+    xp, x = namespace(w), draw(3, 8)
+    one = lib.array(draw(8, 6) * 0 + 1)
+    for f in (operator.add, operator.sub, operator.mul):
+        lib.check(f(w, 2.0), f(merged, np.float32(2)), rtol=1e-6)
+        lib.check(f(w, one), f(merged, np.float32(1)), rtol=1e-6)
+        lib.check(f(one, w), f(np.ones((8, 6), "float32"), merged), rtol=1e-6)
+    lib.check(-w, -merged, rtol=1e-6)
+    lib.check(w[2:4, :], merged[2:4, :], rtol=1e-6)
+    lib.check(lib.array(x) @ w, x @ merged, rtol=2e-6)
+    lib.check(xp.sum(w.merged, axis=0), merged.sum(0), rtol=2e-6)
+    if lib.row != "strict:device1":
+        lib.check(xp.matmul(lib.array(x), w), x @ merged, rtol=2e-6)
+    assert w.merged is w.merged or lib.name == "dask"
+    for key, value in bound.weights.items():
+        if key.startswith("fc") and key.endswith("bias"):
+            assert value is model.weights[key]
+
+
+def test_writing_is_refused_and_says_what_to_do(lib: Lib) -> None:
+    weights = adapted(mlp(), CONFIGS["lora"], lib)[1].bind().weights
+    w = weights["fc1.weight"]
+    for write in (operator.iadd, operator.imul, operator.imatmul):
+        with pytest.raises(ConfigError, match=r"fc1\.weight: .* cannot be written to.*W \+ d"):
+            write(w, 1.0)
+    with pytest.raises(ConfigError, match="written"):
+        w[0] = 1.0
+    with pytest.raises(ConfigError, match="written"):
+        weights["fc1.weight"] = w  # type: ignore[index]
+    with pytest.raises(TargetError, match=r"nearest: 'fc1\.weight'"):
+        weights["fc1.weigth"]
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_conv1d_and_embeddings(lib: Lib) -> None:
+    weights = {"c.weight": draw(6, 9), "c.bias": draw(9), "wte.weight": draw(11, 6)}
+    config = LoraConfig(r=2, target_modules=["c", "wte"], fan_in_fan_out=True)
+    kinds = {"c": "Conv1D", "wte": "Embedding"}
+    host, model = adapted(weights, config, lib, **kinds)
+    w, merged = model.bind().weights, host.merge()
+    assert w["c.weight"].shape == (6, 9)
+    x, idx = draw(4, 6), np.asarray([[3, 0, 10], [1, 1, -1]])
+    lib.check(lib.array(x) @ w["c.weight"], x @ merged["c.weight"], rtol=2e-6)
+    got = w["wte.weight"][lib.array(idx)]
+    lib.check(got, merged["wte.weight"][idx], rtol=2e-6)
+
+
+def test_convolutions_and_packed_attention_take_the_merged_array(lib: Lib) -> None:
+    conv = {"conv.weight": draw(4, 3, 2, 2)}
+    host, model = adapted(conv, LoraConfig(r=2, target_modules=["conv"]), lib)
+    w = model.bind().weights["conv.weight"]
+    assert w.shape == (4, 3, 2, 2)
+    lib.check(w[:, 0, :, :], host.merge()["conv.weight"][:, 0], rtol=2e-6)
+    packed = {"mha.in_proj_weight": draw(18, 6), "mha.in_proj_bias": draw(18)}
+    config = LoraConfig(r=2, target_modules=["mha"])
+    host, model = adapted(packed, config, lib, mha="MultiheadAttention")
+    w, merged = model.bind().weights["mha.in_proj_weight"], host.merge()["mha.in_proj_weight"]
+    lib.check(w[6:12, :], merged[6:12], rtol=2e-6)
+    x = draw(2, 6)
+    lib.check(lib.array(x) @ w.T, x @ merged.T, rtol=2e-6)
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_numpy_spells_products_in_many_ways() -> None:
+    host, _ = adapted(mlp(), CONFIGS["dora"])
+    w, x, batch = host.bind().weights["fc1.weight"], draw(3, 6), draw(2, 6, 3)
+    full = host.layers if hasattr(host, "layers") else host.merge()["fc1.weight"]
+    for got, want in (
+        (np.matmul(x, w.T), x @ full.T),
+        (np.dot(x, w.T), x @ full.T),
+        (np.dot(w, batch), np.dot(full, batch)),
+        (w.dot(x.T), full @ x.T),
+        (np.inner(x, w), x @ full.T),
+        (np.tensordot(x, w, axes=(1, 1)), x @ full.T),
+        (np.tensordot(w, batch, axes=([1], [1])), np.tensordot(full, batch, axes=(1, 1))),
+        (np.tensordot(x, w.T, axes=1), x @ full.T),
+        (np.linalg.matmul(x, np.transpose(w)), x @ full.T),
+        (x @ np.permute_dims(w, (1, 0)), x @ full.T),
+        (x @ np.matrix_transpose(w), x @ full.T),
+        (x @ w.transpose(), x @ full.T),
+    ):
+        np.testing.assert_allclose(got, want, atol=4e-6)
+
+
+def test_numpy_does_the_rest_with_the_merged_array() -> None:
+    host, _ = adapted(mlp(), CONFIGS["dora"])
+    w, full, x = host.bind().weights["fc1.weight"], host.merge()["fc1.weight"], draw(3, 6)
+    np.testing.assert_allclose(np.einsum("bi,oi->bo", x, w), x @ full.T, atol=4e-6)
+    np.testing.assert_array_equal(np.asarray(w), full)
+    np.testing.assert_array_equal(np.exp(w), np.exp(full))
+    np.testing.assert_array_equal(np.add.reduce(w), full.sum(0))
+    np.testing.assert_array_equal(w.sum(axis=1), full.sum(axis=1))
+    np.testing.assert_array_equal(np.concatenate([w, w]), np.concatenate([full, full]))
+    np.testing.assert_array_equal(np.stack([*w]), full)
+    ints = np.ones((2, 6), dtype="int64")
+    np.testing.assert_allclose(ints @ w.T, ints @ full.T, atol=4e-6)
+    with pytest.raises(ConfigError, match="written"):
+        np.add(x[:1], 1.0, out=w)
+    with pytest.raises(ConfigError, match="written"):
+        np.copyto(w, full)
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(w)[0, 0] = 1.0
+    with pytest.raises(ValueError, match="matmul"):
+        draw(3, 7) @ w.T
+
+
+def test_dtypes_meet_as_in_layers() -> None:
+    half = {k: v.astype(ml_dtypes.bfloat16) for k, v in mlp().items()}
+    host, _ = adapted(half, CONFIGS["lora"])
+    bound, x = host.bind(), draw(3, 6)
+    w = bound.weights["fc1.weight"]
+    assert w.dtype == np.dtype("bfloat16")
+    assert (x @ w.T).dtype == np.float32
+    assert (x.astype("bfloat16") @ w.T).dtype == np.dtype("bfloat16")
+    assert w.merged.dtype == np.dtype("bfloat16")
+
+
+def test_a_bias_that_has_no_entry_is_refused() -> None:
+    weights = {"fc1.weight": draw(8, 6), "fc2.weight": draw(4, 8)}
+    host, _ = adapted(weights, CONFIGS["lora_bias"])
+    with pytest.raises(ConfigError, match="bias correction"):
+        host.bind().weights["fc1.weight"]
+
+
+def test_nested_names() -> None:
+    host, _ = adapted(mlp(), CONFIGS["lora"])
+    tree = host.bind().weights.nested()
+    assert {k: sorted(v) for k, v in tree.items()} == {
+        "fc1": ["bias", "weight"],
+        "fc2": ["bias", "weight"],
+    }
+    x = draw(2, 6)
+    got = x @ tree["fc1"]["weight"].T + tree["fc1"]["bias"]
+    np.testing.assert_allclose(got, host.bind().layers["fc1"](x), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_bias", "dora", "ia3", "oft"])
+@pytest.mark.parametrize("row", ["numpy", "strict", "torch", "jax"])
+def test_gradients_through_weights_and_through_layers_are_one(name: str, row: str) -> None:
+    from peft_any import move, value_and_grad
+
+    pytest.importorskip({"strict": "array_api_strict"}.get(row, row))
+    host, _ = adapted(mlp(), CONFIGS[name])
+    model = PeftModel(move(host.weights, row))
+    model.add("a", host["a"])
+    x, params = move(draw(5, 6), row), {"a": model["a"].trainable()}
+
+    def by_weights(p: Any, x: Any) -> Any:
+        y = forward(model.bind(p).weights, x)
+        return namespace(y).sum(y * y)
+
+    def by_merged(p: Any, x: Any) -> Any:
+        w = model.bind(p).weights
+        y = x @ (w["fc1.weight"] * 1.0).T + w["fc1.bias"]
+        return namespace(y).sum(y * y)
+
+    def by_layers(p: Any, x: Any, last: bool = True) -> Any:
+        layers = model.bind(p).layers
+        y = layers["fc1"](x)
+        y = layers["fc2"](namespace(y).tanh(y)) if last else y
+        return namespace(y).sum(y * y)
+
+    for f, g in ((by_weights, by_layers), (by_merged, lambda p, x: by_layers(p, x, last=False))):
+        (a, da), (b, db) = value_and_grad(f)(params, x), value_and_grad(g)(params, x)
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=1e-5)
+        for site, arrays in da["a"].items():
+            for key, value in arrays.items():
+                want = to_numpy(db["a"][site][key])
+                np.testing.assert_allclose(
+                    to_numpy(value), want, atol=2e-5 * max(1.0, float(np.abs(want).max()))
+                )
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_torch_functions_and_autograd() -> None:
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    host, _ = adapted(mlp() | {"wte.weight": draw(11, 6)}, LoraConfig(
+        r=2, target_modules=["fc1", "fc2", "wte"]
+    ))  # fmt: skip
+    model = PeftModel({k: torch.from_numpy(v) for k, v in host.weights.items()})
+    model.add("a", host["a"])
+    merged = host.merge()
+    params = {"a": model["a"].trainable()}
+    for arrays in params["a"].values():
+        for value in arrays.values():
+            value.requires_grad_()
+    w = model.bind(params).weights
+    idx = torch.tensor([[1, 3], [0, 10]])
+    x = functional.embedding(idx, w["wte.weight"])
+    h = torch.relu(functional.linear(x, w["fc1.weight"], w["fc1.bias"]))
+    y = torch.matmul(h, w["fc2.weight"].t()) + w["fc2.bias"]
+    y.square().sum().backward()
+    assert all(v.grad is not None for p in params["a"].values() for v in p.values())
+    hidden = np.maximum(
+        merged["wte.weight"][idx.numpy()] @ merged["fc1.weight"].T + merged["fc1.bias"], 0
+    )
+    want = hidden @ merged["fc2.weight"].T + merged["fc2.bias"]
+    np.testing.assert_allclose(y.detach().numpy(), want, atol=1e-5)
+    got = torch.tensordot(x, w["fc1.weight"].transpose(0, 1), dims=1)
+    assert got.shape == (2, 2, 8)
+    assert torch.mm(w["fc1.weight"], x[0].T).shape == (8, 2)
+    with pytest.raises(ConfigError, match="written"):
+        w["fc1.weight"].add_(1.0)
+
+
+def test_jax_functions_under_jit_and_grad() -> None:
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    host, _ = adapted(mlp(), CONFIGS["dora"])
+    model = PeftModel({k: jnp.asarray(v) for k, v in host.weights.items()})
+    model.add("a", host["a"])
+    x = jnp.asarray(draw(5, 6))
+
+    def apply(tree: Any, x: Any) -> Any:
+        x = jax.nn.gelu(jnp.dot(x, tree["fc1"]["weight"].T) + tree["fc1"]["bias"])
+        return jnp.matmul(x, tree["fc2"]["weight"].T) + tree["fc2"]["bias"]
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(apply(model.bind(params).weights.nested(), x) ** 2)
+
+    value, grads = jax.jit(jax.value_and_grad(loss))({"a": model["a"].trainable()}, x)
+    assert bool(jnp.isfinite(value))
+    assert all(bool(jnp.any(g != 0)) for p in grads["a"].values() for g in p.values())
+    bound = model.bind()
+    once = jax.jit(lambda x: jnp.einsum("bi,oi->bo", x, bound.weights["fc1.weight"]))(x)
+    again = jax.jit(lambda x: jnp.sum(x @ bound.weights["fc1.weight"].T))(x)
+    np.testing.assert_allclose(float(again), float(once.sum()), rtol=1e-4)
+    np.testing.assert_allclose(x @ bound.weights["fc1.weight"].T, once, atol=1e-5)
+
+
+def test_scikit_learn_s_coefficients() -> None:
+    network = pytest.importorskip("sklearn.neural_network")
+    x = draw(60, 6).astype("float64")
+    net = network.MLPClassifier((8,), max_iter=20, random_state=0)
+    net.n_iter_no_change = 100
+    with pytest.warns(Warning, match="iterations"):
+        net.fit(x, (x[:, 0] > 0).astype(int))
+    weights = {f"fc{i + 1}.weight": w for i, w in enumerate(net.coefs_)}
+    host, _ = adapted(
+        weights, LoraConfig(r=2, target_modules=["fc1", "fc2"], fan_in_fan_out=True),
+        fc1="Conv1D", fc2="Conv1D",
+    )  # fmt: skip
+    net.coefs_ = [*host.bind().weights.values()]
+    got = net.predict_proba(x)
+    net.coefs_ = [*host.merge().values()]
+    np.testing.assert_allclose(got, net.predict_proba(x), atol=1e-6)
+
+
+def test_neuralfoil_s_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.util import find_spec
+
+    spec = find_spec("neuralfoil")
+    if spec is None or spec.origin is None:
+        pytest.skip("neuralfoil is not installed")
+    if find_spec("aerosandbox") is None:  # its geometry; of it the net needs only functions
+        fake, space = ModuleType("aerosandbox"), ModuleType("aerosandbox.numpy")
+        space.__dict__.update({k: getattr(np, k) for k in dir(np) if not k.startswith("__")})
+        space.sind = lambda x: np.sin(np.deg2rad(x))  # type: ignore[attr-defined]
+        space.cosd = lambda x: np.cos(np.deg2rad(x))  # type: ignore[attr-defined]
+        space.swish = lambda x: x / (1 + np.exp(-x))  # type: ignore[attr-defined]
+        space.length = np.size  # type: ignore[attr-defined]
+        fake.numpy = space  # type: ignore[attr-defined]
+        fake.Airfoil = fake.KulfanAirfoil = object  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "aerosandbox", fake)
+        monkeypatch.setitem(sys.modules, "aerosandbox.numpy", space)
+    main = pytest.importorskip("neuralfoil.main")
+    assert Path(main.__file__).exists()
+    weights = main._nn_parameters["medium"]
+    host, _ = adapted(weights, LoraConfig(r=2, target_modules=r"net\.\d+"))
+    shape = {
+        "upper_weights": np.full(8, 0.2), "lower_weights": np.full(8, -0.1),
+        "leading_edge_weight": 0.1, "TE_thickness": 0.001,
+    }  # fmt: skip
+
+    def run(w: Any) -> Any:
+        monkeypatch.setitem(main._nn_parameters, "medium", w)
+        return main.get_aero_from_kulfan_parameters(
+            shape, alpha=np.linspace(-3, 8, 5), Re=1e6, model_size="medium"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_any.view_source.Source, "merged", None)
+        got = run(host.bind().weights)
+    want, base = run(host.merge()), run(weights)
+    np.testing.assert_allclose(got["CL"], want["CL"], atol=1e-4)
+    assert not np.allclose(got["CL"], base["CL"], atol=1e-2)
