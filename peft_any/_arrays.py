@@ -77,6 +77,20 @@ def is_array(x: Any) -> bool:
     return find_library(x) is not None
 
 
+def is_traced(x: Any) -> bool:
+    """Whether an array only stands for one, while a transformation such as jit traces a function.
+
+    Such an array must not be kept longer than the function runs.
+
+    Examples
+    --------
+    >>> is_traced(np.ones(2))
+    False
+    """
+    traces = getattr(find_library(x), "traces", None)  # JAX's alone
+    return traces is not None and bool(traces(x))
+
+
 def creation_device(x: Any) -> Any:
     """Give the `device=` for making arrays that shall meet `x`.
 

@@ -218,7 +218,7 @@ class _Jax(Library):
         """Whether JAX has 64-bit dtypes."""
         return bool(self.module.config.jax_enable_x64)
 
-    def _traced(self, x: Any) -> bool:
+    def traces(self, x: Any) -> bool:
         return isinstance(x, self.module.core.Tracer)
 
     def device(self, place: Any) -> Any:
@@ -228,7 +228,7 @@ class _Jax(Library):
         return self.module.devices(platform)[int(index or 0)]
 
     def creation_device(self, x: Any) -> Any:
-        if self._traced(x) or not x.committed:
+        if self.traces(x) or not x.committed:
             return None
         spread = self.module.sharding
         if isinstance(x.sharding, spread.NamedSharding):
@@ -236,7 +236,7 @@ class _Jax(Library):
         return x.device if len(x.devices()) == 1 else None
 
     def is_on(self, x: Any, device: Any) -> bool:
-        if device is None or self._traced(x):
+        if device is None or self.traces(x):
             return True
         if isinstance(device, self.module.sharding.Sharding):
             return bool(x.sharding == device)
@@ -250,7 +250,7 @@ class _Jax(Library):
         return bool(getattr(platform, "platform", platform) == "gpu")
 
     def to_numpy(self, x: Any) -> Host:
-        if self._traced(x):
+        if self.traces(x):
             raise BackendError(
                 f"jax: an array of shape {tuple(x.shape)} cannot leave a traced function (jit, "
                 "grad, vmap): convert it outside"

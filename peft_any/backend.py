@@ -19,6 +19,7 @@ from peft_any._arrays import (
     dtype_by_name,
     inv,
     is_array,
+    is_traced,
     namespace,
     to_numpy,
 )
@@ -31,7 +32,7 @@ from peft_any.errors import BackendError, nearest
 __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
     "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv", "is_array",
-    "is_floating", "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
+    "is_floating", "is_traced", "move", "namespace", "numpy_dtype", "resolve", "to_numpy",
 ]  # fmt: skip
 
 

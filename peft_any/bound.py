@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_any import combine
 from peft_any._typing import Array, Params
-from peft_any.backend import astype, dtype_name, is_array, is_floating, namespace
+from peft_any.backend import astype, dtype_name, is_array, is_floating, is_traced, namespace
 from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input, widen
@@ -41,6 +41,14 @@ class BoundLayer:
             for part, p in zip(self.parts, params, strict=True)
         ]
         object.__setattr__(self, "_wide", (parts, base))
+
+    @property
+    def traced(self) -> bool:
+        """Whether its arrays only stand for some, inside a transformation such as jit."""
+        parts, base = self._wide  # type: ignore[attr-defined]
+        held = [value for part in parts for value in part.params.values()]
+        arrays = [base.weight, *(a for v in held for a in (v if isinstance(v, tuple) else (v,)))]
+        return any(is_traced(a) for a in arrays)
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer to x (…, n_in), or to integer token numbers of an embedding.
@@ -85,7 +93,10 @@ class Layers(Mapping[str, BoundLayer]):
         if name not in self._made:
             if name not in self._names:
                 raise TargetError(f"{name}: no such layer{nearest(name, self._names)}")
-            self._made[name] = self._make(name)
+            made = self._make(name)
+            if made.traced:
+                return made  # it must not outlive the transformation that traces it
+            self._made[name] = made
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -318,6 +318,20 @@ def test_parameters_can_be_given_under_jit() -> None:
     assert float(jax.numpy.max(jax.numpy.abs(slope["a"]["mlp.fc1"]["lora_A.weight"]))) > 0
 
 
+@pytest.mark.parametrize("config", [LoraConfig(r=2, use_dora=True), OFTConfig(oft_block_size=2)])
+def test_what_is_traced_does_not_outlive_the_trace(config) -> None:
+    jax = pytest.importorskip("jax")
+    model = PeftModel({name: jax.numpy.asarray(w) for name, w in net().items()})
+    model.add("a", replace(config, target_modules=["fc1"]))
+    layers, x = model.bind().layers, jax.numpy.ones((2, 6), dtype="float32")
+
+    def first_used_inside(x):
+        return layers["mlp.fc1"](x)
+
+    inside = jax.jit(first_used_inside)(x)
+    np.testing.assert_allclose(layers["mlp.fc1"](x), inside, atol=1e-6)
+
+
 def test_given_parameters_stand_in_for_copies_and_rows_too() -> None:
     model = PeftModel(net())
     tokens = {"wte": [3]}
