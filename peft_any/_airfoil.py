@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from peft_any._typing import Array
 from peft_any.backend import namespace
 from peft_any.receipt import Host
 
@@ -24,7 +24,7 @@ BACK = np.asarray([-1.0, 1.0, -1.0], dtype="float32")
 """Their signs seen upside down."""
 
 
-def network(weights: Mapping[str, Array], x: Array) -> Array:
+def network(weights: Mapping[str, Any], x: Any) -> Any:
     """Evaluate a network (…, 25) -> (…, outputs): swish between its layers.
 
     Parameters
@@ -49,7 +49,7 @@ def with_mirror_images(x: Host) -> Host:
     return np.concatenate([x, x[:, order] * sign])
 
 
-def averaged(y: Array, back: Array) -> Array:
+def averaged(y: Any, back: Any) -> Any:
     """Average outputs (2n, outputs) over flights and mirror images: lift, drag, moment (n, 3)."""
     n = y.shape[0] // 2
     return (y[:n, TAUGHT] + y[n:, TAUGHT] * back) / 2

@@ -73,6 +73,16 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]
 
 
 @contextmanager
+def waiting(what: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on standard error what is being done, if somebody is there to see it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Console(stderr=True).status(what) as shown:
+        yield lambda name: shown.update(f"{what} {name}")
+
+
+@contextmanager
 def signals() -> Iterator[list[int]]:
     """Turn the first request to stop into a KeyboardInterrupt, and let none stop the cleanup.
 

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peft_any._figure import spark_lines
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
 from peft_any.registry import method_for
@@ -19,6 +20,7 @@ from peft_any.surgery import Inspection
 ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
+_NUMBERS |= {"CL error", "CD error", "trainable", "seconds"}
 
 
 def table(*head: str) -> Table:
@@ -158,3 +160,16 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells = row["peft_type"], row["equation"], layers or "–", row["kind"], undone, needs or "–"
         made.add_row(*map(Text, cells))
     return made
+
+
+def scores(
+    rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[float]]
+) -> list[RenderableType]:
+    """Show what the demo's methods came to, and how they came to it."""
+    lines = spark_lines(curves)
+    made = table("method", "CL error", "CD error", "trainable", "seconds", "CL error in training")
+    for row in rows:
+        off = number(row["cl_mae"]), number(row["cd_rel"], ".2%")
+        cost = f"{row['trainable']:,}", number(row["seconds"], ".1f")
+        made.add_row(row["method"], *off, *cost, lines.get(row["method"], ""))
+    return [made]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +30,7 @@ ABOUT = (
     "The weights are real and published (NeuralFoil, MIT licence). The targets are the answers of "
     "the larger published nn-xlarge in the design space: a distillation, no wind-tunnel data."
 )
-FLIGHTS, UNSEEN, BATCH, STEPS, POINTS = 3000, 500, 256, 600, 24
+FLIGHTS, UNSEEN, BATCH, STEPS, POINTS = 3000, 500, 128, 800, 24
 """Flights to learn from, flights to measure on, flights per step, steps, measurements of a run."""
 SUMS = 1e-4
 """What outputs of the whole network may differ by, where sums are taken in another order."""
@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[Callable[[str], bool], float]] = {
 """Which of the network's own tensors are trained, and learning rates."""
 METHODS = ("base", "head", "bias", "lora", "dora", "oft", "full")
 
-Apply: TypeAlias = Callable[[Any, Mapping[str, Array], Array], Array]
+Apply: TypeAlias = Callable[[Any, Mapping[str, Array], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,18 @@ class Row:
 
 @dataclass
 class Found:
-    """Every method's row, its errors of CL while it was trained, and whether merges held."""
+    """Every method's row, its errors of CL while it was trained, and whether merges held.
+
+    The last is None where no method had anything to merge.
+    """
 
     rows: list[Row] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     merged_equals_adapted: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give it as a document for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -147,9 +154,9 @@ def specialise(
             continue
         tell(name)
         apply: Apply
+        model = PeftModel(task.base)
         if name in ADAPTERS:
             config, rate = ADAPTERS[name]
-            model = PeftModel(task.base)
             model.add(name, config, seed=seed)
             trained: Any = {name: model[name].trainable()}
             frozen, apply = task.base, _adapted(model)
@@ -159,7 +166,9 @@ def specialise(
             trained = {k: w for k, w in task.base.items() if picks(k)}
             frozen, apply = {k: w for k, w in task.base.items() if not picks(k)}, _plain
             count = sum(prod(w.shape) for w in trained.values())
-        trained, seconds, curve = _train(task, apply, trained, frozen, rate, steps, seed)
+        trained, seconds, curve = _train(
+            task, apply, trained, frozen, rate=rate, steps=steps, seed=seed
+        )
         outputs = apply(trained, frozen, x)
         found.rows.append(Row(name, *task.measure(outputs), count, seconds))
         found.curves[name] = [plain[0], *curve]
@@ -170,12 +179,12 @@ def specialise(
     return found
 
 
-def _plain(trained: Params, frozen: Mapping[str, Array], x: Array) -> Array:
+def _plain(trained: Params, frozen: Mapping[str, Array], x: Any) -> Any:
     return network({**frozen, **trained}, x)
 
 
 def _adapted(model: PeftModel) -> Apply:
-    def apply(trained: Any, frozen: Mapping[str, Array], x: Array) -> Array:
+    def apply(trained: Any, frozen: Mapping[str, Array], x: Any) -> Any:
         inside = copy(model)
         inside.weights = frozen  # among the arguments, so that a tape knows them
         return network(inside.bind(trained).weights, x)
@@ -188,6 +197,7 @@ def _train(
     apply: Apply,
     trained: Any,
     frozen: Mapping[str, Array],
+    *,
     rate: float,
     steps: int,
     seed: int,
@@ -221,7 +231,7 @@ def _train(
 
 def _save_and_merge(task: Task, adapter: Adapter, folder: Path, x: Array, adapted: Host) -> None:
     """Save, load and merge; the merged network must answer as the adapted one did."""
-    adapter.save(folder, overwrite=True)
+    adapter.save(folder)
     again = PeftModel(task.base)
     again.add("again", Adapter.load(folder, task.to))
     merged = to_numpy(network(again.merge(), x))

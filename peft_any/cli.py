@@ -17,7 +17,18 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from peft_any._console import prepare_streams, progress, say, signals, silence, tell
+from peft_any._console import prepare_streams, progress, say, signals, silence, tell, waiting
+from peft_any._options import (
+    Adapters,
+    AsJson,
+    Backend,
+    Base,
+    Debug,
+    MinKept,
+    NoStrict,
+    Quiet,
+    Rederive,
+)
 from peft_any.errors import PeftError, UsageError, VerifyError
 from peft_any.receipt import SCHEMA_VERSION
 
@@ -41,34 +52,6 @@ class Result:
     as_json: bool
     quiet: bool = False
     error: PeftError | None = None
-
-
-Base = Annotated[
-    str, typer.Option(help="The model: a safetensors file, or a directory, with shards or without.")
-]
-Adapters = Annotated[
-    list[str],
-    typer.Option(
-        "--adapter",
-        metavar="ADAPTER[:WEIGHT]",
-        help="An adapter. Given again: the weighted sum of the effects.",
-    ),
-]
-MinKept = typer.Option(
-    min=0.0, max=1.0, metavar="SHARE", help="The least of its change that a tensor must keep."
-)
-Backend = Annotated[
-    str, typer.Option(metavar="LIBRARY[:DEVICE]", help="Where to compute: numpy, torch:cuda:0 …")
-]
-NoStrict = Annotated[
-    bool, typer.Option("--no-strict", help="Leave out, and record, what has no place in the base.")
-]
-Rederive = Annotated[
-    bool, typer.Option("--rederive", help="Redo the decomposition an unconverted file assumes.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -216,19 +199,35 @@ def methods(
 @app.command()
 def demo(
     *,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="head, bias, lora, dora, oft or full; again for more. All by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 800,
+    seed: Annotated[int, typer.Option(min=0, help="Of data, initial values and batches.")] = 0,
+    out: Annotated[
+        str | None, typer.Option(help="Keep the trained adapters, and a figure, in this directory.")
+    ] = None,
     backend: Backend = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
 ) -> Result:
-    """Merge an adapter into a published network, and compare with Hugging Face PEFT's result."""
-    from peft_any._report import summary
+    """Fine-tune a published network by several methods; merge as Hugging Face PEFT does."""
+    from peft_any._report import scores, summary
     from peft_any.demo import run as run_demo
+    from peft_any.demo import train as train_demo
 
-    lines: list[RenderableType] = []
-    receipt = run_demo(lambda line: lines.append(Text(line)), backend)
-    shown = [*lines, Text(), *summary(receipt, "a temporary directory")]
-    return Result(receipt.to_dict(), shown, as_json=as_json, quiet=quiet)
+    with waiting("training", quiet) as tell_method:
+        options: Any = {"methods": method, "steps": steps, "seed": seed, "out": out}
+        document = train_demo(backend, **options, tell=tell_method)
+    table = scores(document["rows"], document["curves"])
+    shown: list[RenderableType] = [Text(document["data"]), Text(), *table]
+    shown += [Text(line) for line in [*document["said"], ""]]
+    receipt = run_demo(lambda line: shown.append(Text(line)), backend)
+    document["receipt"] = receipt.to_dict()
+    shown += [Text(), *summary(receipt, "a temporary directory")]
+    return Result(document, shown, as_json=as_json, quiet=quiet)
 
 
 def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:

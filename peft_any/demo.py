@@ -1,4 +1,4 @@
-"""The demo: a published network takes an adapter that Hugging Face PEFT trained, on any library.
+"""The demo: a published network is fine-tuned, and takes an adapter that Hugging Face PEFT trained.
 
 The network is `nn-medium` of NeuralFoil (Peter Sharpe, MIT licence,
 https://github.com/peterdsharpe/NeuralFoil): the aerodynamics of an airfoil from its shape and the
@@ -9,28 +9,29 @@ real published weights; what the adapter learned from is the larger network, no 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from peft_any._airfoil import BACK, FILES, averaged, errors, network, with_mirror_images
+from peft_any._figure import picture
+from peft_any._specialise import ABOUT, METHODS, STEPS, UNSEEN, specialise
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, from_numpy, move, namespace, resolve, to_numpy
-from peft_any.errors import VerifyError
+from peft_any.backend import Backend, from_numpy, move, resolve, to_numpy
+from peft_any.errors import StorageError, VerifyError
+from peft_any.io._atomic import StrPath
 from peft_any.io.safetensors import read_safetensors
 from peft_any.model import PeftModel
-from peft_any.receipt import Host, Receipt
+from peft_any.receipt import SCHEMA_VERSION, Host, Receipt
 from peft_any.surgery import merge_checkpoint, verify_checkpoint
 
-FILES = Path(__file__).parent / "_demo"
 ROUNDING = 1e-6
 """What weights may differ by, relative to the largest: eight units in float32's last place."""
 SUMS = 1e-4
 """What outputs of the whole network may differ by, where sums are taken in another order."""
-LIFT, DRAG = 1, 2
-"""Outputs: twice the lift coefficient, and half the drag coefficient's logarithm, shifted."""
 
 
 def run(out: Callable[[str], None] = print, backend: str | Backend = "auto") -> Receipt:
@@ -83,19 +84,83 @@ def run(out: Callable[[str], None] = print, backend: str | Backend = "auto") -> 
     return receipt
 
 
+def train(
+    backend: str | Backend = "auto",
+    *,
+    methods: Sequence[str] | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    out: StrPath | None = None,
+    tell: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Specialise the network to a design space by several methods, and compare them.
+
+    Parameters
+    ----------
+    backend : str or Backend
+        As for `resolve`. For Dask, whose graphs cost a second for each of these small steps,
+        NumPy trains.
+    methods : sequence of str, optional
+        Of "head", "bias", "lora", "dora", "oft" and "full"; all by default.
+    steps, seed : int
+        Training steps of each; the seed of flights, initial values and batches.
+    out : path, optional
+        Where adapters are kept, and ``demo.png`` if Matplotlib is there.
+    tell : callable
+        Gets the name of each method as it starts.
+
+    Returns
+    -------
+    dict
+        A document for JSON: ``rows``, one for each method; ``curves``, errors of CL while it was
+        trained; ``merged_equals_adapted``; what was run.
+
+    Raises
+    ------
+    UsageError
+        If a method is not known, or there is no step.
+    StorageError
+        If `out` exists.
+    VerifyError
+        If a merged network answers otherwise than the adapted one.
+    """
+    to = resolve(backend)
+    if to.name == "dask":
+        to = resolve("numpy")
+    chosen = list(METHODS if methods is None else methods)
+    said, figure = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if out is None else out)
+        if out is not None:
+            if folder.exists():
+                raise StorageError(f"{folder}: is already there: name a new directory")
+            folder.mkdir(parents=True)
+        found = specialise(to, methods=chosen, steps=steps, seed=seed, folder=folder, tell=tell)
+        counts = {row.method: row.trainable for row in found.rows}
+        if out is not None:
+            said.append(f"kept in {out}: the adapters")
+            if found.curves and picture(found.curves, counts, folder / "demo.png"):
+                figure = str(folder / "demo.png")
+                said[-1] += " and demo.png"
+    if found.merged_equals_adapted:
+        said.append("adapters saved, read again and merged: the answers of the adapted networks")
+    about = f"{ABOUT} {steps} steps on {to.name}, {UNSEEN} unseen flights."
+    run = {"backend": to.name, "steps": steps, "seed": seed, "figure": figure}
+    head = {"schema_version": SCHEMA_VERSION, "data": about, "said": said}
+    return {**head, **found.to_dict(), **run}
+
+
 def _call(
     model: PeftModel, merged: Mapping[str, Array], to: Backend, out: Callable[[str], None]
 ) -> None:
     """Call the network plain, with the adapter beside it, and merged."""
     flights = read_safetensors(FILES / "flights.safetensors")
     inputs = flights["inputs"]
-    both = np.concatenate([inputs, inputs[:, flights["mirror_order"]] * flights["mirror_sign"]])
-    x = from_numpy(both, to)
-    with model.disabled():
-        plain = _network(model.bind().layers, x)
-    beside = _network(model.bind().layers, x)
-    after = _network(PeftModel(merged).bind().layers, x)
-    before, now = (_errors(y, flights["nn_xlarge"]) for y in (plain, beside))
+    x = from_numpy(with_mirror_images(inputs), to)
+    plain, beside, after = (
+        to_numpy(network(weights, x)) for weights in (model.weights, model.bind().weights, merged)
+    )
+    before, now = (errors(averaged(y, BACK), flights["nn_xlarge"]) for y in (plain, beside))
     out(f"called     on {len(inputs)} flights; mean difference from the larger nn-xlarge:")
     out(f"           without the adapter lift {before[0]:.4f} and drag {before[1]:.1%}")
     out(f"           with the adapter    lift {now[0]:.4f} and drag {now[1]:.1%}")
@@ -128,33 +193,6 @@ def _save(adapter: Adapter, out: Callable[[str], None]) -> None:
             if (copy / file.name).read_bytes() != file.read_bytes():
                 raise VerifyError(f"{file.name}: saved again, it is not what it was")
     out("saved      and read again: byte for byte the files that Hugging Face PEFT wrote")
-
-
-def _network(layers: Mapping[str, Any], x: Array) -> Host:
-    """Evaluate the network (…, 25) -> (…, 198): swish between the layers."""
-    xp = namespace(x)
-    names = sorted(layers, key=lambda name: int(name.partition(".")[2]))
-    for name in names[:-1]:
-        x = layers[name](x)
-        x = x * (0.5 + 0.5 * xp.tanh(0.5 * x))
-    return to_numpy(layers[names[-1]](x))
-
-
-def _errors(y: Host, want: Host) -> tuple[float, float]:
-    """Average over flights and mirror images, as NeuralFoil does; mean errors of lift and drag.
-
-    Parameters
-    ----------
-    y : array (2·flights, 198)
-        The mirror images last; lift has the other sign in them.
-    want : array (flights, 3)
-        Averaged lift, drag and moment, in the network's units.
-    """
-    upright, mirrored = np.split(y, 2)
-    lift = (upright[:, LIFT] - mirrored[:, LIFT]) / 2
-    drag = (upright[:, DRAG] + mirrored[:, DRAG]) / 2
-    off = np.mean(np.abs(lift - want[:, 0])) / 2, np.mean(np.abs(drag - want[:, 1])) * 2
-    return float(off[0]), float(off[1])
 
 
 def _agree(what: str, ours: Host, theirs: Host, bound: float) -> float:

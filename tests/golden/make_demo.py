@@ -61,7 +61,9 @@ def published(size: str) -> dict[str, np.ndarray]:
 def large() -> dict[str, np.ndarray]:
     """Give the large network with the first rows of its last layer alone."""
     weights = published("xlarge")
-    rows = {k: np.ascontiguousarray(v[:KEPT]) for k, v in weights.items() if k.startswith("net.10.")}
+    rows = {
+        k: np.ascontiguousarray(v[:KEPT]) for k, v in weights.items() if k.startswith("net.10.")
+    }
     return weights | rows
 
 

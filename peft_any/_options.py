@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Base = Annotated[
+    str, typer.Option(help="The model: a safetensors file, or a directory, with shards or without.")
+]
+Adapters = Annotated[
+    list[str],
+    typer.Option(
+        "--adapter",
+        metavar="ADAPTER[:WEIGHT]",
+        help="An adapter. Given again: the weighted sum of the effects.",
+    ),
+]
+MinKept = typer.Option(
+    min=0.0, max=1.0, metavar="SHARE", help="The least of its change that a tensor must keep."
+)
+Backend = Annotated[
+    str, typer.Option(metavar="LIBRARY[:DEVICE]", help="Where to compute: numpy, torch:cuda:0 …")
+]
+NoStrict = Annotated[
+    bool, typer.Option("--no-strict", help="Leave out, and record, what has no place in the base.")
+]
+Rederive = Annotated[
+    bool, typer.Option("--rederive", help="Redo the decomposition an unconverted file assumes.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
