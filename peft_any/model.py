@@ -258,6 +258,13 @@ class PeftModel:
             key: site for name in self._active for key, site in self._placed[name].sites.items()
         }
 
+    def site_of(self, tensor: str) -> Site | None:
+        """Give the adapted layer whose merge changes a tensor, if any."""
+        for site in self.sites().values():
+            if tensor == site.weight or (tensor == site.bias_name and self._moves_bias(site)):
+                return site
+        return None
+
     def _moves_bias(self, site: Site) -> bool:
         return any(part.config.changes_bias(site) for part in self._parts(site))
 
