@@ -75,7 +75,8 @@ class _Jax(Engine):
         *,
         keep: bool,  # noqa: ARG002 - JAX always keeps
     ) -> tuple[list[Any], Any, Pull]:
-        jax, extra = self.jax, []
+        jax = self.jax
+        extra: list[Any] = []
 
         def pure(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
             # what is no array (strings, configurations) goes around the transformation
@@ -226,6 +227,8 @@ def _torch_add(zeros: Any, key: tuple[Any, ...], g: Any) -> Any:
 
 def own(g: Any) -> Any:
     """Copy an array that is a repeating or read-only view, so that its owner may write to it."""
+    if isinstance(g, np.generic):  # NumPy's results without axes are scalars
+        return np.asarray(g)
     if isinstance(g, np.ndarray) and (0 in g.strides or not g.flags.writeable):
         return g.copy()
     return g

@@ -212,7 +212,7 @@ def _train(
         return mean
 
     rng, slopes = np.random.default_rng([2, seed]), value_and_grad(loss)
-    optimizer = adamw(cosine(rate, steps), weight_decay=0.0)
+    optimizer = adamw(cosine(rate, steps, warmup=steps // 10), weight_decay=0.0)
     state, back = optimizer.init(trained), from_numpy(BACK, task.to)
     unseen = from_numpy(with_mirror_images(task.unseen), task.to)
     marks = {round(steps * (i + 1) / POINTS) for i in range(POINTS)}

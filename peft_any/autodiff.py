@@ -109,23 +109,20 @@ def _call(
             others, _, refill = flatten(rest)
             namespace(*leaves, *others)
             given = refill([space.lift(x) for x in others])
-        value, aux = f(fill(arrays), *given), None
-        if has_aux:
-            if not isinstance(value, tuple) or len(value) != 2:
-                raise GradientError("has_aux=True: the function must return (loss, aux)")
-            value, aux = value
+        value, aux = _split(f(fill(arrays), *given), has_aux=has_aux)
         check(value)
-        outputs, _, rebuild = flatten(value, "value")
+        if keep:
+            outputs, _, rebuild = flatten(value, "value")
+        else:  # a loss, which is one array
+            outputs, rebuild = [value], _first
         shape[:] = [rebuild]
-        if isinstance(chosen, _Tape):
-            aux = _lowered(space, aux)
-        elif chosen is ENGINES["torch"]:
-            aux = _detached(aux)
-        return outputs, aux
+        return outputs, None if aux is None else _plain(chosen, space, aux)
 
     outputs, aux, pull = chosen.vjp(run, leaves, keep=keep)
 
     def back(cotangent: Any) -> Any:
+        if not keep:
+            return fill(pull([cotangent]))
         gs, where, _ = flatten(cotangent, "cotangent")
         if len(gs) != len(outputs):
             raise GradientError(
@@ -143,14 +140,26 @@ def _call(
     return shape[0](outputs), aux, back
 
 
-def _lowered(space: Any, tree: Any) -> Any:
-    leaves, _, fill = flatten(tree)
-    return fill([space.lower(x) for x in leaves])
+def _first(values: list[Any]) -> Any:
+    return values[0]
 
 
-def _detached(tree: Any) -> Any:
+def _split(value: Any, *, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return value, None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise GradientError("has_aux=True: the function must return (loss, aux)")
+    return value
+
+
+def _plain(engine: Engine, space: Any, tree: Any) -> Any:
+    """Take extras out of the recording."""
     leaves, _, fill = flatten(tree)
-    return fill([x.detach() if hasattr(x, "detach") else x for x in leaves])
+    if isinstance(engine, _Tape):
+        return fill([space.lower(x) for x in leaves])
+    if engine is ENGINES["torch"]:
+        return fill([x.detach() if hasattr(x, "detach") else x for x in leaves])
+    return tree
 
 
 def _scalar(loss: Any) -> None:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from peft_any import tape_fft, tape_numpy
+from peft_any._libraries import UNKNOWN, _of_type
 from peft_any._typing import Namespace
 from peft_any.backend import is_array
 from peft_any.errors import GradientError
@@ -257,7 +258,9 @@ def _kind(space: Space) -> type[Var]:
     """Make the class of a namespace's arrays."""
     extra = tape_numpy.methods() if space.root in ("numpy", "cupy") else {}
     body = {"__slots__": (), "space": space, "depth": space.depth, **extra}
-    return type("Traced", (Var,), body)
+    kind = type("Traced", (Var,), body)
+    _of_type[kind] = UNKNOWN  # found at once: the question is asked at every step
+    return kind
 
 
 def custom(

@@ -20,19 +20,19 @@ RULES: dict[str, Rule] = {}
 
 
 @lru_cache(maxsize=64)
-def _kind(library: type, dtype: Any) -> str:
+def _kind(library: str, dtype: Any) -> str:
     match = _LETTERS.match(dtype_name(dtype))
     return match.group() if match else ""
 
 
 def is_complex(dtype: Any) -> bool:
     """Tell whether a dtype is complex."""
-    return _kind(type(dtype), dtype) == "complex"
+    return _kind(type(dtype).__module__, dtype) == "complex"
 
 
 def is_inexact(dtype: Any) -> bool:
     """Tell whether arrays of a dtype have derivatives."""
-    return _kind(type(dtype), dtype) in ("float", "bfloat", "complex")
+    return _kind(type(dtype).__module__, dtype) in ("float", "bfloat", "complex")
 
 
 def conj(xp: Any, x: Any) -> Any:

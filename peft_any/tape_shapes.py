@@ -97,7 +97,7 @@ def _(xp: Any, y: Any, x: Any, axes: Any) -> Any:
 
 @rule("matrix_transpose")
 def _(xp: Any, y: Any, x: Any) -> Any:
-    return (lambda g: xp.matrix_transpose(g),)
+    return (xp.matrix_transpose,)
 
 
 @rule("moveaxis")
@@ -121,15 +121,14 @@ def _(xp: Any, y: Any, x: Any, /, shift: Any, *, axis: Any = None) -> Any:
     return (lambda g: xp.roll(g, back, axis=axis),)
 
 
-def _triangle(name: str) -> Rule:
-    def of(xp: Any, y: Any, x: Any, /, *, k: int = 0) -> Any:
-        return (lambda g: getattr(xp, name)(g, k=k),)
-
-    return of
+@rule("tril")
+def _(xp: Any, y: Any, x: Any, /, *, k: int = 0) -> Any:
+    return (lambda g: xp.tril(g, k=k),)
 
 
-rule("tril")(_triangle("tril"))
-rule("triu")(_triangle("triu"))
+@rule("triu")
+def _(xp: Any, y: Any, x: Any, /, *, k: int = 0) -> Any:
+    return (lambda g: xp.triu(g, k=k),)
 
 
 @rule("concat")

@@ -38,7 +38,20 @@ def gradients(engine: str, f: Callable[..., Any], params: Any, *rest: Any) -> tu
     """Compute loss and gradients of host arrays on an engine, back on the host."""
     backend, how = prepared(engine)
     there = [mapped(lambda x: from_numpy(np.array(x), backend), a) for a in (params, *rest)]
-    loss, grads = value_and_grad(f, engine=how)(*there)
+    both = value_and_grad(f, engine=how)
+    if backend.name == "jax":  # compiled once, instead of operation by operation
+        import jax
+
+        arrays, _, fill = flatten(there)
+
+        def flat(xs: list[Any]) -> tuple[Any, list[Any]]:
+            value, found = both(*fill(xs))
+            return value, flatten(found)[0]
+
+        loss, found = jax.jit(flat)(arrays)
+        grads = flatten(there[0])[2](found)
+    else:
+        loss, grads = both(*there)
     assert resolve("auto", loss).name == backend.name
     return float(to_numpy(loss)), mapped(to_numpy, grads)
 

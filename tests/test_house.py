@@ -36,9 +36,9 @@ LAYERS = [
     {"transforms", "schedules", "batches", "resume", "allocator"},
     {"optimise"},
     {"train"},
-    {"_airfoil", "_console", "_report"},
+    {"_airfoil", "_console", "_figure", "_options", "_report"},
     {"_specialise"},
-    {"_airfoil", "_figure", "_specialise", "demo"},
+    {"demo"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -336,7 +336,7 @@ FFT = [
     *[
         row(f"{name}-{n}", lambda xp, a, name=name, n=n: tuple(
             getattr(xp.fft, name)(xp.concat([xp.astype(xp.real(a[:1, ...]), a.dtype), a[1:, ...]]),
-                                  n=n, axis=0, norm=norm) for norm in NORMS), (5, 2), dtype="complex128")
+                                  n=n, axis=0, norm=norm) for norm in NORMS), (5, 2), dtype="complex128")  # noqa: E501
         for name in ("irfft", "hfft") for n in (9, 10, 6, 13)
     ],
     *[
@@ -344,7 +344,7 @@ FFT = [
         for name, dtype in (("fftn", "complex128"), ("ifftn", "complex128"), ("rfftn", "float64"))
         for i, kw in enumerate(({}, {"axes": (1, 0)}, {"s": (4, 3), "axes": (0, 1)}))
     ],
-    row("irfftn", lambda xp, a: xp.fft.irfftn(xp.fft.rfftn(a, axes=(0, 1)), s=(3, 4), axes=(0, 1)), (3, 4)),
+    row("irfftn", lambda xp, a: xp.fft.irfftn(xp.fft.rfftn(a, axes=(0, 1)), s=(3, 4), axes=(0, 1)), (3, 4)),  # noqa: E501
     row("fftshift", lambda xp, a: (xp.fft.fftshift(a), xp.fft.ifftshift(a, axes=1)), (3, 4)),
 ]  # fmt: skip
 

@@ -31,6 +31,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.rng import Fresh
+from tests.benchmarks.steps import steps
 from tests.benchmarks.timing import SLOW, machine, ratio
 
 N, BATCH = 2048, 256
@@ -131,7 +132,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks", *sys.argv[1:]], clean)
     about = "Every figure is a ratio: two things timed in turn, the fastest of many rounds"
     lines = ["# Benchmarks", "", f"{about}; NumPy {np.__version__}, float32, on {machine()}."]
-    for table in (calls, merges, imports):
+    for table in (calls, steps, merges, imports):
         lines += ["", *table()]
     page = "\n".join(lines) + "\n" + NOTES
     print(page)
