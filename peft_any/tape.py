@@ -24,7 +24,7 @@ from peft_any.errors import GradientError
 from peft_any.tape_linalg import LINALG_COMPOSITES, LINALG_RULES
 from peft_any.tape_rules import RULES, is_inexact
 from peft_any.tape_shapes import COMPOSITES, PASS, SEQUENCES, put
-from peft_any.tape_var import OPERATORS, Node, Session, Var, sweep
+from peft_any.tape_var import OPERATORS, Node, Recording, Var, sweep
 
 _new = object.__new__
 _within: ContextVar[Space | None] = ContextVar("peft_any_tape", default=None)
@@ -137,10 +137,10 @@ def _edges_of(kind: type, args: Sequence[Any], label: str) -> tuple[list[Any], A
             if node is not None:
                 if edges is None:
                     edges = [(i, node)]
-                    if not node.session.open:
+                    if not node.recording.open:
                         raise GradientError(f"xp.{label}: {_ESCAPED}")
                 else:
-                    if node.session is not edges[0][1].session:
+                    if node.recording is not edges[0][1].recording:
                         raise GradientError(f"xp.{label}: {_ESCAPED}")
                     edges.append((i, node))
     return values, edges
@@ -172,7 +172,7 @@ def _recorded(space: Space, raw: Callable[..., Any], rule: Any, label: str) -> C
         kept = [(n, p) for i, n in edges if (p := pulls[i] if i < len(pulls) else None)]
         var = _new(kind)
         var.value = out
-        var.node = Node(edges[0][1].session, kept, out.shape, out.dtype)
+        var.node = Node(edges[0][1].recording, kept, out.shape, out.dtype)
         return var
 
     return call
@@ -182,7 +182,7 @@ def _record_tuple(  # noqa: PLR0917 - what `_recorded` has at hand
     space: Space, below: Any, rule: Any, out: Any, values: Any, edges: Any, kwargs: Any
 ) -> Any:
     """Record a function of several results: a node for each, over one that gathers them."""
-    session = edges[0][1].session
+    recording = edges[0][1].recording
     pulls = rule(below, out, *values, **kwargs)
     like = list(out)
 
@@ -192,9 +192,9 @@ def _record_tuple(  # noqa: PLR0917 - what `_recorded` has at hand
 
         return back
 
-    whole = Node(session, [(n, gather(p)) for i, n in edges if (p := pulls[i])], (), None)
+    whole = Node(recording, [(n, gather(p)) for i, n in edges if (p := pulls[i])], (), None)
     parts = [
-        space.wrap(y, Node(session, [(whole, partial(_part, i))], y.shape, y.dtype))
+        space.wrap(y, Node(recording, [(whole, partial(_part, i))], y.shape, y.dtype))
         if is_inexact(y.dtype)
         else space.wrap(y)
         for i, y in enumerate(out)
@@ -311,10 +311,10 @@ def space_of(raw: Namespace, root: str) -> Space:
 
 def record(
     space: Space, run: Callable[[list[Any]], tuple[list[Any], Any]], leaves: Sequence[Any]
-) -> tuple[list[Any], Any, Callable[..., list[Any]], Session]:
+) -> tuple[list[Any], Any, Callable[..., list[Any]], Recording]:
     """Run a function of traced arrays; give its traced outputs, its extras, and the way back."""
-    session = Session()
-    inputs = [space.wrap(x, Node(session, (), tuple(x.shape), x.dtype)) for x in leaves]
+    recording = Recording()
+    inputs = [space.wrap(x, Node(recording, (), tuple(x.shape), x.dtype)) for x in leaves]
     token = _within.set(space)
     try:
         outputs, aux = run(list(inputs))
@@ -324,15 +324,15 @@ def record(
     ends: list[Node | None] = []
     for y in outputs:
         node = y.node if isinstance(y, space.kind) else None
-        if node is not None and node.session is not session:
+        if node is not None and node.recording is not recording:
             raise GradientError(_ESCAPED)
         ends.append(node)
     values = [space.lower(y) for y in outputs]
 
     def back(gs: Sequence[Any], *, keep: bool) -> list[Any]:
-        if not session.open:
+        if not recording.open:
             raise GradientError("these gradients were taken already, and what they need is gone")
-        session.open = keep
+        recording.open = keep
         roots = [(n, g) for n, g in zip(ends, gs, strict=True) if n is not None]
         found = sweep(space.raw, roots, nodes, keep=keep)
         if not keep:
@@ -340,4 +340,4 @@ def record(
         pairs = zip(found, leaves, strict=True)
         return [space.raw.zeros_like(x) if g is None else g for g, x in pairs]
 
-    return values, aux, back, session
+    return values, aux, back, recording

@@ -17,7 +17,7 @@ from peft_any.tape_rules import is_complex
 _serial = count().__next__
 
 
-class Session:
+class Recording:
     """One recording: what it recorded may not be used in another, nor after its gradients."""
 
     __slots__ = ("open",)
@@ -29,10 +29,10 @@ class Session:
 class Node:
     """A recorded step: where its cotangents go, and how they become those of its operands."""
 
-    __slots__ = ("__weakref__", "dtype", "edges", "serial", "session", "shape")
+    __slots__ = ("__weakref__", "dtype", "edges", "serial", "recording", "shape")
 
-    def __init__(self, session: Session, edges: Any, shape: Shape, dtype: Any) -> None:
-        self.session, self.edges, self.shape, self.dtype = session, edges, shape, dtype
+    def __init__(self, recording: Recording, edges: Any, shape: Shape, dtype: Any) -> None:
+        self.recording, self.edges, self.shape, self.dtype = recording, edges, shape, dtype
         self.serial = _serial()
 
 

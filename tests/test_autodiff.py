@@ -374,11 +374,11 @@ def test_gradients_keep_shapes_and_dtypes(
         np.testing.assert_allclose(g, w.numpy(), rtol=2e-5, atol=1e-5)
 
 
-def test_a_session_ends_with_its_gradients() -> None:
+def test_a_recording_ends_with_its_gradients() -> None:
     space = tape.space_of(namespace(X), "numpy")
-    _, _, back, session = tape.record(space, lambda xs: ([total(xs[0])], None), [X])
+    _, _, back, recording = tape.record(space, lambda xs: ([total(xs[0])], None), [X])
     back([np.asarray(1.0)], keep=False)
-    assert not session.open
+    assert not recording.open
     with pytest.raises(GradientError, match="taken already"):
         back([np.asarray(1.0)], keep=False)
     assert copy.copy(tape_var.Session().open)

@@ -11,14 +11,17 @@ import pytest
 import peft_any
 
 PACKAGE = Path(peft_any.__file__).parent
-# _libraries.py speaks to each library in its own words.
-SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "_libraries.py"]
+TAPE = sorted(PACKAGE.glob("tape*.py"))
+# _libraries.py and _engines.py speak to each library in its own words, the tape to a namespace of
+# its own, which stands for a library's.
+APART = {"_libraries.py", "_engines.py", *(path.name for path in TAPE)}
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in APART]
 
 
-def attributes(root: str) -> set[str]:
-    """Find every dotted name that the package reads of a namespace called `root`."""
+def attributes(root: str, sources: list[Path]) -> set[str]:
+    """Find every dotted name that some files read of a namespace called `root`."""
     found = set()
-    for path in SOURCES:
+    for path in sources:
         for top in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             node, parts = top, []
             while isinstance(node, ast.Attribute):
@@ -29,7 +32,13 @@ def attributes(root: str) -> set[str]:
     return found
 
 
-NAMES = sorted(attributes("xp"))
+EXTENSIONS = ("", ".linalg", ".fft")
+OWN = {"depth", "lift", "lower", "raw", "wrap"}
+"""What the tape's namespace has beyond the standard."""
+NAMES = sorted(attributes("xp", SOURCES) - OWN)
+RECORDED = sorted(
+    {name.removeprefix("raw.") for name in attributes("xp", TAPE) | attributes("raw", TAPE)} - OWN
+)
 
 
 def test_the_package_calls_a_namespace() -> None:
@@ -45,6 +54,15 @@ def test_every_library_has_the_function(library: str, name: str) -> None:
     for part in name.split("."):
         assert hasattr(found, part), f"{library} has no {name}"
         found = getattr(found, part)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("library", ["cupy", "numpy"])
+def test_rules_of_the_tape_call_what_is_there(library: str, name: str) -> None:
+    pytest.importorskip(library)
+    parts = [importlib.import_module(f"array_api_compat.{library}{part}") for part in EXTENSIONS]
+    last = name.rpartition(".")[2]
+    assert any(hasattr(part, last) for part in parts), f"{library} has no {name}"
 
 
 @pytest.mark.parametrize("name", NAMES)
