@@ -84,6 +84,7 @@ def is_traced(x: Any) -> bool:
 
     Examples
     --------
+    >>> import numpy as np
     >>> is_traced(np.ones(2))
     False
     """

@@ -29,7 +29,7 @@ class Recording:
 class Node:
     """A recorded step: where its cotangents go, and how they become those of its operands."""
 
-    __slots__ = ("__weakref__", "dtype", "edges", "serial", "recording", "shape")
+    __slots__ = ("__weakref__", "dtype", "edges", "recording", "serial", "shape")
 
     def __init__(self, recording: Recording, edges: Any, shape: Shape, dtype: Any) -> None:
         self.recording, self.edges, self.shape, self.dtype = recording, edges, shape, dtype

@@ -381,7 +381,7 @@ def test_a_recording_ends_with_its_gradients() -> None:
     assert not recording.open
     with pytest.raises(GradientError, match="taken already"):
         back([np.asarray(1.0)], keep=False)
-    assert copy.copy(tape_var.Session().open)
+    assert copy.copy(tape_var.Recording().open)
 
 
 def softmax(z: Any) -> Any:
