@@ -115,10 +115,10 @@ A layer call runs with its parameters bound, as `model.bind().layers` runs it: w
 alone (a rotation, DoRA's row norms, LoHa's products of rows) has been computed once. `nox -s bench`
 measures again, and writes this page with `-- --write docs/benchmarks.md`.
 
-Where HF PEFT ÷ ours is below 1, as for IA³ and LoKr, the merge is a single pass over the weight:
-NumPy makes it on one thread and into a new array, since the base is never changed; torch uses all
-cores and writes into the base. PEFT runs BOFT with one butterfly factor here, because more need its
-CUDA extension; ours runs all three.
+Where HF PEFT ÷ ours is below 1, as for IA³, the merge is a single multiplication of the weight, at
+NumPy's own speed: on one thread and into a new array, since the base is never changed; torch uses
+all cores and writes into the base. PEFT runs BOFT with one butterfly factor here, because more need
+its CUDA extension; ours runs all three.
 """
 
 
