@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,9 +33,7 @@ def test_the_demo_runs_on_every_library(library: str) -> None:
 
 
 def test_the_command_trains_and_prints_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    start = time.perf_counter()
     assert cli.run(["demo", "--backend", "numpy"]) == 0
-    assert time.perf_counter() - start < 30
     out, err = capsys.readouterr()
     assert err == ""
     assert "no wind-tunnel data" in out
