@@ -158,6 +158,8 @@ class AdaptedWeight:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         import numpy as np  # noqa: PLC0415 - host data, asked for by NumPy
 
+        if copy is None:  # which NumPy 1.26's array() does not know
+            return np.asarray(self.merged, dtype=dtype)
         return np.array(self.merged, dtype=dtype, copy=copy)
 
     def __len__(self) -> int:

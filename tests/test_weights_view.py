@@ -187,9 +187,9 @@ def test_numpy_spells_products_in_many_ways() -> None:
         (np.tensordot(x, w, axes=(1, 1)), x @ full.T),
         (np.tensordot(w, batch, axes=([1], [1])), np.tensordot(full, batch, axes=(1, 1))),
         (np.tensordot(x, w.T, axes=1), x @ full.T),
-        (np.linalg.matmul(x, np.transpose(w)), x @ full.T),
-        (x @ np.permute_dims(w, (1, 0)), x @ full.T),
-        (x @ np.matrix_transpose(w), x @ full.T),
+        (np.matmul(x, np.transpose(w)), x @ full.T),
+        (x @ np.transpose(w, (1, 0)), x @ full.T),
+        (x @ np.swapaxes(w, 0, 1), x @ full.T),
         (x @ w.transpose(), x @ full.T),
     ):
         np.testing.assert_allclose(got, want, atol=4e-6)
