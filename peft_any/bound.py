@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from peft_any import combine
+from peft_any._tree import leaves
 from peft_any._typing import Array, Params
 from peft_any.backend import astype, dtype_name, is_array, is_floating, is_traced, namespace
 from peft_any.combine import Part
@@ -46,9 +47,8 @@ class BoundLayer:
     def traced(self) -> bool:
         """Whether its arrays only stand for some, inside a transformation such as jit."""
         parts, base = self._wide  # type: ignore[attr-defined]
-        held = [value for part in parts for value in part.params.values()]
-        arrays = [base.weight, *(a for v in held for a in (v if isinstance(v, tuple) else (v,)))]
-        return any(is_traced(a) for a in arrays)
+        held = [base.weight, [part.params for part in parts]]
+        return any(is_traced(array) for _, array in leaves(held))
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer to x (…, n_in), or to integer token numbers of an embedding.

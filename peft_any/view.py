@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from peft_any import view_products
 from peft_any._libraries import _of_type, library_of
 from peft_any._typing import Array, Shape
-from peft_any.backend import astype, creation_device, dtype_name, namespace
+from peft_any.backend import astype, creation_device, dtype_name, is_traced, namespace
 from peft_any.bound import BoundLayer
 from peft_any.errors import TargetError, nearest
 from peft_any.layer import Site
@@ -274,7 +274,7 @@ class Weights(Mapping[str, Any]):
             if name not in self._tensors:
                 raise TargetError(f"{name}: no such tensor{nearest(name, self._tensors)}")
             made = self._tensors[name]()
-            if "Tracer" in type(made).__name__:
+            if is_traced(made):
                 return made
             self._made[name] = made
         return self._made[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_any import combine
 from peft_any._typing import Array
-from peft_any.backend import astype, creation_device, dtype_name, is_array, namespace
+from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer, lifted
 from peft_any.errors import ConfigError
 from peft_any.layer import Site, narrow, widen
@@ -37,8 +37,7 @@ class Source:
             return self._kept[key]
         made = make()
         # what a JAX transformation traces must not outlive it, and it joins equal computations
-        arrays = _prepared(made[0]) if isinstance(made, tuple) else [made]
-        if not any("Tracer" in type(a).__name__ for a in arrays):
+        if not (made[0].traced if isinstance(made, tuple) else is_traced(made)):
             self._kept[key] = made
         return made
 
@@ -80,11 +79,6 @@ class Source:
 
 def _params(bound: BoundLayer) -> list[Array]:
     return [p for part in bound.parts for p in part.params.values() if is_array(p)]
-
-
-def _prepared(bound: BoundLayer) -> list[Array]:
-    parts, _ = bound._wide  # type: ignore[attr-defined]  # noqa: SLF001
-    return [p for part in parts for p in part.params.values()]
 
 
 def at_zero(layer: BoundLayer) -> Array:

@@ -21,6 +21,7 @@ from peft_any import (
 from peft_any.backend import to_numpy
 from peft_any.layer import linear
 from peft_any.method import Additive
+from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
@@ -318,7 +319,10 @@ def test_parameters_can_be_given_under_jit() -> None:
     assert float(jax.numpy.max(jax.numpy.abs(slope["a"]["mlp.fc1"]["lora_A.weight"]))) > 0
 
 
-@pytest.mark.parametrize("config", [LoraConfig(r=2, use_dora=True), OFTConfig(oft_block_size=2)])
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(r=2, use_dora=True), OFTConfig(oft_block_size=2), BOFTConfig(boft_block_size=2)],
+)
 def test_what_is_traced_does_not_outlive_the_trace(config) -> None:
     jax = pytest.importorskip("jax")
     model = PeftModel({name: jax.numpy.asarray(w) for name, w in net().items()})
