@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from peft_any.surgery import inspect_adapter as inspect_adapter
     from peft_any.surgery import merge_checkpoint as merge_checkpoint
     from peft_any.surgery import verify_checkpoint as verify_checkpoint
+    from peft_any.train import fit as fit
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ _HOMES = {
     "model": "PeftModel",
     "oneshot": "merge unmerge",
     "registry": "method_for",
+    "train": "fit",
     "surgery": "inspect_adapter merge_checkpoint verify_checkpoint",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, Literal, TypeAlias
 
-from peft_any import tape
 from peft_any._engines import ENGINES, Engine
 from peft_any.backend import backend_of, dtype_name, is_array, namespace
 from peft_any.errors import GradientError
+from peft_any.tape import space as tape
 
 EngineName: TypeAlias = Literal["auto", "tape"]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
-from peft_any import tape
 from peft_any._engines import ENGINES
 from peft_any.autodiff import flatten
 from peft_any.backend import backend_of, dtype_name, namespace
 from peft_any.errors import GradientError
+from peft_any.tape import space as tape
 
 
 def custom_vjp(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:

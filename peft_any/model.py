@@ -8,7 +8,7 @@ from copy import copy
 from math import isfinite, nan, prod
 from typing import Any
 
-from peft_any import combine, view
+from peft_any import combine
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, compute_dtype, dtype_name
@@ -20,6 +20,7 @@ from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking
 from peft_any.registry import Config
+from peft_any.view import weights as view
 
 
 class PeftModel:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from peft_any.adapter import Adapter
-from peft_any.allocator import RankAllocator
 from peft_any.backend import from_numpy, resolve, to_numpy
 from peft_any.errors import ConfigError
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.model import PeftModel
+from peft_any.train.allocator import RankAllocator
 
 NAMES = ("lora_A", "lora_E", "lora_B")
 SITES = {"fc1": (6, 5), "deep.fc2": (5, 4), "deep.fc3": (4, 3)}

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_any import custom_vjp, detach, grad, remat, tape, tape_var, value_and_grad, vjp
+from peft_any import custom_vjp, detach, grad, remat, value_and_grad, vjp
 from peft_any.backend import backend_of, dtype_name, namespace, to_numpy
 from peft_any.bound import Parameters
 from peft_any.errors import BackendError, GradientError
+from peft_any.tape import space as tape
+from peft_any.tape import var
 from tests.gradients import ENGINES, difference, finite_differences, gradients, mapped, prepared
 
 every = pytest.mark.parametrize("engine", ENGINES)
@@ -381,7 +383,7 @@ def test_a_recording_ends_with_its_gradients() -> None:
     assert not recording.open
     with pytest.raises(GradientError, match="taken already"):
         back([np.asarray(1.0)], keep=False)
-    assert copy.copy(tape_var.Recording().open)
+    assert copy.copy(var.Recording().open)
 
 
 def softmax(z: Any) -> Any:

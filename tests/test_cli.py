@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 
 import peft_any
-from peft_any import _console, cli
+from peft_any import cli
 from peft_any.adapter import Adapter
+from peft_any.cli import app, console
 from peft_any.errors import StorageError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.methods.lora import LoraConfig
@@ -124,7 +125,7 @@ def shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Shell:
 
 
 def start(*args: object, code: str = "", **kwargs: Any) -> subprocess.Popen[str]:
-    program = f"{code}\nfrom peft_any.cli import main\nmain()"
+    program = f"{code}\nfrom peft_any.cli.app import main\nmain()"
     ours = {"NO_COLOR", "FORCE_COLOR", "PEFT_ANY_BACKEND"}
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"PYTHONPATH": str(Path(peft_any.__file__).parents[1]), **kwargs.pop("env", {})}
@@ -222,7 +223,7 @@ def test_a_weight_is_a_number_after_a_colon_unless_such_a_path_exists(
     Path("a:1").mkdir()
     given = ["a:1", "a:2", "a", "b:x", "c:1:1e-3", ":1"]
     want = [("a:1", 1), ("a", 2), ("a", 1), ("b:x", 1), ("c:1", 1e-3), (":1", 1)]
-    assert cli.weighted(given) == want
+    assert app.weighted(given) == want
 
 
 def test_the_same_adapter_may_be_given_twice(
@@ -684,7 +685,7 @@ def test_unexpected_errors(
         raise error
 
     monkeypatch.setattr("peft_any.registry.method_names", fail)
-    monkeypatch.setattr(cli, "silence", lambda: None)
+    monkeypatch.setattr(app, "silence", lambda: None)
     got, out, err = shell("methods")
     assert (got, out) == (code, "")
     assert err.startswith(f"error: {says}")
@@ -736,7 +737,7 @@ def test_help_loads_no_other_library_and_nothing_to_compute_with() -> None:
     status, _, err = process("--help", code=code)
     assert status == 0
     loaded = set(err.split())
-    assert not loaded & {"torch", "jax", "cupy", "dask", "peft_any.surgery", "peft_any.demo"}
+    assert not loaded & {"torch", "jax", "cupy", "dask", "peft_any.surgery", "peft_any.demo.run"}
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
@@ -795,7 +796,7 @@ def test_a_bar_is_shown_to_people_alone(base: Path, adapter: Path, tmp_path: Pat
 def test_a_bar_reports_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
-    with _console.progress("merging", quiet=False) as step:
+    with console.progress("merging", quiet=False) as step:
         assert step is not None
         step(1, 2, "a[b]")
 
@@ -803,7 +804,7 @@ def test_a_bar_reports_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_signals_that_are_ignored_stay_so() -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with _console.signals() as caught:
+        with console.signals() as caught:
             signal.raise_signal(signal.SIGINT)
         assert caught == []
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -814,7 +815,7 @@ def test_signals_that_are_ignored_stay_so() -> None:
 def test_a_second_signal_does_not_stop_the_cleanup() -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _console.signals() as caught:
+        with console.signals() as caught:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_any import Adapter, PeftModel, cli, demo, resolve
-from peft_any._airfoil import BACK, averaged, flights, network, with_mirror_images
-from peft_any._specialise import METHODS, specialise
+from peft_any import Adapter, PeftModel, cli, resolve
+from peft_any.demo import run as demo
+from peft_any.demo.airfoil import BACK, averaged, flights, network, with_mirror_images
+from peft_any.demo.specialise import METHODS, specialise
 from peft_any.errors import BackendError, StorageError, UsageError, VerifyError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from tests.conftest import missing

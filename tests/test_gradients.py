@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import tape_var
 from peft_any.backend import namespace
 from peft_any.layer import Dense
 from peft_any.methods import lora
+from peft_any.tape import var
 from tests.cases import CASES, Case
 from tests.gradients import ENGINES, difference, gradients, like
 from tests.test_laws import inputs
@@ -108,13 +108,13 @@ def test_the_gradient_of_dora_takes_its_norm_as_constant() -> None:
 def test_frozen_arrays_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CASES if c.name == "vera")
     problem, shapes = Problem(case, "forward"), []
-    settle = tape_var.settle
+    settle = var.settle
 
     def watch(xp: Any, g: Any, shape: Any, dtype: Any) -> Any:
         shapes.append(tuple(shape))
         return settle(xp, g, shape, dtype)
 
-    monkeypatch.setattr(tape_var, "settle", watch)
+    monkeypatch.setattr(var, "settle", watch)
     _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
     assert set(grads) == {"vera_lambda_b", "vera_lambda_d"}
     frozen, _, weight, _ = problem.rest

@@ -21,8 +21,7 @@ LAYERS = [
     {"_arrays"},
     {"_engines"},
     {"backend"},
-    {"tape_rules"},
-    {"tape", "tape_fft", "tape_linalg", "tape_numpy", "tape_products", "tape_shapes", "tape_var"},
+    {"tape"},
     {"autodiff", "custom"},
     {"_tree", "linalg", "blocks", "rng", "layer", "patterns", "dropout"},
     {"starts", "registry", "prompts"},
@@ -30,14 +29,10 @@ LAYERS = [
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"adapter"},
     {"combine", "bound", "placed"},
-    {"view", "view_products", "view_source"},
+    {"view"},
     {"model", "receipt"},
     {"surgery", "oneshot"},
-    {"transforms", "schedules", "batches", "resume", "allocator"},
-    {"optimise"},
     {"train"},
-    {"_airfoil", "_console", "_figure", "_options", "_report"},
-    {"_specialise"},
     {"demo"},
     {"cli"},
 ]
@@ -118,8 +113,8 @@ def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
 
 
 def test_public_names_exist() -> None:
-    # 35 for adapters, 7 for derivatives: those are used where a model is written
-    assert len(peft_any.__all__) <= 42
+    # 35 for adapters, 8 for derivatives and training, which are used where a model is written
+    assert len(peft_any.__all__) <= 43
     for name in peft_any.__all__:
         assert getattr(peft_any, name) is not None
     assert peft_any.LoraConfig.peft_type == "LORA"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import optimise as opt
+from peft_any import train as opt
 from peft_any._tree import leaves, tree_map
 from peft_any.backend import dtype_name, from_numpy, resolve, to_numpy
 from peft_any.errors import ConfigError, PeftError, ShapeError

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import optimise as opt
+from peft_any import train as opt
 from peft_any._tree import leaves, tree_map
 from peft_any.backend import from_numpy, is_array, namespace, resolve, to_numpy
-from peft_any.batches import Batches
 from peft_any.dropout import Noise
 from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TrainingError
 from peft_any.io.safetensors import write_safetensors
@@ -30,8 +29,9 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.model import PeftModel
-from peft_any.resume import load_state, save_state
-from peft_any.train import Run, fit
+from peft_any.train.batches import Batches
+from peft_any.train.loop import Run, fit
+from peft_any.train.resume import load_state, save_state
 
 N_IN, HIDDEN, N_OUT = 8, 12, 5
 BOTH = ["fc1", "fc2"]
@@ -346,7 +346,7 @@ def test_adalora_resumes(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, time
-from peft_any.train import fit
+from peft_any.train.loop import fit
 from tests.test_train import DROPPING, data_of, loss, model_of
 slow = sys.argv[2] == "slow"
 run = fit(model_of(DROPPING["lora"]), loss, data_of(), steps=40, batch_size=16, save_every=3,

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import peft_any.view_source
+import peft_any.view.source
 from peft_any import ConfigError, PeftModel, TargetError
 from peft_any.backend import namespace, to_numpy
 from peft_any.methods.boft import BOFTConfig
@@ -76,7 +76,7 @@ def never_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     def merged(self: Any) -> Any:
         raise AssertionError(f"{self.site.name} was merged")
 
-    monkeypatch.setattr(peft_any.view_source.Source, "merged", property(merged))
+    monkeypatch.setattr(peft_any.view.source.Source, "merged", property(merged))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -393,7 +393,7 @@ def test_neuralfoil_s_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_any.view_source.Source, "merged", None)
+        patch.setattr(peft_any.view.source.Source, "merged", None)
         got = run(host.bind().weights)
     want, base = run(host.merge()), run(weights)
     np.testing.assert_allclose(got["CL"], want["CL"], atol=1e-4)

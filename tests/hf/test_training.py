@@ -30,8 +30,8 @@ from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
 from peft_any.methods.vera import VeraConfig  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
-from peft_any.optimise import adamw  # noqa: E402
-from peft_any.train import Run, fit  # noqa: E402
+from peft_any.train import adamw  # noqa: E402
+from peft_any.train.loop import Run, fit  # noqa: E402
 from tests.hf import reference  # noqa: E402
 
 STEPS, N_IN, HIDDEN, N_OUT = 100, 8, 12, 5

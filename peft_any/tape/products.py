@@ -6,8 +6,8 @@ from collections.abc import Callable
 from math import inf, prod
 from typing import Any
 
-from peft_any.tape_rules import Rule, conj, is_complex, rule
-from peft_any.tape_shapes import COMPOSITES
+from peft_any.tape.rules import Rule, conj, is_complex, rule
+from peft_any.tape.shapes import COMPOSITES
 
 LINALG_RULES: dict[str, Rule] = {}
 LINALG_COMPOSITES: dict[str, Rule] = {}

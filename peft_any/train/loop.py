@@ -14,24 +14,18 @@ from typing import Any, Literal, TypeAlias
 
 from peft_any._tree import Tree, tree_map
 from peft_any._typing import Array
-from peft_any.allocator import RankAllocator
 from peft_any.autodiff import value_and_grad
 from peft_any.backend import backend_of, to_numpy
-from peft_any.batches import Batches
 from peft_any.bound import Bound
 from peft_any.errors import ConfigError, TrainingError
 from peft_any.io._atomic import StrPath
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.model import PeftModel
-from peft_any.optimise import (
-    Optimizer,
-    apply_updates,
-    clip_by_global_norm,
-    global_norm,
-    not_finite,
-    optimizer_for,
-)
-from peft_any.resume import load_state, refuse_other, save_state
+from peft_any.train.allocator import RankAllocator
+from peft_any.train.batches import Batches
+from peft_any.train.optimise import apply_updates, optimizer_for
+from peft_any.train.resume import load_state, refuse_other, save_state
+from peft_any.train.transforms import Optimizer, clip_by_global_norm, global_norm, not_finite
 
 Loss: TypeAlias = Callable[[Bound, Any], Array]
 Record: TypeAlias = dict[str, float]

@@ -51,7 +51,7 @@ def lora_plus(optimizer: Optimizer, ratio: float = 16.0) -> Optimizer:
     --------
     >>> import numpy as np
     >>> params = {"lora_A.weight": np.ones((1, 1)), "lora_B.weight": np.ones((1, 1))}
-    >>> from peft_any.optimise import sgd
+    >>> from peft_any.train.optimise import sgd
     >>> faster = lora_plus(sgd(1.0), ratio=4.0)
     >>> updates, _ = faster.update(params, faster.init(params), params)
     >>> float(updates["lora_A.weight"][0, 0]), float(updates["lora_B.weight"][0, 0])
@@ -126,7 +126,7 @@ def chain(*stages: Optimizer) -> Optimizer:
 
     Examples
     --------
-    >>> from peft_any.optimise import adamw
+    >>> from peft_any.train.optimise import adamw
     >>> optimizer = chain(clip_by_global_norm(1.0), adamw(1e-3))
     """
 

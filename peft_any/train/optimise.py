@@ -16,28 +16,15 @@ from peft_any._tree import Tree, tree_map
 from peft_any._typing import Array
 from peft_any.backend import astype, compute_dtype, dtype_name, namespace
 from peft_any.errors import ConfigError, nearest
-from peft_any.schedules import Schedule, constant, cosine, linear
-from peft_any.transforms import (
+from peft_any.train.schedules import Schedule
+from peft_any.train.transforms import (
     Optimizer,
     State,
-    accumulate,
     as_like,
-    chain,
     check_decay,
     check_from_zero,
-    clip_by_global_norm,
-    global_norm,
-    lora_plus,
-    not_finite,
-    skip_not_finite,
     zeros,
 )
-
-__all__ = [
-    "OPTIMIZERS", "Optimizer", "Schedule", "accumulate", "adamw", "apply_updates", "chain",
-    "clip_by_global_norm", "constant", "cosine", "global_norm", "linear", "lion", "lora_plus",
-    "not_finite", "optimizer_for", "sgd", "skip_not_finite", "zeros",
-]  # fmt: skip
 
 Rate: TypeAlias = float | Schedule
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from peft_any.backend import creation_device
 from peft_any.errors import GradientError
-from peft_any.tape_products import LINALG_COMPOSITES as LINALG_COMPOSITES
-from peft_any.tape_products import LINALG_RULES as LINALG_RULES
-from peft_any.tape_products import adjoint, composite, linalg
-from peft_any.tape_rules import conj, is_complex
+from peft_any.tape.products import LINALG_COMPOSITES as LINALG_COMPOSITES
+from peft_any.tape.products import LINALG_RULES as LINALG_RULES
+from peft_any.tape.products import adjoint, composite, linalg
+from peft_any.tape.rules import conj, is_complex
 
 
 @linalg("inv")

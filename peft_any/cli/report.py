@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_any._figure import spark_lines
+from peft_any.demo.figure import spark_lines
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
 from peft_any.registry import method_for

@@ -9,7 +9,7 @@ from typing import Any
 from peft_any._engines import can_scatter, scatter
 from peft_any.backend import creation_device
 from peft_any.errors import GradientError
-from peft_any.tape_rules import Rule, axes_of, rule, running_products
+from peft_any.tape.rules import Rule, axes_of, rule, running_products
 
 COMPOSITES: dict[str, Rule] = {}
 """Functions that are computed by others, which have rules, when an operand is traced."""

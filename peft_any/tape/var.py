@@ -12,7 +12,7 @@ from peft_any._engines import detach, own
 from peft_any._typing import Shape
 from peft_any.backend import creation_device
 from peft_any.errors import GradientError
-from peft_any.tape_rules import is_complex
+from peft_any.tape.rules import is_complex
 
 _serial = count().__next__
 

@@ -12,19 +12,27 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from peft_any._airfoil import BACK, FILES, averaged, errors, flights, network, with_mirror_images
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.autodiff import value_and_grad
 from peft_any.backend import Backend, from_numpy, move, namespace, to_numpy
+from peft_any.demo.airfoil import (
+    BACK,
+    FILES,
+    averaged,
+    errors,
+    flights,
+    network,
+    with_mirror_images,
+)
 from peft_any.errors import UsageError, VerifyError, nearest
 from peft_any.io.safetensors import read_safetensors
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.model import PeftModel
-from peft_any.optimise import adamw, apply_updates, cosine
 from peft_any.receipt import Host
 from peft_any.registry import Config
+from peft_any.train import adamw, apply_updates, cosine
 
 ABOUT = (
     "The weights are real and published (NeuralFoil, MIT licence). The targets are the answers of "

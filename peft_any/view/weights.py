@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from peft_any import view_products
 from peft_any._libraries import _of_type, library_of
 from peft_any._typing import Array, Shape
 from peft_any.backend import astype, creation_device, dtype_name, is_traced, namespace
 from peft_any.bound import BoundLayer
 from peft_any.errors import TargetError, nearest
 from peft_any.layer import Site
-from peft_any.view_products import is_view, plain, refusal
-from peft_any.view_source import Source, at_zero
+from peft_any.view import products
+from peft_any.view.products import is_view, plain, refusal
+from peft_any.view.source import Source, at_zero
 
 _ASKING = frozenset({"numpy", "cupy", "torch", "jax", "dask"})
 """Libraries whose operators give way to a foreign operand."""
@@ -90,23 +90,23 @@ class AdaptedWeight:
     def transpose(self, *axes: Any) -> Any:
         """Transpose, as NumPy and torch spell it."""
         exchanging = hasattr(self.source.stored, "mm")  # torch's two axes are exchanged
-        turn = view_products.exchange if exchanging else view_products.transpose
+        turn = products.exchange if exchanging else products.transpose
         turned = turn(self, *axes)
         return self.merged.transpose(*axes) if turned is NotImplemented else turned
 
     def dot(self, other: Any) -> Any:
         """Multiply, as NumPy spells it."""
-        y = view_products.dot(self, other)
+        y = products.dot(self, other)
         return self.merged.dot(plain(other)) if y is NotImplemented else y
 
     def __matmul__(self, other: Any) -> Any:
-        return view_products.matmul(self, other)
+        return products.matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> Any:
-        return view_products.matmul(other, self)
+        return products.matmul(other, self)
 
     def __getitem__(self, key: Any) -> Any:
-        found = view_products.rows(self, key)
+        found = products.rows(self, key)
         return self.merged[plain(key)] if found is NotImplemented else found
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -133,10 +133,10 @@ class AdaptedWeight:
             return f(*plain(inputs), **kwargs)
         if merged is not None and getattr(type(merged), "__array_ufunc__", None) is None:
             f = getattr(namespace(merged), _RENAMED.get(f.__name__, f.__name__))
-        return view_products.call(f, inputs, kwargs)
+        return products.call(f, inputs, kwargs)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return view_products.call(func, args, kwargs)
+        return products.call(func, args, kwargs)
 
     @classmethod
     def __torch_function__(
@@ -146,7 +146,7 @@ class AdaptedWeight:
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        return view_products.call(func, args, kwargs, torch_like=True)
+        return products.call(func, args, kwargs, torch_like=True)
 
     @property
     def __jax_array__(self) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from peft_any.backend import namespace
 from peft_any.receipt import Host
 
-FILES = Path(__file__).parent / "_demo"
+FILES = Path(__file__).parent / "data"
 TAUGHT = slice(1, 4)
 """The outputs that count: 2·CL, ½·ln CD + 2 and 20·CM."""
 BACK = np.asarray([-1.0, 1.0, -1.0], dtype="float32")

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from peft_any._airfoil import BACK, FILES, averaged, errors, network, with_mirror_images
-from peft_any._figure import picture
-from peft_any._specialise import ABOUT, METHODS, STEPS, UNSEEN, specialise
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, from_numpy, move, resolve, to_numpy
+from peft_any.demo.airfoil import BACK, FILES, averaged, errors, network, with_mirror_images
+from peft_any.demo.figure import picture
+from peft_any.demo.specialise import ABOUT, METHODS, STEPS, UNSEEN, specialise
 from peft_any.errors import StorageError, VerifyError
 from peft_any.io._atomic import StrPath
 from peft_any.io.safetensors import read_safetensors

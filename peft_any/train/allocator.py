@@ -16,7 +16,7 @@ from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy_like, namespace, to_numpy
 from peft_any.errors import ConfigError
 from peft_any.methods.adalora import AdaLoraConfig
-from peft_any.transforms import not_finite
+from peft_any.train.transforms import not_finite
 
 Sites: TypeAlias = Mapping[str, Params]
 State: TypeAlias = dict[str, Any]

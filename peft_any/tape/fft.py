@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft_any.tape_rules import Rule
+from peft_any.tape.rules import Rule
 
 RULES: dict[str, Rule] = {}
 COMPOSITES: dict[str, Rule] = {}

@@ -16,15 +16,15 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from peft_any import tape_fft, tape_numpy
 from peft_any._libraries import UNKNOWN, _of_type
 from peft_any._typing import Namespace
 from peft_any.backend import is_array
 from peft_any.errors import GradientError
-from peft_any.tape_linalg import LINALG_COMPOSITES, LINALG_RULES
-from peft_any.tape_rules import RULES, is_inexact
-from peft_any.tape_shapes import COMPOSITES, PASS, SEQUENCES, put
-from peft_any.tape_var import OPERATORS, Node, Recording, Var, sweep
+from peft_any.tape import fft, protocols
+from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
+from peft_any.tape.rules import RULES, is_inexact
+from peft_any.tape.shapes import COMPOSITES, PASS, SEQUENCES, put
+from peft_any.tape.var import OPERATORS, Node, Recording, Var, sweep
 
 _new = object.__new__
 _within: ContextVar[Space | None] = ContextVar("peft_any_tape", default=None)
@@ -89,10 +89,8 @@ class Space(ModuleType):
             raw = partial(put, self.raw) if name == "_put" else getattr(self.raw, name)
         if not callable(raw) or isinstance(raw, type) or name in _QUESTIONS:
             return raw if name not in _QUESTIONS else self._question(raw)
-        rules = {"linalg": LINALG_RULES, "fft": tape_fft.RULES}.get(self.part, RULES)
-        composites = {"linalg": LINALG_COMPOSITES, "fft": tape_fft.COMPOSITES}.get(
-            self.part, COMPOSITES
-        )
+        rules = {"linalg": LINALG_RULES, "fft": fft.RULES}.get(self.part, RULES)
+        composites = {"linalg": LINALG_COMPOSITES, "fft": fft.COMPOSITES}.get(self.part, COMPOSITES)
         shared = self.part and name in RULES and name not in rules
         label = f"{self.part}.{name}" if self.part else name
         if shared or (self.part and name in COMPOSITES and name not in composites):
@@ -256,7 +254,7 @@ def _unruled(space: Space, raw: Any, label: str) -> Callable[..., Any]:
 
 def _kind(space: Space) -> type[Var]:
     """Make the class of a namespace's arrays."""
-    extra = tape_numpy.methods() if space.root in ("numpy", "cupy") else {}
+    extra = protocols.methods() if space.root in ("numpy", "cupy") else {}
     body = {"__slots__": (), "space": space, "depth": space.depth, **extra}
     kind = type("Traced", (Var,), body)
     _of_type[kind] = UNKNOWN  # found at once: the question is asked at every step

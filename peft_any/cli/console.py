@@ -53,7 +53,7 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import (  # noqa: PLC0415 - slow to import
+    from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,

@@ -17,8 +17,8 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from peft_any._console import prepare_streams, progress, say, signals, silence, tell, waiting
-from peft_any._options import (
+from peft_any.cli.console import prepare_streams, progress, say, signals, silence, tell, waiting
+from peft_any.cli.options import (
     Adapters,
     AsJson,
     Backend,
@@ -91,7 +91,7 @@ def merge(
 ) -> Result:
     """Merge adapters into a model, and tell how much of them survived."""
     from peft_any import merge_checkpoint
-    from peft_any._report import summary
+    from peft_any.cli.report import summary
 
     if out is None and not dry_run:
         raise UsageError("merge: --out is missing: say where the output goes, or give --dry-run")
@@ -128,7 +128,7 @@ def verify(
 ) -> Result:
     """Audit a merged model against its base and its adapters."""
     from peft_any import verify_checkpoint
-    from peft_any._report import summary
+    from peft_any.cli.report import summary
 
     with progress("verifying", quiet) as step:
         receipt = verify_checkpoint(
@@ -167,7 +167,7 @@ def inspect(
 ) -> Result:
     """Tell an adapter's method, layers, ranks and norms."""
     from peft_any import inspect_adapter
-    from peft_any._report import report
+    from peft_any.cli.report import report
 
     with progress("inspecting", quiet) as step:
         found = inspect_adapter(
@@ -188,7 +188,7 @@ def methods(
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
 ) -> Result:
     """List the methods."""
-    from peft_any._report import described, listing
+    from peft_any.cli.report import described, listing
     from peft_any.registry import method_names
 
     rows = [described(name) for name in method_names()]
@@ -214,9 +214,9 @@ def demo(
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
 ) -> Result:
     """Fine-tune a published network by several methods; merge as Hugging Face PEFT does."""
-    from peft_any._report import scores, summary
-    from peft_any.demo import run as run_demo
-    from peft_any.demo import train as train_demo
+    from peft_any.cli.report import scores, summary
+    from peft_any.demo.run import run as run_demo
+    from peft_any.demo.run import train as train_demo
 
     with waiting("training", quiet) as tell_method:
         options: Any = {"methods": method, "steps": steps, "seed": seed, "out": out}

@@ -1,0 +1,1 @@
+"""The demonstration: a published network fine-tuned by several methods, offline."""

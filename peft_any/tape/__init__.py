@@ -1,0 +1,1 @@
+"""The tape: gradients for array libraries that have none of their own."""
