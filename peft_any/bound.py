@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from peft_any import combine
+from peft_any import parts as several
 from peft_any._tree import leaves
 from peft_any._typing import Array, Params
 from peft_any.backend import astype, dtype_name, is_array, is_floating, is_traced, namespace
-from peft_any.combine import Part
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input, widen
+from peft_any.parts import Part
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BoundLayer:
         out = dtype_name(x if floating else self.base.weight)
         if floating:
             x = astype(x, dtype_name(base.weight))
-        y: Array = astype(combine.forward(parts, x, base, stacked=self.stacked), out)
+        y: Array = astype(several.forward(parts, x, base, stacked=self.stacked), out)
         return y
 
 

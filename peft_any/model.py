@@ -8,16 +8,16 @@ from copy import copy
 from math import isfinite, nan, prod
 from typing import Any
 
-from peft_any import combine
+from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, compute_dtype, dtype_name
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
-from peft_any.combine import Part
 from peft_any.dropout import Noise, Seed
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
+from peft_any.parts import Part
 from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking
 from peft_any.registry import Config
 from peft_any.view import weights as view
@@ -251,7 +251,7 @@ class PeftModel:
         base, parts = self._base(site), self._parts(site)
         params, wide = widen([part.params for part in parts], base)
         exact = [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)]
-        return narrow(combine.merge(exact, wide, stacked=self._stacked), base)
+        return narrow(several.merge(exact, wide, stacked=self._stacked), base)
 
     def sites(self) -> dict[str, Site]:
         """Give the layers that the active adapters adapt, by module name."""

@@ -28,7 +28,7 @@ LAYERS = [
     {"method"},
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"adapter"},
-    {"combine", "bound", "placed"},
+    {"parts", "bound", "placed"},
     {"view"},
     {"model", "receipt"},
     {"surgery", "oneshot"},

@@ -13,7 +13,6 @@ import pytest
 import peft_any
 from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy, inv, resolve, to_numpy
-from peft_any.combine import Part, effect
 from peft_any.errors import BackendError, ConfigError, ShapeError, TargetError
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive, Tuner
@@ -22,6 +21,7 @@ from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.model import PeftModel
+from peft_any.parts import Part, effect
 from tests.conftest import Lib
 
 RNG = np.random.default_rng(0)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from peft_any import combine
+from peft_any import parts as several
 from peft_any.backend import Backend, astype, compute_dtype, from_numpy, is_floating, move, to_numpy
-from peft_any.combine import Part
 from peft_any.errors import BackendError, FormatError, VerifyError
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive
+from peft_any.parts import Part
 from peft_any.receipt import Change, Host
 from peft_any.surgery.measure import all_finite, change_of, measure
 from peft_any.surgery.plan import Plan
@@ -162,7 +162,7 @@ class Surgeon:
         tensors = [self._replaced(name) for name in names]
         layer = Dense.of(tensors[0], tensors[1] if site.bias else None, site)
         layer, parts = self._widened(layer, [self._part(i, site) for i in plan.parts(site)])
-        merged, dw, db = combine.realise(parts, layer)
+        merged, dw, db = several.realise(parts, layer)
         out = {site.weight: to_numpy(merged.stored())}
         deltas = {site.weight: to_numpy(merged.replace(weight=dw).stored())}
         if site.bias_name in plan.touched and merged.bias is not None and db is not None:

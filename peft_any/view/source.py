@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from peft_any import combine
+from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer, lifted
@@ -50,7 +50,7 @@ class Source:
             params, base = widen([part.params for part in bound.parts], bound.base)
             base = lifted(base, params)
             parts = [replace(q, params=p) for q, p in zip(bound.parts, params, strict=True)]
-            merged = combine.merge(parts, base, stacked=bound.stacked)
+            merged = several.merge(parts, base, stacked=bound.stacked)
             w: Any = narrow(merged, bound.base).stored()
             if hasattr(w, "flags") and hasattr(w.flags, "writeable"):
                 w = w.view()

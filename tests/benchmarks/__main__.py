@@ -19,7 +19,6 @@ import numpy as np
 
 from peft_any.backend import resolve
 from peft_any.bound import BoundLayer
-from peft_any.combine import Part
 from peft_any.layer import Dense, Site
 from peft_any.method import Tuner
 from peft_any.methods.adalora import AdaLoraConfig
@@ -30,6 +29,7 @@ from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
+from peft_any.parts import Part
 from peft_any.rng import Fresh
 from tests.benchmarks.steps import steps
 from tests.benchmarks.timing import SLOW, machine, ratio
