@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from peft_any import parts as several
 from peft_any._tree import leaves
-from peft_any._typing import Array, Params
-from peft_any.backend import astype, dtype_name, is_array, is_floating, is_traced, namespace
+from peft_any._typing import Array
+from peft_any.backend import astype, dtype_name, is_floating, is_traced
 from peft_any.errors import ConfigError, TargetError, nearest
-from peft_any.layer import Dense, check_input, widen
+from peft_any.layer import Dense, check_input
 from peft_any.parts import Part
 
 
@@ -35,13 +35,7 @@ class BoundLayer:
     stacked: bool
 
     def __post_init__(self) -> None:
-        params, base = widen([part.params for part in self.parts], self.base)
-        base = lifted(base, params)
-        parts = [
-            replace(part, params=part.config.prepare(p, base))
-            for part, p in zip(self.parts, params, strict=True)
-        ]
-        object.__setattr__(self, "_wide", (parts, base))
+        object.__setattr__(self, "_wide", several.ready(self.parts, self.base))
 
     @property
     def traced(self) -> bool:
@@ -71,15 +65,6 @@ class BoundLayer:
             x = astype(x, dtype_name(base.weight))
         y: Array = astype(several.forward(parts, x, base, stacked=self.stacked), out)
         return y
-
-
-def lifted(base: Dense, params: Sequence[Params]) -> Dense:
-    """Take a base to the tape that records its adapters: a library may refuse to meet a tape's."""
-    arrays = [a for p in params for a in p.values() if is_array(a)]
-    xp = namespace(base.weight, *arrays)
-    if not hasattr(xp, "lift"):
-        return base
-    return base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
 
 
 class Layers(Mapping[str, BoundLayer]):

@@ -248,10 +248,7 @@ class PeftModel:
 
     def merged_site(self, site: Site) -> Dense:
         """Merge one adapted layer, rounded to the base's dtypes."""
-        base, parts = self._base(site), self._parts(site)
-        params, wide = widen([part.params for part in parts], base)
-        exact = [Part(o.config, p, o.weight) for o, p in zip(parts, params, strict=True)]
-        return narrow(several.merge(exact, wide, stacked=self._stacked), base)
+        return several.rounded(self._parts(site), self._base(site), stacked=self._stacked)
 
     def sites(self) -> dict[str, Site]:
         """Give the layers that the active adapters adapt, by module name."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_any._typing import Array, Params
+from peft_any.backend import is_array, namespace
 from peft_any.dropout import Noise
 from peft_any.errors import ConfigError
-from peft_any.layer import Dense, Layer, Site
+from peft_any.layer import Dense, Layer, Site, narrow, widen
 from peft_any.method import Additive, Tuner
 
 
@@ -38,6 +39,26 @@ class Part:
         if self.noise is None:
             return self.config.forward(self.params, x, base)
         return self.config.dropped(self.params, x, base, self.noise)
+
+
+def ready(parts: Sequence[Part], base: Dense) -> tuple[list[Part], Dense]:
+    """Widen adapters and base together, and compute what all calls have in common.
+
+    A base below traced parameters goes to the tape that records them: its library may refuse to
+    meet a tape's arrays.
+    """
+    params, base = widen([part.params for part in parts], base)
+    arrays = [a for p in params for a in p.values() if is_array(a)]
+    xp = namespace(base.weight, *arrays)
+    if hasattr(xp, "lift"):
+        base = base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
+    pairs = zip(parts, params, strict=True)
+    return [replace(part, params=part.config.prepare(p, base)) for part, p in pairs], base
+
+
+def rounded(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense:
+    """Merge adapters into a layer, in the compute dtype, and round to the base's dtypes."""
+    return narrow(merge(*ready(parts, base), stacked=stacked), base)
 
 
 def effect(parts: Sequence[Part], base: Dense) -> tuple[Array, Array | None]:

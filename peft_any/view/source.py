@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
-from peft_any.bound import BoundLayer, lifted
+from peft_any.bound import BoundLayer
 from peft_any.errors import ConfigError
-from peft_any.layer import Site, narrow, widen
+from peft_any.layer import Site
 
 
 class Source:
@@ -47,11 +46,7 @@ class Source:
 
         def make() -> Any:
             bound = self._whole()
-            params, base = widen([part.params for part in bound.parts], bound.base)
-            base = lifted(base, params)
-            parts = [replace(q, params=p) for q, p in zip(bound.parts, params, strict=True)]
-            merged = several.merge(parts, base, stacked=bound.stacked)
-            w: Any = narrow(merged, bound.base).stored()
+            w: Any = several.rounded(bound.parts, bound.base, stacked=bound.stacked).stored()
             if hasattr(w, "flags") and hasattr(w.flags, "writeable"):
                 w = w.view()
                 w.flags.writeable = False
