@@ -31,6 +31,7 @@ LAYERS = [
     {"parts", "bound", "placed"},
     {"view"},
     {"model", "receipt"},
+    {"algebra"},
     {"surgery", "oneshot"},
     {"train"},
     {"demo"},
