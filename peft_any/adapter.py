@@ -53,7 +53,7 @@ class Adapter:
     sites : dict {module: {suffix: array}}
         The method's parameters under the checkpoint's own suffixes.
     shared : dict of str to array
-        What all sites share (VeRA's projections), or a prompt's table.
+        What all sites share (VeRA's projections), or what a prompt trains.
     extra : dict of str to array
         New values of whole base tensors, by the base's names: `modules_to_save`, biases,
         embeddings.
@@ -180,10 +180,8 @@ class Adapter:
 
         Raises
         ------
-        StorageError
-            If the directory exists, or cannot be written.
-        ConfigError
-            If the configuration cannot be written.
+        ConfigError, StorageError
+            If the configuration cannot be written, or the directory exists or cannot be.
 
         Examples
         --------
@@ -215,8 +213,9 @@ class Adapter:
             return write_key(config, Place(part, module, name), sites, self.tokens)
 
         out = {key("site", site, name): a for site, p in sites.items() for name, a in p.items()}
-        if isinstance(config, Prompt) or getattr(config, "save_projection", True):
-            out |= {key("shared", "", name): a for name, a in self.shared.items()}
+        shared = config.portable(self.shared) if isinstance(config, Prompt) else self.shared
+        if getattr(config, "save_projection", True):
+            out |= {key("shared", "", name): a for name, a in shared.items()}
         out |= {key("copy", "", name): a for name, a in self.extra.items()}
         out |= {key("tokens", module): a for module, a in self.tokens.items()}
         return out | {name: a for name, a in self.spare.items() if name not in out}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from peft_any._typing import Array
-from peft_any.backend import creation_device, inv, namespace
+from peft_any.backend import creation_device, detach, inv, namespace
 
 
 def skew(v: Array, b: int) -> Array:
@@ -40,6 +40,31 @@ def skew(v: Array, b: int) -> Array:
     values = xp.reshape(xp.take(v, xp.reshape(place, (b * b,)), axis=1), (v.shape[0], b, b))
     blocks: Array = values * (xp.astype(above, v.dtype) - xp.astype(below, v.dtype))
     return blocks
+
+
+def drawn_back(v: Array, bound: float) -> Array:
+    """Shorten the rows longer than a bound to it, by factors that gradients take as constants.
+
+    Parameters
+    ----------
+    v : array (k, n)
+    bound : float
+
+    Returns
+    -------
+    array (k, n)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> drawn_back(np.asarray([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+    array([[0.6, 0.8],
+           [0.3, 0.4]])
+    """
+    xp, fixed = namespace(v), detach(v)
+    square = xp.sum(fixed * fixed, axis=1, keepdims=True) / bound**2
+    shorter: Array = v / xp.sqrt(xp.where(square > 1.0, square, xp.ones_like(square)))
+    return shorter
 
 
 def inverse(a: Array) -> Array:

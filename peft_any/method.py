@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
 from peft_any.dropout import Noise, dropped
-from peft_any.errors import ConfigError, Irreversible, ShapeError, nearest
+from peft_any.errors import ConfigError, Irreversible
 from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
@@ -78,6 +78,10 @@ class Tuner(Config):
 
         `forward` and `merge` give the same with and without.
         """
+        return p
+
+    def settled(self, p: Params) -> Params:
+        """Bring the parameters to where training keeps them, after each of its steps."""
         return p
 
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
@@ -264,6 +268,10 @@ class Prompt(Config):
     def init(self, new: Fresh) -> Params:
         """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
 
+    def portable(self, p: Params) -> Params:
+        """Give the parameters in the form that a file carries, `shapes`."""
+        return p
+
 
 @dataclass(frozen=True)
 class AdaptedLayer:
@@ -324,24 +332,3 @@ class AdaptedLayer:
                 f"{self.site.name}: this needs the base layer: pass weight= (and bias=) to layer()"
             )
         return self.base
-
-
-def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
-    """Check one site's parameters against the shapes the configuration demands.
-
-    Raises
-    ------
-    ShapeError
-        Listing every missing, extra and misshapen array at once.
-    """
-    want = config.shapes(site)
-    wrong = [
-        f"{site.name}.{k}: shape {tuple(p[k].shape)} cannot fit: {config.where} needs {shape}"
-        for k, shape in want.items()
-        if k in p and tuple(p[k].shape) != shape
-    ]
-    wrong += [f"{site.name}.{k}: missing, of shape {want[k]}" for k in want if k not in p]
-    extra = [k for k in p if k not in want and k not in config.frozen]
-    wrong += [f"{site.name}.{k}: unexpected{nearest(k, want)}" for k in extra]
-    if wrong:
-        raise ShapeError("\n".join(wrong))

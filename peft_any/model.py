@@ -152,6 +152,22 @@ class PeftModel:
         """Put trained arrays {adapter: {site: {name: array}}} in the place of the adapters' own."""
         self._placed = self._with(params)._placed  # noqa: SLF001 - its own class
 
+    def settled(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring arrays that an optimiser has moved to where their methods keep them.
+
+        A training loop calls it before the first step and after every one, as `fit` does; it
+        matters to OFT's `coft` alone, whose blocks are drawn back to their bound.
+
+        Parameters
+        ----------
+        params : mapping {adapter: {site: {name: array}}}
+        """
+        return {
+            name: {s: configs[s].settled(p) if s in configs else p for s, p in sites.items()}
+            for name, sites in params.items()
+            for configs in [self._known(name).configs]
+        }
+
     def exchange(self, name: str, adapter: Adapter) -> None:
         """Put another state of an adapter, a pruned one say, in its place."""
         self._known(name)

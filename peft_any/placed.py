@@ -11,11 +11,11 @@ from peft_any.backend import Backend, backend_of
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
-from peft_any.method import Prompt, Tuner, check_params
+from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import select
-from peft_any.targets import configured, place
+from peft_any.targets import check_params, configured, place
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from peft_any._typing import Params, Shape
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.layer import Kind, Site
 from peft_any.layout import layout, orientations
-from peft_any.method import Tuner, check_params
+from peft_any.method import Tuner
 from peft_any.selection import Rules, saved_whole, select
 
 __all__ = ["configured", "layout", "place", "saved_whole", "select", "sites_of_params"]
@@ -227,3 +227,24 @@ def place(
         if lost:
             raise TargetError("\n".join(lost))
     return sites
+
+
+def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
+    """Check one site's parameters against the shapes the configuration demands.
+
+    Raises
+    ------
+    ShapeError
+        Listing every missing, extra and misshapen array at once.
+    """
+    want = config.shapes(site)
+    wrong = [
+        f"{site.name}.{k}: shape {tuple(p[k].shape)} cannot fit: {config.where} needs {shape}"
+        for k, shape in want.items()
+        if k in p and tuple(p[k].shape) != shape
+    ]
+    wrong += [f"{site.name}.{k}: missing, of shape {want[k]}" for k in want if k not in p]
+    extra = [k for k in p if k not in want and k not in config.frozen]
+    wrong += [f"{site.name}.{k}: unexpected{nearest(k, want)}" for k in extra]
+    if wrong:
+        raise ShapeError("\n".join(wrong))

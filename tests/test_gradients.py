@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_any import blocks
 from peft_any.backend import namespace
 from peft_any.layer import Dense
 from peft_any.methods import lora
@@ -57,6 +58,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.space.wrap(held[0]) if hasattr(x, "space") else held[0]
 
     monkeypatch.setattr(lora, "detach", hold)
+    monkeypatch.setattr(blocks, "detach", hold)
 
 
 def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> float:

@@ -80,13 +80,21 @@ def test_a_models_prompt_is_in_its_shared_arrays() -> None:
     assert adapter.config.prepend(adapter.shared, x).shape == (1, 5, 5)
 
 
-def test_projection_makes_the_table_that_is_saved() -> None:
+def test_projection_makes_the_table_that_is_saved(tmp_path) -> None:
     config = PrefixTuningConfig(
         num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=9, **SIZES
     )
-    net = config.projection(Fresh(0, resolve("numpy")))
-    table = config.project(net)["prompt_embeddings"]
+    model = PeftModel({"wte.weight": np.zeros((7, 6), dtype="float32")})
+    net = model.add("p", config).shared
+    assert model.parameters.trainable == 4 * 6 + 9 * (6 + 1) + 36 * (9 + 1)
+    model["p"].save(tmp_path / "a")
+    loaded = Adapter.load(tmp_path / "a")
+    table = loaded.shared["prompt_embeddings"]
+    assert loaded.config.prefix_projection
+    assert loaded.num_parameters == table.size
     assert table.shape == config.shapes()["prompt_embeddings"] == (4, 36)
+    for one, other in zip(config.key_values(net), config.key_values(loaded.shared), strict=True):
+        np.testing.assert_array_equal(one, other)
     hidden = np.tanh(
         net["embedding.weight"] @ net["transform.0.weight"].T + net["transform.0.bias"]
     )

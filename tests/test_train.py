@@ -122,6 +122,28 @@ def test_every_method_learns(name: str) -> None:
     assert [r["step"] for r in run.history] == [*range(1, 61)]
 
 
+def test_blocks_are_drawn_back_after_every_step() -> None:
+    config = OFTConfig(oft_block_size=4, coft=True, eps=0.1, target_modules=BOTH)
+    model = model_of(config)
+    norms: list[float] = []
+
+    def measure(run: Run) -> None:
+        for p in run.params["task"].values():
+            rows = p["oft_R.weight"]
+            norms.append(float(np.linalg.norm(rows, axis=1).max() * (2 * len(rows)) ** 0.5))
+
+    run = fit(model, loss, [data_of()], steps=30, optimizer=opt.adamw(0.02), callbacks=[measure])
+    assert max(norms) == pytest.approx(0.1, rel=1e-12)
+    assert norms[0] < 0.1
+    far = tree_map(lambda a: a + 1.0, run.params)
+    same(model.settled(far), model.settled(model.settled(far)), rtol=1e-14)
+    x = data_of()[0]
+    want = model.bind(far).layers["fc1"](x)
+    np.testing.assert_allclose(model.bind(model.settled(far)).layers["fc1"](x), want, rtol=1e-12)
+    plain = model_of(CONFIGS["lora"])
+    same(plain.settled(plain.parameters), dict(plain.parameters))
+
+
 @pytest.mark.parametrize("library", ["strict", "torch", "jax"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_curves_agree(library: str, name: str) -> None:

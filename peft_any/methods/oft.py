@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import inv, namespace
-from peft_any.blocks import block_matmul, cayley, cayley_neumann, skew
+from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Tuner
@@ -31,7 +31,8 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
         rotation up to ‖Q‖^(K−1); otherwise Cayley's (I − Q)·(I + Q)⁻¹, which turns the other way:
         the flag does not mean the same rotation computed otherwise.
     block_share: one Q for all blocks: (1, b·(b − 1)/2).
-    coft: every block is drawn back to ‖Q‖ ≤ eps/√(rows of the parameter) before use.
+    coft: every block is drawn back to ‖Q‖ ≤ eps/√(rows of the parameter) before use, by a factor
+        constant to gradients; training stores it so (`settled`).
     init_weights: true (Q = 0) or false (upper triangles of standard deviation 0.1).
     """
 
@@ -98,14 +99,15 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
         known: Array | None = p.get("rotation")
         if known is not None:
             return known
-        v = p["oft_R.weight" if "oft_R.weight" in p else "oft_embedding_R.weight"]
-        xp, terms = namespace(v), self.num_cayley_neumann_terms
-        if self.coft:
-            bound = self.eps / v.shape[0] ** 0.5
-            norm2 = xp.sum(v * v, axis=1, keepdims=True) * (2.0 / bound**2)  # of Q, not of v
-            v = v / xp.sqrt(xp.where(norm2 > 1.0, norm2, xp.ones_like(norm2)))
+        (v,), terms = self.settled(p).values(), self.num_cayley_neumann_terms
         q = skew(v, self.oft_block_size)
         return cayley_neumann(q, terms) if self.use_cayley_neumann else cayley(q)
+
+    def settled(self, p: Params) -> Params:
+        """Draw the blocks back under `coft`: ‖Q‖ is √2 times the norm of its upper triangle."""
+        if not self.coft:
+            return p
+        return {k: drawn_back(v, self.eps / (2 * v.shape[0]) ** 0.5) for k, v in p.items()}
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Compute R once."""

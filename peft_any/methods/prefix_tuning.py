@@ -25,9 +25,9 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
     and `num_attention_heads` are those of the keys. Masks grow by ones: `prompts.extend_mask`.
 
     init_weights: null (standard normal) or "zero".
-    prefix_projection: the table is trained as U₂·tanh(U₁·e + b₁) + b₂, e (T, d) and a hidden
-        width `encoder_hidden_size`; a file holds the resulting table alone. Train what
-        `projection` draws through `project`; once saved, the table itself is all there is.
+    prefix_projection: a fresh table is U₂·tanh(U₁·e + b₁) + b₂, e (T, d), of hidden width
+        `encoder_hidden_size` (null: d), and this net is what is trained, under the names of
+        torch's layers. A file holds the table alone, so what is loaded trains the table itself.
     """
 
     init_weights: str | None = None
@@ -50,25 +50,21 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
         return {"prompt_embeddings": (self.size("num_virtual_tokens"), width)}
 
     def init(self, new: Fresh) -> Params:
-        """Draw the table; under `prefix_projection` the one that a fresh net gives."""
-        if self.prefix_projection:
-            return self.project(self.projection(new))
-        (shape,) = self.shapes().values()
-        draw = new.zeros if self.init_weights == "zero" else new.normal
-        return {"prompt_embeddings": draw(shape)}
-
-    def projection(self, new: Fresh) -> Params:
-        """Draw the net that makes the table: torch's layers, under their own names."""
+        """Draw the table; under `prefix_projection` the net that makes it."""
         ((count, width),), d = self.shapes().values(), self.size("token_dim")
-        hidden, zero = self.encoder_hidden_size or d, self.init_weights == "zero"
-        return draw_encoder(new, (count, d, hidden, width), zero=zero)
+        zero = self.init_weights == "zero"
+        if self.prefix_projection:
+            sizes = (count, d, self.encoder_hidden_size or d, width)
+            return draw_encoder(new, sizes, zero=zero)
+        return {"prompt_embeddings": (new.zeros if zero else new.normal)((count, width))}
 
-    def project(self, net: Params) -> Params:
-        """Compute the table from the net that `projection` drew and training changed."""
-        return {"prompt_embeddings": encode(net)}
+    def portable(self, p: Params) -> Params:
+        """Give the table, computed where its net is trained."""
+        return p if "prompt_embeddings" in p else {"prompt_embeddings": encode(p)}
 
     def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
         """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
+        p = self.portable(p)
         pairs = [self._pair(p, i) for i in range(self.size("num_layers"))]
         return [(spread(k, (batch,)), spread(v, (batch,))) for k, v in pairs]
 
@@ -112,7 +108,7 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
             raise ShapeError(f"{self.where}: layer {layer} cannot have a prefix: there are {n}")
         # HF repeats the layers for an encoder-decoder's two submodules and deals them out by twos.
         at = layer * self.submodules % n
-        table, d = p["prompt_embeddings"], self.size("token_dim")
+        table, d = self.portable(p)["prompt_embeddings"], self.size("token_dim")
         heads, xp = self.size("num_attention_heads"), namespace(table)
         shape = (table.shape[0], heads, d // heads)
         rows = [table[:, i * d : (i + 1) * d] for i in (2 * at, 2 * at + 1)]

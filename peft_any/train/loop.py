@@ -205,6 +205,7 @@ class _Job:
             raise ConfigError(
                 "fit: there is no parameter to train: add an adapter to the model and activate it"
             )
+        params = self.model.settled(params)
         found = {name: a.init(params[name]) for name, a in self.allocators.items()}
         run = Run(params, self.rule.init(params), found)
         return run if checkpoint is None or not checkpoint.exists() else self.load(run, checkpoint)
@@ -269,7 +270,7 @@ class _Job:
         if self.max_grad_norm is not None:
             grads, _ = clip_by_global_norm(self.max_grad_norm).update(grads, {}, run.params)
         updates, run.optimizer = self.rule.update(grads, run.optimizer, run.params)
-        run.params = apply_updates(run.params, updates)
+        run.params = self.model.settled(apply_updates(run.params, updates))
         for name, allocator in self.allocators.items():
             run.params[name], run.allocators[name] = allocator.update(
                 grads[name], run.allocators[name], run.params[name], run.step

@@ -35,7 +35,9 @@ class Optimizer(NamedTuple):
     update: Callable[[Tree, State, Tree], tuple[Tree, State]]
 
 
-def lora_plus(optimizer: Optimizer, ratio: float = 16.0) -> Optimizer:
+def lora_plus(
+    optimizer: Optimizer, ratio: float = 16.0, embedding_ratio: float | None = None
+) -> Optimizer:
     """LoRA+: a rate `ratio` times as large for every B factor (Hayou et al. 2024).
 
     https://arxiv.org/abs/2402.12354. As in Hugging Face PEFT vectors learn like B.
@@ -46,6 +48,10 @@ def lora_plus(optimizer: Optimizer, ratio: float = 16.0) -> Optimizer:
         Whose updates are proportional to its rate, weight decay included: all of this module.
     ratio : float
         How much faster B learns than A.
+    embedding_ratio : float, optional
+        How much faster both factors of an embedding learn than A; by default they learn as the
+        others do. Hugging Face PEFT's ``loraplus_lr_embedding``, 10⁻⁶ unless it is given, is this
+        times the rate.
 
     Examples
     --------
@@ -57,12 +63,13 @@ def lora_plus(optimizer: Optimizer, ratio: float = 16.0) -> Optimizer:
     >>> float(updates["lora_A.weight"][0, 0]), float(updates["lora_B.weight"][0, 0])
     (-1.0, -4.0)
     """
-    check_from_zero("lora_plus", ratio=ratio)
+    check_from_zero("lora_plus", ratio=ratio, embedding_ratio=embedding_ratio or 0.0)
 
     def scale(path: Path, update: Array) -> Array:
         name = str(path[-1]) if path else ""
-        table = name.startswith("lora_embedding_")
-        fast = "lora_B" in name or name == "lora_embedding_B" or (update.ndim == 1 and not table)
+        if name.startswith("lora_embedding_") and embedding_ratio is not None:
+            return embedding_ratio * update
+        fast = "lora_B" in name or name == "lora_embedding_B" or update.ndim == 1
         return ratio * update if fast else update
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:

@@ -30,7 +30,7 @@ from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
 from peft_any.methods.vera import VeraConfig  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
-from peft_any.train import adamw  # noqa: E402
+from peft_any.train import adamw, lora_plus  # noqa: E402
 from peft_any.train.loop import Run, fit  # noqa: E402
 from tests.hf import reference  # noqa: E402
 
@@ -56,9 +56,19 @@ CONFIGS = {
     "lokr": LoKrConfig(r=2, decompose_both=True, target_modules=BOTH),
     "oft": OFTConfig(oft_block_size=4, target_modules=BOTH),
     "oft-exact": OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=BOTH),
+    # HF's bound is in single precision: with one row and this eps it is exact.
+    "oft-coft": OFTConfig(
+        oft_block_size=4, coft=True, eps=0.25, block_share=True, target_modules=BOTH
+    ),
     "boft": BOFTConfig(boft_block_size=4, target_modules=BOTH),
     "boft-2": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, target_modules=BOTH),
     "vera": VeraConfig(r=6, target_modules=BOTH),
+}
+SIZES = {"num_virtual_tokens": 4, "token_dim": 8, "num_layers": 2, "num_attention_heads": 2}
+PROMPTS: dict[str, Any] = {
+    "prompt": PromptTuningConfig(num_virtual_tokens=4, token_dim=8),
+    "prefix": PrefixTuningConfig(**SIZES),
+    "projected": PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=6, **SIZES),
 }
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
@@ -139,6 +149,9 @@ def theirs(model: Any, dtype: str) -> tuple[list[dict[str, np.ndarray]], list[fl
             model.base_model.update_and_allocate(step + 1)
         rule.zero_grad()
         losses.append(float(value.detach()))
+        if getattr(model.peft_config["default"], "coft", False):
+            with torch.no_grad():
+                model.base_model(x, y)  # draws the blocks back that the step has moved
         states.append(
             {k: reference.host(p).copy() for k, p in model.named_parameters() if p.requires_grad}
         )
@@ -196,26 +209,24 @@ def test_a_hundred_steps(name: str, dtype: str, library: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", PROMPTS)
 def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> None:
-    sizes = {"num_virtual_tokens": 4, "token_dim": 8, "num_layers": 2, "num_attention_heads": 2}
-    config: Any = (
-        PromptTuningConfig(num_virtual_tokens=4, token_dim=8)
-        if kind == "prompt"
-        else PrefixTuningConfig(**sizes)
-    )
+    config = PROMPTS[kind]
+    base = reference.prompt_model(replace(config, **SIZES))
     with reference.quietly():
-        hf = peft.get_peft_model(
-            reference.prompt_model(replace(config, **sizes)),
-            reference.config_of(config, task_type="CAUSAL_LM"),
-        ).to(getattr(torch, dtype))
-        hf.save_pretrained(tmp_path)
+        hf = peft.get_peft_model(base, reference.config_of(config, task_type="CAUSAL_LM")).to(
+            getattr(torch, dtype)
+        )
+        hf.save_pretrained(tmp_path / "start")
+    adapter = Adapter.load(tmp_path / "start")
+    if kind == "projected":  # a file holds what the net gives, and not the net
+        adapter = adapter.replace(shared=encoder_of(hf))
     rng = np.random.default_rng(2)
     turn = rng.normal(size=(8, 8) if kind == "prompt" else (4, 4)).astype(dtype)
     rule = torch.optim.AdamW([p for p in hf.parameters() if p.requires_grad], **RATE)
     for _ in range(STEPS):
         made = hf.get_prompt(batch_size=2)
-        if kind == "prefix":
+        if kind != "prompt":
             cache = getattr(made, "self_attention_cache", made).layers
             made = torch.stack([a for layer in cache for a in (layer.keys, layer.values)])
         (torch.sin(made @ torch.tensor(turn)) ** 2).mean().backward()
@@ -223,24 +234,86 @@ def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> 
         rule.zero_grad()
     backend = resolve(library)
     model = PeftModel({"fc.weight": from_numpy(turn, backend)})
-    model.add("task", Adapter.load(tmp_path))
+    model.add("task", adapter)
 
     def total(bound: Any, batch: Any) -> Any:
         p = bound.params["task"][""]
-        table = p["prompt_embeddings"]
-        xp = namespace(table)
-        if kind == "prefix":
-            pairs = config_here.key_values(p, 2)
+        xp = namespace(*p.values())
+        if kind == "prompt":
+            table = p["prompt_embeddings"]
+        else:
+            pairs = adapter.config.key_values(p, 2)
             table = xp.stack([a for pair in pairs for a in pair])
         return xp.mean(xp.sin(table @ batch) ** 2)
 
-    config_here = model["task"].config
     ours = adamw(RATE["lr"], weight_decay=RATE["weight_decay"])
     run = fit(model, total, [from_numpy(turn, backend)], steps=STEPS, optimizer=ours)
-    (want,) = (reference.host(p) for p in hf.parameters() if p.requires_grad)
-    got = to_numpy(run.params["task"][""]["prompt_embeddings"])
-    assert got.dtype == want.dtype
-    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(want)))
+    want = encoder_of(hf)
+    if kind != "projected":
+        want = {"prompt_embeddings": want["embedding.weight"]}
+    close({k: to_numpy(a) for k, a in run.params["task"][""].items()}, want, dtype)
+    hf.save_pretrained(tmp_path / "theirs")
+    model["task"].save(tmp_path / "ours")
+    saved = [Adapter.load(tmp_path / who) for who in ("ours", "theirs")]
+    assert saved[0].config == saved[1].config
+    close(saved[0].shared, saved[1].shared, dtype)
+    with reference.quietly():
+        again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").to(getattr(torch, dtype))
+    table = reference.host(again.prompt_encoder["default"].embedding.weight)
+    single = saved[0].shared["prompt_embeddings"].astype("float32")  # as HF makes its table
+    np.testing.assert_array_equal(table, single)
+
+
+def encoder_of(hf: Any) -> dict[str, np.ndarray]:
+    """What Hugging Face PEFT trains of a prompt, under its names."""
+    trained = hf.prompt_encoder["default"].named_parameters()
+    return {k: reference.host(p).copy() for k, p in trained}
+
+
+def close(got: Any, want: Any, dtype: str) -> None:
+    assert got.keys() == want.keys()
+    for key, one in want.items():
+        assert got[key].dtype == one.dtype
+        bound = TOLERANCE[dtype] * np.max(np.abs(one))
+        np.testing.assert_allclose(got[key], one, rtol=0, atol=bound, err_msg=key)
+
+
+def test_lora_plus_with_a_rate_of_its_own_for_embeddings(tmp_path: Path) -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.fc = nn.Embedding(11, N_IN), nn.Linear(N_IN, N_OUT)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.tanh(self.words(ids)))
+
+    torch.manual_seed(0)
+    net = Words().double()
+    base = reference.state_of(net)
+    config = LoraConfig(r=3, target_modules=["words", "fc"], init_lora_weights=False)
+    with reference.quietly():
+        hf = peft.get_peft_model(net, reference.config_of(config)).double()
+        hf.save_pretrained(tmp_path)
+    rates = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_lr_embedding": 4e-3}
+    rule = create_loraplus_optimizer(hf, torch.optim.AdamW, loraplus_weight_decay=0.05, **rates)
+    ids = np.random.default_rng(4).integers(0, 11, 20)
+    for _ in range(STEPS):
+        rule.zero_grad()
+        (torch.sin(hf.base_model(torch.tensor(ids))) ** 2).mean().backward()
+        rule.step()
+    model = PeftModel(base, kinds={"words": "Embedding"})
+    model.add("task", Adapter.load(tmp_path))
+
+    def total(bound: Any, ids: Any) -> Any:
+        y = bound.layers["fc"](np.tanh(bound.layers["words"](ids)))
+        return np.mean(np.sin(y) ** 2)
+
+    ours = lora_plus(adamw(1e-3, weight_decay=0.05), ratio=8.0, embedding_ratio=4.0)
+    run = fit(model, total, [ids], steps=STEPS, optimizer=ours)
+    state = {k: reference.host(p) for k, p in hf.named_parameters() if p.requires_grad}
+    match(run.params, state, TOLERANCE["float64"])
 
 
 DROPPING = {
