@@ -147,6 +147,59 @@ def factored(a: Array, b: Array) -> tuple[Array, ...]:
     return (a, b) if r * (m + n) < m * n else (a @ b,)
 
 
+def as_product(w: Array) -> tuple[Array, Array]:
+    """Write a matrix as a product of itself and the smaller identity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> as_product(np.asarray([[2.0, 3.0]]))
+    (array([[1.]]), array([[2., 3.]]))
+    """
+    m, n = w.shape
+    eye = namespace(w).eye(min(m, n), dtype=w.dtype, device=creation_device(w))
+    return (w, eye) if m >= n else (eye, w)
+
+
+def kron_factors(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, Array]:
+    """Factor a Kronecker product of two matrices by theirs: (u₁·v₁) ⊗ (u₂·v₂).
+
+    Parameters
+    ----------
+    left, right : sequence of one array or two
+        A matrix, or the factors of one.
+
+    Returns
+    -------
+    array (m·k, r), array (r, p·q)
+        r is the product of the factors' inner sizes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> u, v = kron_factors([np.asarray([[2.0]])], [np.asarray([[1.0, 3.0]])])
+    >>> u @ v
+    array([[2., 6.]])
+    """
+    (a, b), (c, d) = ((w[0], w[1]) if len(w) > 1 else as_product(w[0]) for w in (left, right))
+    return kron(a, c), kron(b, d)
+
+
+def kron(a: Array, b: Array) -> Array:
+    """Kronecker product of two matrices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kron(np.asarray([[1, 2]]), np.asarray([[1, 10]]))
+    array([[ 1, 10,  2, 20]])
+    """
+    xp, (m, n), (p, q) = namespace(a, b), a.shape, b.shape
+    blocks = xp.reshape(a, (m, 1, n, 1)) * xp.reshape(b, (1, p, 1, q))
+    product: Array = xp.reshape(blocks, (m * p, n * q))
+    return product
+
+
 def linear_kron(x: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
     """Apply a Kronecker product to vectors without forming it: ``x @ kron(left, right)ᵀ``.
 

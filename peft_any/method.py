@@ -14,6 +14,7 @@ from peft_any.backend import astype, dtype_name, is_floating, resolve
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
+from peft_any.linalg import as_product
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
 from peft_any.rng import Fresh
@@ -87,9 +88,8 @@ class Tuner(Config):
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
         """Give what merging adds to the weight, and to the bias if it changes it."""
         merged = self.merge(p, base)
-        if merged.bias is None or not self.changes_bias(base.site):
-            return merged.weight - base.weight, None
-        return merged.weight - base.weight, merged.bias - _bias(base)
+        moves = merged.bias is not None and self.changes_bias(base.site)
+        return merged.weight - base.weight, merged.bias - _bias(base) if moves else None
 
     def changes_bias(self, site: Site) -> bool:  # noqa: ARG002
         """Whether merging changes the layer's bias."""
@@ -163,12 +163,11 @@ class Tuner(Config):
         12288
         """
         site = Site("layer", n_in, n_out, kind, kernel, bias=bias is not None)
-        given = [a for a in (weight, bias) if a is not None]
         base = None if weight is None else Dense.of(weight, bias, site)
-        new = Fresh(seed, resolve(backend, *given), key=site.name, dtype=dtype, base=base)
-        config = self.at(site)
-        shared = config.init_shared([site], new)
-        return AdaptedLayer(config, site, {**shared, **config.init(site, new)}, base)
+        to, config = resolve(backend, weight, bias), self.at(site)
+        new = Fresh(seed, to, key=site.name, dtype=dtype, base=base)
+        params = {**config.init_shared([site], new), **config.init(site, new)}
+        return AdaptedLayer(config, site, params, base)
 
 
 class Additive(Tuner):
@@ -177,6 +176,10 @@ class Additive(Tuner):
     @abc.abstractmethod
     def delta(self, p: Params, site: Site) -> Array:
         """Form ΔW (n_out, width)."""
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give u (n_out, k) and v (k, width) with ΔW = u·v; overridden where k can be small."""
+        return as_product(self.delta(p, site))
 
     def bias_delta(self, p: Params, site: Site) -> Array | None:  # noqa: ARG002
         """Give what is added to the bias (n_out,), if anything."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from peft_any.backend import resolve
 from peft_any.errors import Irreversible
 from peft_any.layer import Dense
+from peft_any.method import Additive
 from peft_any.rng import Fresh
 from tests.cases import CASES, Case
 from tests.conftest import Lib
@@ -135,3 +138,23 @@ def test_parameters_have_the_names_and_shapes_announced(case: Case) -> None:
     p = config.init(case.site, Fresh(0, resolve("numpy"), base=case.base()))
     announced = config.shapes(case.site)
     assert {k: v.shape for k, v in p.items() if k not in config.frozen} == announced
+
+
+ADDITIVE = [case for case in CASES if isinstance(case.config, Additive)]
+OF_RANK_R = {"ADALORA", "LORA", "VERA"}
+
+
+@pytest.mark.parametrize("case", ADDITIVE, ids=lambda case: case.name)
+@given(seed=st.integers(0, 2**32))
+def test_the_factors_multiply_to_delta(case: Case, seed: int) -> None:
+    config: Any = case.config.at(case.site)
+    p = case.params(case.base(seed, dtype="float64"), seed, "float64")
+    u, v = config.factors(p, case.site)
+    delta = config.delta(p, case.site)
+    assert delta.shape == (u.shape[0], v.shape[1])
+    assert relative(u @ v, delta) <= 1e-14
+    if config.peft_type in OF_RANK_R:
+        trained = p["start_A"].shape[0] if "start_A" in p else 0
+        assert u.shape[1] == config.r + trained
+    else:  # no wider than the matrix, or than the products of the parts' columns
+        assert u.shape[1] <= max(min(delta.shape), config.r**2)

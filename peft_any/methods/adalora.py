@@ -118,18 +118,18 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B·diag(E)·A."""
-        a, b = self._factors(p)
+        b, a = self.factors(p, site)
         return b @ a
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """(B·s·E)·(A·x)."""
-        a, b = self._factors(p)
+        b, a = self.factors(p, site)
         return linear(linear(x, a), b)
 
-    def _factors(self, p: Params) -> tuple[Array, Array]:
-        """A (r, width) and s·B·diag(E) (n_out, r)."""
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give s·B·diag(E) (n_out, r) and A (r, width)."""
         values = self.scaling * namespace(p["lora_E"]).matrix_transpose(p["lora_E"])
-        return p["lora_A"], p["lora_B"] * values
+        return p["lora_B"] * values, p["lora_A"]
 
     def regularizer(self, sites: Iterable[Params]) -> Array:
         """Give orth_reg_weight · the mean of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ over all sites (eq. 4)."""

@@ -84,7 +84,7 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
         p = {k: new.kaiming(shape) for k, shape in shapes.items()}
         return p | {"hada_w2_b": new.zeros(shapes["hada_w2_b"])} if self.init_weights else p
 
-    def factors(self, p: Params) -> tuple[Array, Array, Array, Array]:
+    def _pairs(self, p: Params) -> tuple[Array, Array, Array, Array]:
         """s·w1_aᵀ (r, n_out), w1_b (r, width), w2_aᵀ (r, n_out), w2_b (r, width)."""
         a1, b1, a2, b2 = (p[f"hada_w{k}"] for k in ("1_a", "1_b", "2_a", "2_b"))
         if "hada_t1" in p:
@@ -96,11 +96,18 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·(w1_a·w1_b) ⊙ (w2_a·w2_b)."""
-        a1, b1, a2, b2 = self.factors(p)
+        a1, b1, a2, b2 = self._pairs(p)
         xp = namespace(a1, b1, a2, b2)
         # One expression: NumPy then multiplies into the first product instead of a third array.
         product: Array = (xp.matrix_transpose(a1) @ b1) * (xp.matrix_transpose(a2) @ b2)
         return product
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give the r² products of rows, where they are fewer than ΔW's."""
+        if self.r**2 >= min(site.n_out, site.width):
+            return super().factors(p, site)
+        into, out = self._with_rows(p)["rows"]
+        return namespace(out).matrix_transpose(out), into
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """Σᵢⱼ over the r² products of rows i and j, unless forming ΔW is cheaper."""
@@ -119,5 +126,5 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
         return self._with_rows(p) if r * r * (m + n) < m * n else p
 
     def _with_rows(self, p: Params) -> Params:
-        a1, b1, a2, b2 = self.factors(p)
+        a1, b1, a2, b2 = self._pairs(p)
         return {**p, "rows": (khatri_rao(b1, b2), khatri_rao(a1, a2))}

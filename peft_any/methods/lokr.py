@@ -10,7 +10,7 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Kind, Site, flat
-from peft_any.linalg import factored, factorize, linear_kron, tucker
+from peft_any.linalg import factored, factorize, kron_factors, linear_kron, tucker
 from peft_any.method import Additive
 from peft_any.patterns import matching
 from peft_any.rng import Fresh
@@ -87,18 +87,14 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
 
     def init(self, site: Site, new: Fresh) -> Params:
         """All uniform but one factor, which is zero."""
-        zero: tuple[str, ...] = ("lokr_w1", "lokr_w1_a") if self.init_weights else ()
-        if self.init_weights == "lycoris":
-            zero = ("lokr_w2", "lokr_w2_b")
-        shapes = self.shapes(site)
+        zeros = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b")}
+        zero, shapes = zeros.get(self.init_weights, ()), self.shapes(site)
         return {k: (new.zeros if k in zero else new.kaiming)(s) for k, s in shapes.items()}
 
-    def factors(self, p: Params) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def _pair(self, p: Params) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """s·w1 and w2, each as one flat matrix or two whose product it is."""
-        if "lokr_w1" in p:
-            left: tuple[Array, ...] = (self.scaling * p["lokr_w1"],)
-        else:
-            left = factored(self.scaling * p["lokr_w1_a"], p["lokr_w1_b"])
+        w1 = (p["lokr_w1"],) if "lokr_w1" in p else factored(p["lokr_w1_a"], p["lokr_w1_b"])
+        left = (self.scaling * w1[0], *w1[1:])
         if "lokr_w2" in p:
             return left, (flat(p["lokr_w2"]),)
         a, b = p["lokr_w2_a"], p["lokr_w2_b"]
@@ -120,11 +116,14 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
         """W′ − ΔW: exact but for one rounding of each sum."""
         return self._plus(merged, p, -1.0)
 
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give u₁ ⊗ u₂ and v₁ ⊗ v₂, where s·w1 = u₁·v₁ and w2 = u₂·v₂."""
+        return kron_factors(*self._pair(p)) if self._is_kron(p, site) else super().factors(p, site)
+
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """w1·X·w2ᵀ for every x as a matrix X (p, q)."""
-        if self._scrambled(p, site):
-            return super().residual(p, x, site)
-        return linear_kron(x, *self.factors(p))
+        whole = not self._is_kron(p, site)
+        return super().residual(p, x, site) if whole else linear_kron(x, *self._pair(p))
 
     def _plus(self, base: Dense, p: Params, sign: float) -> Dense:
         w1, w2 = self._spread(p, base.site)
@@ -135,16 +134,16 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
 
     def _spread(self, p: Params, site: Site) -> tuple[Array, Array]:
         """s·w1 and w2, their axes apart so that w1 * w2 is ΔW in blocks."""
-        w1, w2 = (f[0] if len(f) == 1 else f[0] @ f[1] for f in self.factors(p))
+        w1, w2 = (f[0] if len(f) == 1 else f[0] @ f[1] for f in self._pair(p))
         xp = namespace(w1, w2)
         left: Shape = (w1.shape[0], 1, w1.shape[1], 1)
         right: Shape = (1, w2.shape[0], 1, w2.shape[1])
-        if self._scrambled(p, site):
+        if not self._is_kron(p, site):
             k, q, taps = p["lokr_w2"].shape
             left, right = (1, *left), (k, 1, q, 1, taps)
         return xp.reshape(w1, left), xp.reshape(w2, right)
 
-    def _scrambled(self, p: Params, site: Site) -> bool:
-        """Whether ΔW is no Kronecker product of matrices."""
+    def _is_kron(self, p: Params, site: Site) -> bool:
+        """Whether ΔW is a Kronecker product of matrices."""
         # HF takes the product of w1 with a Conv1d's whole, 3-D w2, then reads it in W's shape.
-        return site.kind == "Conv1d" and "lokr_w2" in p
+        return site.kind != "Conv1d" or "lokr_w2" not in p

@@ -93,7 +93,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
             p["lora_B.bias"] = new.uniform((site.n_out,), bound)
         if self.use_dora:
             (q,), base = widen([p], new.base_for(site.name, "use_dora"))
-            m = astype(row_norms(base.weight, *self.factors(q)), new.dtype)
+            m = astype(row_norms(base.weight, *self.factors(q, site)), new.dtype)
             p |= {k: namespace(m).reshape(m, v) for k, v in shapes.items() if k not in p}
         return p
 
@@ -110,7 +110,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         a, b = starts.starting_pair(str(self.init_lora_weights), site, self.r, self.scaling, new)
         return {**p, "start_A": a, "start_B": b}
 
-    def factors(self, p: Params) -> tuple[Array, Array]:
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
         names = ("lora_embedding_A", "lora_embedding_B")
         a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
@@ -120,7 +120,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B·A."""
-        b, a = self.factors(p)
+        b, a = self.factors(p, site)
         return b @ a
 
     def bias_delta(self, p: Params, site: Site) -> Array | None:
@@ -129,14 +129,14 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """s·B·(A·x)."""
-        b, a = self.factors(p)
+        b, a = self.factors(p, site)
         return linear(linear(x, a), b, self.bias_delta(p, site))
 
     def gain(self, p: Params, base: Layer) -> Array | None:
         """m/‖W + ΔW‖ by rows, with `use_dora`: W before any adapter, norms constant (§4.3)."""
         if not self.use_dora or "gain" in p:
             return p.get("gain")
-        norms = detach(row_norms(base.original, *self.factors(p)))  # the paper's section 4.3
+        norms = detach(row_norms(base.original, *self.factors(p, base.site)))
         gain: Array = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms
         return gain
 

@@ -80,10 +80,15 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """diag(b)·B·diag(d)·A."""
+        columns, a = self.factors(p, site)
+        return columns @ a
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give diag(b)·B·diag(d) and A."""
         a, b = self._own(p, site)
         gain = namespace(b).reshape(p["vera_lambda_b"], (site.n_out, 1))
         columns: Array = b * gain * p["vera_lambda_d"]
-        return columns @ a
+        return columns, a
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """b ⊙ B·(d ⊙ A·x)."""
