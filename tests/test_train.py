@@ -148,13 +148,12 @@ def test_blocks_are_drawn_back_after_every_step() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_curves_agree(library: str, name: str) -> None:
     enable(library)
-    steps = 200 if name == "lora" else 20
     curves = [
         fit(
             model_of(CONFIGS[name], lib, dtype="float32", start="float32"),
             loss,
             data_of(lib, dtype="float32"),
-            steps=steps,
+            steps=20,
             batch_size=16,
             optimizer=opt.adamw(0.01),
         ).losses
