@@ -183,6 +183,32 @@ def qr(x: Any) -> Any:
     return namespace(x).linalg.qr(whole)
 
 
+def svd(x: Any) -> tuple[Any, Any, Any]:
+    """Decompose a matrix in its singular triplets u, s, vᵀ, of reduced size; on Dask in one piece.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> svd(np.asarray([[3.0], [4.0]]))[1].tolist()
+    [5.0]
+    """
+    whole = x if library_of(x).name != "dask" else x.rechunk(-1)
+    u, s, vt = namespace(x).linalg.svd(whole, full_matrices=False)
+    return u, s, vt
+
+
+def settled(x: Any) -> Any:
+    """Compute a lazy array, which stays in its library; give any other back as it is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> settled(np.ones(2))
+    array([1., 1.])
+    """
+    return x if library_of(x).name != "dask" else x.persist()
+
+
 def to_numpy(x: Any) -> Host:
     """Bring an array to the host as a NumPy array, which may share its memory.
 

@@ -22,6 +22,8 @@ from peft_any._arrays import (
     is_traced,
     namespace,
     qr,
+    settled,
+    svd,
     to_numpy,
 )
 from peft_any._dtypes import compute_dtype, dtype_name, is_floating, numpy_dtype
@@ -33,7 +35,8 @@ from peft_any.errors import BackendError, nearest
 __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
     "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv", "is_array",
-    "is_floating", "is_traced", "move", "namespace", "numpy_dtype", "qr", "resolve", "to_numpy",
+    "is_floating", "is_traced", "move", "namespace", "numpy_dtype", "qr", "resolve", "settled",
+    "svd", "to_numpy",
 ]  # fmt: skip
 
 
