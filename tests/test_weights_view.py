@@ -23,6 +23,14 @@ from peft_any.methods.oft import OFTConfig
 from tests.conftest import Lib
 
 rng = np.random.default_rng(9)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the same numbers in a test, whichever run before it."""
+    monkeypatch.setattr(sys.modules[__name__], "rng", np.random.default_rng(9))
+
+
 CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(r=2, target_modules=["fc1", "fc2"]),
     "lora_bias": LoraConfig(r=2, target_modules=["fc1", "fc2"], lora_bias=True),
@@ -78,6 +86,19 @@ def never_merged(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{self.site.name} was merged")
 
     monkeypatch.setattr(peft_any.view.source.Source, "merged", property(merged))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """List the layers whose merged weight is formed from here on."""
+    made: list[str] = []
+    merged = peft_any.view.source.Source.merged.fget
+
+    def seen(self: Any) -> Any:
+        made.append(self.site.name)
+        return merged(self)  # type: ignore[misc]
+
+    monkeypatch.setattr(peft_any.view.source.Source, "merged", property(seen))
+    return made
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -174,6 +195,72 @@ def test_convolutions_and_packed_attention_take_the_merged_array(lib: Lib) -> No
     lib.check(lib.array(x) @ w.T, x @ merged.T, rtol=2e-6)
 
 
+SPELLINGS: dict[str, Any] = {
+    "matmul": lambda xp, x, w: xp.matmul(x, w.T),
+    "matmul by x": lambda xp, x, w: xp.matmul(w, xp.matrix_transpose(x)),
+    "tensordot": lambda xp, x, w: xp.tensordot(x, w, axes=((1,), (1,))),
+    "tensordot by x": lambda xp, x, w: xp.tensordot(w, x, axes=((1,), (1,))),
+    "one axis": lambda xp, x, w: xp.tensordot(x, w.T, axes=1),
+    "matrix_transpose": lambda xp, x, w: xp.matmul(x, xp.matrix_transpose(w)),
+    "permute_dims": lambda xp, x, w: x @ xp.permute_dims(w, (1, 0)),
+    "linalg.matmul": lambda xp, x, w: xp.linalg.matmul(x, w.T),
+    "linalg.tensordot": lambda xp, x, w: xp.linalg.tensordot(x, w, axes=((1,), (1,))),
+    "vecdot": lambda xp, x, w: xp.vecdot(x[:, None, :], w),
+}
+"""Ways of the standard to multiply x (…, n_in) by an adapted weight (n_out, n_in)."""
+NO_DISPATCH = {
+    ("dask", "matrix_transpose"), ("dask", "permute_dims"), ("dask", "linalg.matmul"),
+    ("dask", "linalg.tensordot"), ("dask", "vecdot"), ("strict", "vecdot"), ("torch", "vecdot"),
+}  # fmt: skip
+"""Functions that convert or broadcast what they are given before anybody is asked."""
+if not hasattr(np, "vecdot"):  # before NumPy 2
+    NO_DISPATCH.add(("numpy", "vecdot"))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_standard_s_functions_take_the_layer(
+    lib: Lib, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lib.name == "jax":
+        pytest.skip("JAX's functions ask nobody: see the tests of a traced function")
+    if reason := lib.lacks(("linalg",) if spelling.startswith("linalg") else ()):
+        pytest.skip(reason)
+    made = counted(monkeypatch)
+    host, model = adapted(mlp(), CONFIGS["dora"], lib)
+    x, w = draw(5, 6), model.bind().weights["fc1.weight"]
+    want = x @ host.merge()["fc1.weight"].T
+    made.clear()
+    got = SPELLINGS[spelling](namespace(w), lib.array(x), w)
+    lib.check(got, want.T if "by x" in spelling else want, rtol=2e-6)
+    missed = (lib.name, spelling) in NO_DISPATCH
+    assert bool(made) == missed
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("row", ["numpy", "strict", "torch", "jax"])
+@pytest.mark.usefixtures("never_merged")
+def test_a_tape_s_functions_take_the_layer(row: str, spelling: str) -> None:
+    from peft_any import move, value_and_grad
+
+    pytest.importorskip({"strict": "array_api_strict"}.get(row, row))
+    host, _ = adapted(mlp(), CONFIGS["dora"])
+    model = PeftModel(move(host.weights, row))
+    model.add("a", host["a"])
+    params, x = {"a": model["a"].trainable()}, move(draw(5, 6), row)
+
+    def loss(p: Any, x: Any, by: Any) -> Any:
+        y = by(namespace(x), x, model.bind(p).weights["fc1.weight"])
+        return namespace(y).sum(y * y)
+
+    run = value_and_grad(loss, engine="tape")
+    value, grads = run(params, x, SPELLINGS[spelling])
+    want, same = run(params, x, lambda xp, x, w: x @ w.T)
+    np.testing.assert_allclose(float(to_numpy(value)), float(to_numpy(want)), rtol=1e-6)
+    for path, g in leaves(grads):
+        h = to_numpy(dict(leaves(same))[path])
+        np.testing.assert_allclose(to_numpy(g), h, atol=1e-6 * float(np.abs(h).max()))
+
+
 @pytest.mark.usefixtures("never_merged")
 def test_numpy_spells_products_in_many_ways() -> None:
     host, _ = adapted(mlp(), CONFIGS["dora"])
@@ -194,6 +281,9 @@ def test_numpy_spells_products_in_many_ways() -> None:
         (x @ w.transpose(), x @ full.T),
     ):
         np.testing.assert_allclose(got, want, atol=4e-6)
+    if hasattr(np, "matvec"):  # from NumPy 2.2 on
+        np.testing.assert_allclose(np.matvec(w, x), x @ full.T, atol=4e-6)
+        np.testing.assert_allclose(np.vecmat(x, w.T), x @ full.T, atol=4e-6)
 
 
 def test_numpy_does_the_rest_with_the_merged_array() -> None:
@@ -324,7 +414,7 @@ def test_torch_functions_and_autograd() -> None:
         merged["wte.weight"][idx.numpy()] @ merged["fc1.weight"].T + merged["fc1.bias"], 0
     )
     want = hidden @ merged["fc2.weight"].T + merged["fc2.bias"]
-    np.testing.assert_allclose(y.detach().numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(y.detach().numpy(), want, atol=2e-6 * np.abs(want).max())
     got = torch.tensordot(x, w["fc1.weight"].transpose(0, 1), dims=1)
     assert got.shape == (2, 2, 8)
     assert torch.mm(w["fc1.weight"], x[0].T).shape == (8, 2)

@@ -1,6 +1,7 @@
 """NumPy's own ways to a traced array: its ufuncs, its functions, its arrays' methods.
 
-So that a function written for NumPy runs under recording as it was written.
+So that a function written for NumPy runs under recording as it was written. And a way of our own
+to what only stands for an array.
 """
 
 from __future__ import annotations
@@ -198,3 +199,19 @@ METHODS: dict[str, Any] = {name: _fold(name) for name in
 def methods() -> dict[str, Any]:
     """Give what classes of traced NumPy and CuPy arrays have beside the standard's."""
     return {**METHODS, "__array_ufunc__": _ufunc, "__array_function__": _function}
+
+
+_GIVING = frozenset({"matmul", "tensordot", "vecdot", "take", "matrix_transpose", "permute_dims"})
+"""Functions that an operand may do its own way, if it only stands for an array."""
+
+
+def giving_way(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """Ask operands for `__tape_function__`, as NumPy's functions ask for `__array_function__`."""
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        for a in args:
+            if (own := getattr(type(a), "__tape_function__", None)) is not None:
+                return own(name, call, args, kwargs)
+        return call(*args, **kwargs)
+
+    return ask if name in _GIVING else call

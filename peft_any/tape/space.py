@@ -75,7 +75,7 @@ class Space(ModuleType):
         elif name.startswith("__"):
             return getattr(self.raw, name)
         else:
-            made = self._function(name)
+            made = protocols.giving_way(name, self._function(name))
         self.__dict__[name] = made
         return made
 

@@ -103,6 +103,24 @@ def inner(a: Any, b: Any, /) -> Any:
     return tensordot(a, b, axes=(-1, -1))
 
 
+def vecdot(a: Any, b: Any, /, *, axis: int = -1, dim: int = -1) -> Any:
+    """Multiply rows of an array, one by one, by all of the layer's: ``x[..., None, :]`` by `w`."""
+    w, x = (a, b) if is_view(a) else (b, a)
+    if (axis, dim) != (-1, -1) or is_view(x) or getattr(x, "ndim", 0) < 2 or x.shape[-2] != 1:
+        return NotImplemented
+    return linear(x[..., 0, :], w)
+
+
+def matvec(w: Any, x: Any, /) -> Any:
+    """Multiply vectors as NumPy's ``matvec``: the layer's matrix by the last axis of `x`."""
+    return linear(x, w) if is_view(w) else NotImplemented
+
+
+def vecmat(x: Any, w: Any, /) -> Any:
+    """Multiply vectors as NumPy's ``vecmat``."""
+    return linear(x, w.T) if is_view(w) and w.ndim == 2 else NotImplemented
+
+
 def linear(x: Any, w: Any, bias: Any = None) -> Any:
     """Apply as torch's ``linear``: ``x @ wᵀ + bias``."""
     if not is_view(w) or is_view(x) or w.flipped or not x.ndim or not _fits(x, w, x.shape[-1]):
@@ -164,9 +182,10 @@ def exchange(w: Any, *axes: Any, **rest: Any) -> Any:
     return w.T if two and sorted(i % 2 for i in given) in ([], [0, 1]) else NotImplemented
 
 
-_OF_VIEWS: Mapping[str, Route] = {
+OF_VIEWS: Mapping[str, Route] = {
     "matmul": matmul, "__matmul__": matmul, "__rmatmul__": _reflected, "mm": matmul, "mv": matmul,
-    "dot": dot, "tensordot": tensordot, "inner": inner, "linear": linear,
+    "dot": dot, "tensordot": tensordot, "inner": inner, "linear": linear, "vecdot": vecdot,
+    "linalg_vecdot": vecdot, "matvec": matvec, "vecmat": vecmat,
 }  # fmt: skip
 _OF_ONE: Mapping[str, Route] = {
     "take": take, "permute": transpose, "permute_dims": transpose, "t": exchange,
@@ -174,16 +193,18 @@ _OF_ONE: Mapping[str, Route] = {
 }  # fmt: skip
 
 
-def call(func: Callable[..., Any], args: Any, kwargs: Any, *, torch_like: bool = False) -> Any:
+def call(
+    func: Callable[..., Any], args: Any, kwargs: Any, *, name: str = "", torch_like: bool = False
+) -> Any:
     """Call a library's function on arguments of which some stand for adapted weights."""
-    name = getattr(func, "__name__", "")
+    name = name or getattr(func, "__name__", "")
     kwargs = {k: v for k, v in (kwargs or {}).items() if k != "out" or v is not None}
     if name == "embedding" and len(args) > 1 and is_view(args[1]):
         route: Route | None = embedding
     elif name == "transpose" and args and is_view(args[0]):
         route = exchange if torch_like else transpose
-    elif name in _OF_VIEWS and len(args) > 1 and (is_view(args[0]) or is_view(args[1])):
-        route = _OF_VIEWS[name]
+    elif name in OF_VIEWS and len(args) > 1 and (is_view(args[0]) or is_view(args[1])):
+        route = OF_VIEWS[name]
     else:
         route = _OF_ONE.get(name) if args and is_view(args[0]) else None
     if route is not None:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from peft_any import parts as several
+from peft_any._libraries import library_of
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer
 from peft_any.errors import ConfigError
 from peft_any.layer import Site
+
+HOLDING = {"strict": "_array"}
+"""Libraries whose arrays hold NumPy's, which their functions give to NumPy's own; and where."""
 
 
 class Source:
@@ -70,6 +74,29 @@ class Source:
         alone, shift = self._keep("layer", make)
         y: Array = alone(x)
         return y if shift is None else y - astype(shift, dtype_name(y))
+
+
+class Held:
+    """A source as NumPy's functions see it, for a library whose arrays hold NumPy's."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.site = source, source.site
+        self.stored = self._inside(source.stored)
+        self.arrays = tuple(map(self._inside, source.arrays))
+
+    def _inside(self, x: Any) -> Any:
+        return getattr(x, HOLDING[library_of(self._source.stored).name])
+
+    @property
+    def merged(self) -> Any:
+        """The NumPy array in the merged weight."""
+        return self._inside(self._source.merged)
+
+    def layer(self, x: Any) -> Any:
+        """Apply the weight alone."""
+        stored = self._source.stored
+        held = namespace(stored).asarray(x, device=creation_device(stored))
+        return self._inside(self._source.layer(held))
 
 
 def _params(bound: BoundLayer) -> list[Array]:

@@ -20,7 +20,7 @@ from peft_any.errors import TargetError, nearest
 from peft_any.layer import Site
 from peft_any.view import products
 from peft_any.view.products import is_view, plain, refusal
-from peft_any.view.source import Source, at_zero
+from peft_any.view.source import HOLDING, Held, Source, at_zero
 
 _ASKING = frozenset({"numpy", "cupy", "torch", "jax", "dask"})
 """Libraries whose operators give way to a foreign operand."""
@@ -37,7 +37,7 @@ class AdaptedWeight:
     """
 
     _stands_for_weight: ClassVar[bool] = True
-    source: Source
+    source: Source | Held
     flipped: bool
 
     @property
@@ -128,7 +128,7 @@ class AdaptedWeight:
         if any(map(is_view, kwargs.get("out", ()))) or (method == "at" and is_view(inputs[0])):
             raise refusal(self, ufunc.__name__)
         f = ufunc if method == "__call__" else getattr(ufunc, method)
-        merged = self.merged if ufunc.__name__ != "matmul" else None
+        merged = self.merged if ufunc.__name__ not in products.OF_VIEWS else None
         if method != "__call__":
             return f(*plain(inputs), **kwargs)
         if merged is not None and getattr(type(merged), "__array_ufunc__", None) is None:
@@ -137,6 +137,10 @@ class AdaptedWeight:
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         return products.call(func, args, kwargs)
+
+    @classmethod
+    def __tape_function__(cls, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        return products.call(func, args, kwargs, name=name)
 
     @classmethod
     def __torch_function__(
@@ -227,6 +231,8 @@ def _class_of(like: Array) -> type:
             bases, body["__module__"] = (AdaptedWeight, kind), kind.__module__
         if library.name in ("cupy", "torch", "jax", "strict"):
             body["__array_ufunc__"] = None  # NumPy's operators give way to the reflected ones
+        if where := HOLDING.get(library.name):
+            body[where] = property(lambda w: _stand_in(Held(w.source), flipped=w.flipped))
         if library.name != "jax":
             body["__jax_array__"] = None
         made = type("AdaptedWeight", bases, body)
@@ -240,7 +246,7 @@ def _class_of(like: Array) -> type:
     return _classes[kind]
 
 
-def _stand_in(source: Source, *, flipped: bool) -> Any:
+def _stand_in(source: Source | Held, *, flipped: bool) -> Any:
     """Make the stand-in of a weight, or of that weight transposed."""
     known = [a for a in source.arrays if library_of(a).name]
     recorded = [a for a in source.arrays if not library_of(a).name]
