@@ -121,6 +121,14 @@ def hf(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Try 10,000 mutated inputs; `nox -s fuzz -- --fuzz N` for another number."""
+    install(session, "test")
+    count = session.posargs or ["--fuzz", "10000"]
+    session.run("pytest", "tests/test_hostile.py", *count, env=ENV)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure import time, adapted calls and merges, against Hugging Face PEFT where it applies."""
     install(session, "test")

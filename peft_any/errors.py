@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 
@@ -66,6 +67,10 @@ class VerifyError(PeftError, ValueError):
     receipt: Any = None
 
 
+_MOST, _LONGEST = 5_000, 300
+"""How many names are compared, of what length: the comparison takes milliseconds each."""
+
+
 def nearest(name: str, known: Iterable[str], *, n: int = 3) -> str:
     """Suggest known names: ``" (nearest: 'a', 'b')"``, or an empty string.
 
@@ -74,7 +79,9 @@ def nearest(name: str, known: Iterable[str], *, n: int = 3) -> str:
     >>> nearest("q_porj", ["q_proj", "lm_head"])
     " (nearest: 'q_proj')"
     """
-    pool = list(known)
+    if len(name) > _LONGEST:
+        return ""
+    pool = [k for k in islice(known, _MOST) if len(k) <= _LONGEST]
     close = difflib.get_close_matches(name, pool, n=n, cutoff=0.6)
     tail = name.rsplit(".", 1)[-1]
     close += [k for k in pool if k.rsplit(".", 1)[-1] == tail and k not in close][: n - len(close)]

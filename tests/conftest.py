@@ -38,8 +38,9 @@ MODULES = {"strict": "array_api_strict", "dask": "dask.array"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--backend`, which restricts the libraries."""
+    """Add `--backend`, which restricts the libraries, and `--fuzz`."""
     parser.addoption("--backend", action="append", choices=[*LIBRARIES], help="only this library")
+    parser.addoption("--fuzz", type=int, default=200, help="how many mutated inputs are tried")
 
 
 def installed(library: str) -> bool:
@@ -77,6 +78,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     required = os.environ.get("PEFT_ANY_REQUIRE")
     if required and not installed(required):
         pytest.exit(f"PEFT_ANY_REQUIRE={required}, but {required} is not installed", returncode=3)
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """How many mutated inputs to try."""
+    return int(request.config.getoption("--fuzz"))
 
 
 @dataclass(frozen=True)

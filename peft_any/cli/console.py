@@ -14,6 +14,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+_WIDTH, _LINES = 2_000, 1_000
+_CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if i not in (9, 10)}
+
 
 def prepare_streams() -> None:
     """Make the standard streams take whatever is printed: they may be closed, and paths no text."""
@@ -34,10 +37,26 @@ def say(*shown: RenderableType) -> None:
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
 
 
+def clipped(message: str) -> str:
+    r"""Shorten lines that only a damaged file can make so long, and make control codes visible.
+
+    Examples
+    --------
+    >>> clipped("a\nb\x1b[2J")
+    'a\nb\\x1b[2J'
+    >>> len(clipped("9" * 100_000))
+    2002
+    """
+    lines = message.split("\n")
+    more = [f"and {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
+    lines = [line if len(line) <= _WIDTH else f"{line[:_WIDTH]} …" for line in lines[:_LINES]]
+    return "\n".join([*lines, *more]).translate(_CONTROLS)
+
+
 def tell(what: str, message: str, color: str = "red") -> None:
     """Print a message on standard error."""
     with suppress(OSError):
-        text = Text.assemble((f"{what}: ", f"bold {color}"), message)
+        text = Text.assemble((f"{what}: ", f"bold {color}"), clipped(message))
         Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 

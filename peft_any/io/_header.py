@@ -1,4 +1,4 @@
-"""The safetensors header: the table of dtypes, a parser that trusts nothing, and the writer.
+"""The safetensors header: the table of dtypes, and the writer; `_parse` reads it.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes of little-endian length,
 that many bytes of JSON beginning with ``{``, then the tensors without holes.
@@ -7,19 +7,16 @@ that many bytes of JSON beginning with ``{``, then the tensors without holes.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from peft_any._typing import Shape
-from peft_any.errors import FormatError, UsageError
+from peft_any.errors import UsageError
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the reference implementation's own limit."""
-MAX_DIMS = 64
-_MAX_INT = 2**63 - 1
 
 
 class _Dtype(NamedTuple):
@@ -76,53 +73,6 @@ def byte_size(dtype: str, shape: Shape) -> int | None:
     """Bytes that a tensor takes; None where packed elements do not fill whole bytes."""
     size, rest = divmod(BITS[dtype] * prod(shape), 8)
     return None if rest else size
-
-
-def parse_header(
-    raw: bytes, payload: int, where: str
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read and check a header.
-
-    Parameters
-    ----------
-    raw : bytes
-        The JSON, padding included, without the eight bytes of length.
-    payload : int
-        Bytes that follow the header in the file.
-    where : str
-        The file, for messages.
-
-    Returns
-    -------
-    tensors : dict of str to TensorInfo
-        In the order of their bytes; ranges count from the beginning of the file.
-    metadata : dict of str to str
-        ``__metadata__``, or an empty dict.
-
-    Raises
-    ------
-    FormatError
-        Where anything but a valid header stands there.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as cause:
-        raise FormatError(
-            f"{where}: the header cannot be read: byte {8 + cause.start} is not UTF-8"
-        ) from cause
-    if not text.startswith("{"):
-        raise FormatError(f"{where}: the header cannot be read: it is not a JSON object")
-    scan = _Scanner(text, where)
-    found: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    for name in scan.members("the header"):
-        if name == "__metadata__":
-            for key in scan.members("__metadata__"):
-                metadata[key] = scan.string("a value of __metadata__")
-        else:
-            found[name] = _entry(scan.entry(name), name, len(raw) + 8, payload, where)
-    scan.end()
-    return _contiguous(found, len(raw) + 8, payload, where), metadata
 
 
 def format_header(
@@ -195,140 +145,5 @@ def format_header(
     }
 
 
-def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number")
-
-
-_FLAT = json.JSONDecoder(object_pairs_hook=list, parse_constant=_no_constant)
-
-
-class _Scanner:
-    """Reads the header member by member: a hostile one costs no more than its own size."""
-
-    _space = re.compile(r"[ \t\n\r]*")
-    _flat = re.compile(r"\{[^{}]{0,4096}\}")
-    _decoder = json.JSONDecoder()
-
-    def __init__(self, text: str, where: str) -> None:
-        self.text, self.where, self.at = text, where, 0
-
-    def peek(self) -> str:
-        match = self._space.match(self.text, self.at)
-        self.at = match.end() if match else self.at
-        return self.text[self.at : self.at + 1]
-
-    def take(self, char: str) -> None:
-        if self.peek() != char:
-            raise self._error(f"{char!r} is missing")
-        self.at += 1
-
-    def string(self, what: str) -> str:
-        if self.peek() != '"':
-            raise self._error(f"{what} is not a string")
-        try:
-            value, self.at = self._decoder.raw_decode(self.text, self.at)
-            text = str(value)
-            text.encode("utf-8")
-        except ValueError as cause:
-            raise self._error(f"{what} is not a valid string") from cause
-        return text
-
-    def members(self, what: str) -> Iterator[str]:
-        self.take("{")
-        if self.peek() == "}":
-            self.at += 1
-            return
-        seen: set[str] = set()
-        while True:
-            name = self.string(f"a key of {what}")
-            if name in seen:
-                raise FormatError(f"{self.where}: {what} cannot repeat a key: {name!r:.80} does")
-            seen.add(name)
-            self.take(":")
-            yield name
-            if self.peek() != ",":
-                break
-            self.at += 1
-        self.take("}")
-
-    def entry(self, name: str) -> dict[str, Any]:
-        self.peek()
-        match = self._flat.match(self.text, self.at)
-        if match is None:
-            raise self._error(f"{name!r:.80} is not an object of dtype, shape and data_offsets")
-        try:
-            pairs = _FLAT.decode(match.group())
-        except RecursionError as cause:
-            raise self._error(f"{name!r:.80} is nested too deeply") from cause
-        except ValueError as cause:
-            raise self._error(f"{name!r:.80} is not JSON ({cause})") from cause
-        keys = sorted(key for key, _ in pairs)
-        if keys != ["data_offsets", "dtype", "shape"]:
-            raise self._error(f"{name!r:.80} has {keys!r:.80} for dtype, shape and data_offsets")
-        self.at = match.end()
-        return dict(pairs)
-
-    def end(self) -> None:
-        if self.peek():
-            raise self._error("something follows the object")
-
-    def _error(self, what: str) -> FormatError:
-        return FormatError(
-            f"{self.where}: the header cannot be read: {what} at character {self.at}"
-        )
-
-
-def _entry(entry: dict[str, Any], name: str, base: int, payload: int, where: str) -> TensorInfo:
-    def wrong(what: str) -> FormatError:
-        return FormatError(f"{where}: {name!r:.80} cannot be read: {what}")
-
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise wrong(f"dtype {code!r:.40} is not one of {', '.join(DTYPES)}")
-    if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise wrong(f"shape {shape!r:.80} is not a list of at most {MAX_DIMS} sizes")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise wrong(f"data_offsets {offsets!r:.80} are not two positions")
-    if prod(max(n, 1) for n in shape) * 16 > _MAX_INT:
-        raise wrong(f"shape {shape!r:.80} is too large for any machine")
-    start, stop = offsets
-    if not start <= stop <= payload:
-        raise wrong(
-            f"its bytes {start} to {stop} do not lie within the {payload} bytes of data "
-            "(is the file truncated?)"
-        )
-    dtype = DTYPES[code].name
-    if byte_size(dtype, tuple(shape)) != stop - start:
-        raise wrong(
-            f"shape {shape!r:.80} of {code} does not take the {stop - start} bytes it is given"
-        )
-    return TensorInfo(dtype, tuple(shape), base + start, base + stop)
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n <= _MAX_INT for n in value)
-
-
-def _contiguous(
-    found: dict[str, TensorInfo], base: int, payload: int, where: str
-) -> dict[str, TensorInfo]:
-    ordered = sorted(found.items(), key=lambda item: (item[1].start, item[1].stop))
-    at, before = base, "the header"
-    for name, info in ordered:
-        if info.start != at:
-            how = "overlap" if info.start < at else "leave a hole"
-            raise FormatError(
-                f"{where}: tensors cannot {how}: {before!r:.80} ends at byte {at}, "
-                f"{name!r:.80} begins at {info.start}"
-            )
-        at, before = info.stop, name
-    if at != base + payload:
-        raise FormatError(
-            f"{where}: {base + payload - at} bytes cannot follow the last tensor: "
-            "they belong to none"
-        )
-    return dict(ordered)

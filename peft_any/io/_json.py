@@ -14,6 +14,8 @@ from peft_any.io._atomic import StrPath, storage_error
 
 LIMIT = 64 << 20
 """Bytes. The index of a model with 200,000 tensors takes 23 MB."""
+PART_LIMIT = 1_000_000
+"""Members and items: a hostile file of empty lists would take fifty times its size in memory."""
 
 
 def regular_size(path: StrPath) -> int:
@@ -76,21 +78,19 @@ def parse_object(raw: bytes | str, where: str, *, constants: bool = False) -> di
         found = dict(pairs)
         if len(found) != len(pairs):
             twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-            raise FormatError(f"{where}: keys cannot repeat: {twice[:5]} do")
+            raise FormatError(f"{where}: keys cannot repeat: {twice[:5]!r:.200} do")
         return found
 
     def refuse(constant: str) -> NoReturn:
         raise FormatError(f"{where}: {constant} cannot stand in JSON: it is not a number")
 
     try:
-        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+        text = _bounded(raw, where)
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=None if constants else refuse
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as cause:
-        raise FormatError(f"{where}: cannot be read: byte {cause.start} is not UTF-8") from cause
     except UnicodeEncodeError as cause:
         raise FormatError(f"{where}: cannot be read: it escapes half a character") from cause
     except RecursionError as cause:
@@ -105,3 +105,13 @@ def parse_object(raw: bytes | str, where: str, *, constants: bool = False) -> di
         kind = type(value).__name__
         raise FormatError(f"{where}: {kind} cannot stand here: a JSON object is needed")
     return value
+
+
+def _bounded(raw: bytes | str, where: str) -> str:
+    try:
+        text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+    except UnicodeDecodeError as cause:
+        raise FormatError(f"{where}: cannot be read: byte {cause.start} is not UTF-8") from cause
+    if sum(map(text.count, "[{,")) > PART_LIMIT:
+        raise FormatError(f"{where}: cannot be read: it has more than {PART_LIMIT} members")
+    return text

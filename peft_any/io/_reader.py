@@ -16,8 +16,9 @@ from peft_any._dtypes import numpy_dtype
 from peft_any.errors import FormatError, StorageError, nearest
 from peft_any.io._atomic import StrPath, reporting
 from peft_any.io._foreign import disguise
-from peft_any.io._header import BITS, HEADER_LIMIT, TensorInfo, parse_header
+from peft_any.io._header import BITS, HEADER_LIMIT, TensorInfo
 from peft_any.io._json import regular_size
+from peft_any.io._parse import parse_header
 
 HostArray: TypeAlias = npt.NDArray[Any]
 

@@ -24,6 +24,7 @@ __all__ = ["Checkpoint", "fingerprint", "output_directory", "output_file"]
 
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+SHARD_LIMIT = 10_000
 _PAGE = 4096
 _PAGES = 8
 
@@ -117,10 +118,12 @@ class Checkpoint(Mapping[str, HostArray]):
     def _inside(self, name: object) -> Path:
         """The path of a file named by the directory's own contents, which may not lead out."""
         if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-            raise FormatError(f"{self.path}: {name!r} cannot be the name of a shard")
+            raise FormatError(f"{self.path}: {name!r:.200} cannot be the name of a shard")
         given = Path(name)
         if given.is_absolute() or given.drive or ".." in given.parts:
-            raise FormatError(f"{self.path}: {name!r} cannot be read: it is outside the directory")
+            raise FormatError(
+                f"{self.path}: {name!r:.200} cannot be read: it is outside the directory"
+            )
         try:
             real, home = (self.root / given).resolve(), self.root.resolve()
         except (OSError, RuntimeError) as cause:
@@ -144,8 +147,14 @@ class Checkpoint(Mapping[str, HostArray]):
         listed: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str):
-                raise FormatError(f"{where}: {name!r} cannot be in {shard!r}: a file is needed")
+                raise FormatError(
+                    f"{where}: {name!r:.80} cannot be in {shard!r:.80}: a file is needed"
+                )
             listed.setdefault(shard, set()).add(name)
+        if len(listed) > SHARD_LIMIT:
+            raise FormatError(
+                f"{where}: {len(listed)} shards cannot be one model: {SHARD_LIMIT} are the limit"
+            )
         paths = {shard: self._inside(shard) for shard in sorted(listed)}
         missing = [shard for shard, path in paths.items() if not path.exists()]
         if missing:
@@ -169,7 +178,7 @@ class Checkpoint(Mapping[str, HostArray]):
         stated = stated.get("total_size") if isinstance(stated, dict) else None
         if stated is not None and stated != size:
             warnings.warn(
-                f"{where}: total_size says {stated!r} and the tensors take {size} bytes",
+                f"{where}: total_size says {stated!r:.40} and the tensors take {size} bytes",
                 stacklevel=4,
             )
 
@@ -338,4 +347,4 @@ def _is_base(name: str) -> bool:
 
 def _some(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return ", ".join(f"{name!r:.200}" for name in names[:most]) + more
