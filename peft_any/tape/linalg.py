@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from peft_any.backend import creation_device
-from peft_any.errors import GradientError
 from peft_any.tape.products import LINALG_COMPOSITES as LINALG_COMPOSITES
 from peft_any.tape.products import LINALG_RULES as LINALG_RULES
 from peft_any.tape.products import adjoint, composite, linalg
@@ -82,12 +81,24 @@ def _(xp: Any, y: Any, a: Any, /, *, upper: bool = False) -> Any:
     return (back,)
 
 
+def _leading(xp: Any, q: Any, g: Any, k: int) -> Any:
+    """Turn the cotangent of a whole orthogonal matrix into that of its first k columns.
+
+    The others are any basis of what is left: they turn with the first ones and not among
+    themselves, so a function that reads their span alone gets its derivative.
+    """
+    first, rest = q[..., :k], q[..., k:]
+    if rest.shape[-1] == 0:
+        return g
+    return g[..., :k] - rest @ (adjoint(xp, g[..., k:]) @ first)
+
+
 @linalg("qr")
 def _(xp: Any, y: Any, a: Any, /, *, mode: str = "reduced") -> Any:
-    q, r = y
+    q_all, r_all = y
     m, n = a.shape[-2:]
-    if mode != "reduced" and m != n:
-        raise GradientError(f"xp.linalg.qr: mode={mode!r} has no derivative: use mode='reduced'")
+    k = min(m, n)
+    q = q_all[..., :k]
 
     def square(gq: Any, gr: Any, r: Any) -> Any:
         middle = r @ adjoint(xp, gr) - adjoint(xp, gq) @ q
@@ -97,6 +108,7 @@ def _(xp: Any, y: Any, a: Any, /, *, mode: str = "reduced") -> Any:
 
     def back(gs: list[Any]) -> Any:
         gq, gr = (xp.zeros_like(x) if g is None else g for g, x in zip(gs, y, strict=True))
+        gq, gr, r = _leading(xp, q_all, gq, k), gr[..., :k, :], r_all[..., :k, :]
         if m >= n:
             return square(gq, gr, r)
         rest = gr[..., m:]
@@ -126,6 +138,29 @@ def _(xp: Any, y: Any, a: Any) -> Any:
     return (back,)
 
 
+@linalg("eig")
+def _(xp: Any, y: Any, a: Any) -> Any:
+    values, v = y
+
+    def back(gs: list[Any]) -> Any:
+        eye = xp.eye(v.shape[-1], dtype=v.dtype, device=creation_device(v))
+        up = adjoint(xp, v)
+        inner = eye * xp.expand_dims(xp.zeros_like(values) if gs[0] is None else gs[0], axis=-2)
+        if gs[1] is not None:  # the columns keep their length
+            part = up @ gs[1]
+            length = xp.expand_dims(xp.sum(eye * part, axis=-2), axis=-2)
+            length = xp.astype(xp.real(length), v.dtype) if is_complex(v.dtype) else length
+            inner = inner + (part - (up @ v) * length) * (1.0 - eye) / conj(xp, _gaps(xp, values))
+        return xp.linalg.solve(up, inner @ up)
+
+    return (back,)
+
+
+@composite("eigvals")
+def _(xp: Any, a: Any) -> Any:
+    return xp.linalg.eig(a)[0]
+
+
 @composite("eigvalsh")
 def _(xp: Any, a: Any) -> Any:
     return xp.linalg.eigh(a)[0]
@@ -137,14 +172,16 @@ def _is_wide(a: Any) -> bool:
 
 @linalg("svd")
 def _(xp: Any, y: Any, a: Any, /, *, full_matrices: bool = True) -> Any:
-    u, s, vh = y
-    if full_matrices and a.shape[-2] != a.shape[-1]:
-        raise GradientError(
-            "xp.linalg.svd: full_matrices=True has no derivative: use full_matrices=False"
-        )
+    u_all, s, vh_all = y
+    k = s.shape[-1]
+    u, vh = u_all[..., :k], vh_all[..., :k, :]
 
     def back(gs: list[Any]) -> Any:
         gu, gvh = gs[0], gs[2]
+        if gu is not None:
+            gu = _leading(xp, u_all, gu, k)
+        if gvh is not None:
+            gvh = adjoint(xp, _leading(xp, adjoint(xp, vh_all), adjoint(xp, gvh), k))
         eye = xp.eye(s.shape[-1], dtype=s.dtype, device=creation_device(s))
         column, row = xp.expand_dims(s, axis=-1), xp.expand_dims(s, axis=-2)
         size = xp.zeros_like(s) if gs[1] is None else gs[1]

@@ -95,6 +95,17 @@ def _(xp: Any, y: Any, x: Any) -> Any:
     return (lambda g: g * (x / xp.where(y == 0.0, xp.ones_like(y), y)),)
 
 
+@rule("sign")
+def _(xp: Any, y: Any, x: Any) -> Any:
+    if not is_complex(x.dtype):
+        return None
+    size = xp.abs(x)
+    size = xp.where(size == 0.0, xp.ones_like(size), size)
+    return (
+        lambda g: xp.where(y == 0.0, xp.zeros_like(g), (g - y * xp.real(conj(xp, y) * g)) / size),
+    )
+
+
 @rule("negative")
 def _(xp: Any, y: Any, x: Any) -> Any:
     return (lambda g: -g,)

@@ -8,7 +8,6 @@ from typing import Any
 
 from peft_any._engines import can_scatter, scatter
 from peft_any.backend import creation_device
-from peft_any.errors import GradientError
 from peft_any.tape.rules import Rule, axes_of, rule, running_products
 
 COMPOSITES: dict[str, Rule] = {}
@@ -57,14 +56,9 @@ PASS = frozenset(
         "ones_like",
         "round",
         "searchsorted",
-        "sign",
         "signbit",
         "size",
         "trunc",
-        "unique_all",
-        "unique_counts",
-        "unique_inverse",
-        "unique_values",
         "zeros_like",
     ]
 )
@@ -324,11 +318,16 @@ def _(xp: Any, y: Any, x: Any, key: Any) -> Any:
     parts = key if isinstance(key, tuple) else (key,)
     shape = tuple(x.shape)
     if not all(k is None or k is ... or isinstance(k, int | slice) for k in parts):
-        if not can_scatter(_base(x)):
-            raise GradientError(
-                f"indexing by {key!r}: has no derivative in this library: use xp.take(x, i, axis=…)"
-            )
-        return (lambda g: put(xp, g, key, shape),)
+        if can_scatter(_base(x)):
+            return (lambda g: put(xp, g, key, shape),)
+        n = prod(shape)
+        places = xp.reshape(xp.arange(n, device=creation_device(x)), shape)[key]
+
+        def back(g: Any) -> Any:
+            hot = _hot(xp, xp.reshape(places, (-1,)), n, g)
+            return xp.reshape(xp.reshape(g, (1, -1)) @ hot, shape)
+
+        return (back,)
     kept = tuple(k for k in parts if k is not None)
     if all(k is ... or k == slice(None) for k in kept):
         return (lambda g: xp.reshape(g, shape),)
