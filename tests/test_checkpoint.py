@@ -582,6 +582,7 @@ class TestOutputDirectory:
             rename(source, target)
 
         monkeypatch.setattr(os, "rename", broken)
+        monkeypatch.setattr("peft_any.io._atomic.exchange", lambda *_: False)
         with (
             pytest.raises(StorageError, match="input/output"),
             output_directory(tmp_path / "out", overwrite=True),
@@ -694,7 +695,7 @@ class TestOutputFile:
     def test_appears_at_the_end(self, tmp_path: Path) -> None:
         with output_file(tmp_path / "a" / "x") as partial:
             partial.write_text("new")
-            assert listing(tmp_path) == ["a", f"a/{partial.name}"]
+            assert listing(tmp_path) == ["a", f"a/{partial.name}", "a/.x.lock"]
         assert listing(tmp_path) == ["a", "a/x"]
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

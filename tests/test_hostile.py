@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -145,14 +146,19 @@ class World:
             assert self.listing() == before
         return err
 
-    def merge(self, name: str) -> str:
-        """Merge after `name` was changed, with the inputs it belongs to."""
+    def merge(self, name: str, command: str = "merge") -> str:
+        """Merge, inspect or verify after `name` was changed, with the inputs it belongs to."""
         folder = name.partition("/")[0]
         base = "many" if folder in ("many", "vera", "dora") else "one"
         adapter = folder if folder not in ("one", "many") else "lora"
         out = self.root / "out"
         try:
             paths = "--base", self.root / base, "--adapter", self.root / adapter
+            if command == "inspect":
+                return self.attack("inspect", self.root / adapter, *paths[:2])
+            if command == "verify":
+                other = self.root / ("many" if base == "one" else "one")
+                return self.attack("verify", *paths, "--merged", other)
             said = self.attack("merge", *paths, "--out", out)
             if out.exists():
                 with Checkpoint(out) as merged:
@@ -251,7 +257,7 @@ def distort(draw: Callable[..., Any], document: Any) -> Any:
         for key in other:
             found = found[key]
         if kind == "value":
-            home[last] = draw(st.sampled_from(NASTY))
+            home[last] = copy.deepcopy(draw(st.sampled_from(NASTY)))
         elif kind == "drop":
             del home[last]
         elif kind == "name" and isinstance(home, dict):
@@ -285,12 +291,12 @@ def change(draw: st.DrawFn, files: dict[str, bytes]) -> tuple[str, bytes]:
 
 def test_mutated_inputs_are_merged_or_refused(world: World, fuzz: int) -> None:
     @settings(max_examples=fuzz)
-    @given(change(world.files))
-    def merges_or_refuses(changed: tuple[str, bytes]) -> None:
+    @given(change(world.files), st.sampled_from(["merge", "merge", "merge", "inspect", "verify"]))
+    def merges_or_refuses(changed: tuple[str, bytes], command: str) -> None:
         name, data = changed
         world.restore()
         (world.root / name).write_bytes(data)
-        world.merge(name)
+        world.merge(name, command)
 
     merges_or_refuses()
 

@@ -8,57 +8,17 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeAlias
 
 from peft_any.errors import PeftError, StorageError, UsageError
+from peft_any.io._faults import StrPath as StrPath
+from peft_any.io._faults import reporting as reporting
+from peft_any.io._faults import storage_error as storage_error
+from peft_any.io._leftovers import discard, exchange, recover
+from peft_any.io._lock import claimed, hidden
 
-StrPath: TypeAlias = str | os.PathLike[str]
-
-_ADVICE = {
-    errno.ENOSPC: "no space is left on the device; free some or choose another place",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-    errno.EFBIG: "the file would exceed the size limit of the file system or the process",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "permission is denied; check the owner and mode, or choose another place",
-    errno.EPERM: "the operation is not permitted there; choose another place",
-    errno.EIO: "the device reports an input/output error; check the disk",
-    errno.ENOENT: "there is no such file or directory; check the spelling",
-    errno.EISDIR: "it is a directory; give a file",
-    errno.ENOTDIR: "a part of the path is a file where a directory is needed",
-    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
-    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
-    errno.ELOOP: "its symbolic links form a loop",
-    errno.EBUSY: "it is in use (a mount point?); choose another place",
-}
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
-
-
-def storage_error(path: StrPath, action: str, cause: Exception) -> StorageError:
-    """A `StorageError` that says what could not be done with `path`, why, and what to try.
-
-    Examples
-    --------
-    >>> print(storage_error("out", "be written", OSError(28, "No space left on device")))
-    out: cannot be written: no space is left on the device; free some or choose another place
-    """
-    code = getattr(cause, "errno", None)
-    why = _ADVICE.get(code or 0) or getattr(cause, "strerror", None) or str(cause)
-    made = StorageError(f"{os.fspath(path)!s}: cannot {action}: {why}")
-    made.errno = code
-    return made
-
-
-@contextmanager
-def reporting(path: StrPath, action: str) -> Iterator[None]:
-    """Turn the operating system's errors within the block into a `StorageError` about `path`."""
-    try:
-        yield
-    except PeftError:
-        raise
-    except OSError as cause:
-        raise storage_error(path, action, cause) from cause
 
 
 def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
@@ -94,7 +54,11 @@ def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
 
 @contextmanager
 def output_file(
-    path: StrPath, overwrite: bool = False, *, inputs: Iterable[StrPath] = ()
+    path: StrPath,
+    overwrite: bool = False,
+    *,
+    inputs: Iterable[StrPath] = (),
+    alone: bool = True,
 ) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
@@ -106,6 +70,8 @@ def output_file(
         Whether an existing file may be replaced.
     inputs : iterable of path
         What must not be touched, see `refuse_overlap`.
+    alone : bool
+        Whether a second run with the same output is refused; if not, the last one's stays.
 
     Yields
     ------
@@ -116,7 +82,7 @@ def output_file(
     Raises
     ------
     StorageError
-        Where `path` exists, cannot be written, or the disk is full.
+        Where `path` exists, another run is writing it, it cannot be written, or the disk is full.
     UsageError
         Where `path` would touch one of `inputs`.
     """
@@ -125,8 +91,12 @@ def output_file(
     made: list[Path] = []
     partial = _sibling(final, "partial")
     try:
-        with reporting(path, "be written"):
+        with reporting(path, "be written"), ExitStack() as stack:
             _make_parents(final, made)
+            if alone:
+                stack.enter_context(claimed(final))
+                recover(final)
+            stack.callback(discard, partial)
             yield partial
             if not partial.is_file():
                 raise UsageError(f"{path}: the output cannot be finished: nothing was written")
@@ -137,8 +107,6 @@ def output_file(
                 _rename_new(partial, final)
             _sync(final.parent)
     except BaseException as cause:
-        with suppress(OSError):
-            partial.unlink()
         _remove_empty(made)
         _name_final(cause, partial, final)
         raise
@@ -171,9 +139,14 @@ def output_directory(
     Raises
     ------
     StorageError
-        Where `path` exists, cannot be written, or the disk is full.
+        Where `path` exists, another run is writing it, it cannot be written, or the disk is full.
     UsageError
         Where `path` would touch one of `inputs`.
+
+    Warns
+    -----
+    UserWarning
+        Where it finds, and removes, what a killed run left.
 
     Examples
     --------
@@ -189,8 +162,12 @@ def output_directory(
     made: list[Path] = []
     partial = _sibling(final, "partial")
     try:
-        with reporting(path, "be written"):
+        with reporting(path, "be written"), ExitStack() as stack:
             _make_parents(final, made)
+            stack.enter_context(claimed(final))
+            recover(final)
+            _check(final, overwrite, inputs, directory=True)
+            stack.callback(discard, partial)
             partial.mkdir()
             yield partial
             for folder, _, names in os.walk(partial, topdown=False):
@@ -199,7 +176,6 @@ def output_directory(
                 _sync(Path(folder))
             _move_in(partial, final, overwrite)
     except BaseException as cause:
-        shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(made)
         _name_final(cause, partial, final)
         raise
@@ -267,9 +243,7 @@ def _real(path: StrPath) -> Path:
 
 
 def _sibling(final: Path, kind: str) -> Path:
-    # 200 bytes of the name leave room for the suffix within the usual 255.
-    stem = os.fsdecode(os.fsencode(final.name)[:200])
-    return final.parent / f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.{kind}"
+    return hidden(final, f"{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
 def _name_final(cause: BaseException, partial: Path, final: Path) -> None:
@@ -321,16 +295,22 @@ def _move_in(partial: Path, final: Path, overwrite: bool) -> None:
         os.rename(partial, final)
         _sync(final.parent)
         return
-    aside = _sibling(final, "old")
-    try:
-        os.rename(final, aside)
-        os.rename(partial, final)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(final):
-            os.rename(aside, final)
-        raise
+    if exchange(partial, final):
+        replaced = partial
+    else:
+        replaced = _sibling(final, "old")
+        try:
+            os.rename(final, replaced)
+            os.rename(partial, final)
+        except BaseException:
+            if os.path.lexists(replaced) and not os.path.lexists(final):
+                os.rename(replaced, final)
+            raise
     _sync(final.parent)
+    # From here on it is no output that could be put back, nor a partial one to go on with.
+    aside = _sibling(final, "gone")
     try:
+        os.rename(replaced, aside)
         if aside.is_symlink():
             aside.unlink()
         else:

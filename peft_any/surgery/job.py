@@ -145,7 +145,7 @@ class Job:
         inputs: list[StrPath] = [self.base.path]
         inputs += [source.path for source in self.plan.sources if source.path is not None]
         if self.to_file:
-            beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs)
+            beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as partial:
                 self.run(partial.parent, {self.base.shards[0].path.name: partial.name})
                 with SafetensorsFile(partial) as written:

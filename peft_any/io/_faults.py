@@ -1,0 +1,56 @@
+"""The operating system's errors, told with what was being done and what to try."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from peft_any.errors import PeftError, StorageError
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+_ADVICE = {
+    errno.ENOSPC: "no space is left on the device; free some or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file would exceed the size limit of the file system or the process",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "permission is denied; check the owner and mode, or choose another place",
+    errno.EPERM: "the operation is not permitted there; choose another place",
+    errno.EIO: "the device reports an input/output error; check the disk",
+    errno.ENOENT: "there is no such file or directory; check the spelling",
+    errno.EISDIR: "it is a directory; give a file",
+    errno.ENOTDIR: "a part of the path is a file where a directory is needed",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter one",
+    errno.ELOOP: "its symbolic links form a loop",
+    errno.EBUSY: "it is in use (a mount point?); choose another place",
+}
+
+
+def storage_error(path: StrPath, action: str, cause: Exception) -> StorageError:
+    """A `StorageError` that says what could not be done with `path`, why, and what to try.
+
+    Examples
+    --------
+    >>> print(storage_error("out", "be written", OSError(28, "No space left on device")))
+    out: cannot be written: no space is left on the device; free some or choose another place
+    """
+    code = getattr(cause, "errno", None)
+    why = _ADVICE.get(code or 0) or getattr(cause, "strerror", None) or str(cause)
+    made = StorageError(f"{os.fspath(path)!s}: cannot {action}: {why}")
+    made.errno = code
+    return made
+
+
+@contextmanager
+def reporting(path: StrPath, action: str) -> Iterator[None]:
+    """Turn the operating system's errors within the block into a `StorageError` about `path`."""
+    try:
+        yield
+    except PeftError:
+        raise
+    except OSError as cause:
+        raise storage_error(path, action, cause) from cause

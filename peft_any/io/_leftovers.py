@@ -1,0 +1,61 @@
+"""What runs that were killed leave beside an output, and how a new one takes an old one's place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+from peft_any.io._lock import hidden
+
+
+def recover(final: Path) -> None:
+    """Put right what a killed run left beside an output, which the caller has claimed.
+
+    A previous output that was set aside, and not yet replaced, gets its name back; partial
+    outputs and replaced ones are removed.
+    """
+    for found in leftovers(final, "old"):
+        if not os.path.lexists(final):
+            os.rename(found, final)
+            warnings.warn(
+                f"{final}: a killed run had set it aside; it has its name again", stacklevel=5
+            )
+    for found in (*leftovers(final, "partial"), *leftovers(final, "old", "gone")):
+        discard(found)
+        warnings.warn(
+            f"{final}: removed what a killed run left beside it: {found.name}", stacklevel=5
+        )
+
+
+def leftovers(final: Path, *kinds: str) -> list[Path]:
+    """List what runs that were killed left beside an output, the oldest first."""
+    stem = hidden(final, "").name
+    form = re.compile(re.escape(stem) + rf"\d+-[0-9a-f]{{8}}\.(?:{'|'.join(kinds)})")
+    found = [p for p in final.parent.iterdir() if form.fullmatch(p.name)]
+    return sorted(found, key=lambda p: p.lstat().st_mtime)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a directory as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give two files or directories each other's names in one step, where the system can."""
+    import ctypes  # noqa: PLC0415 - only outputs that replace another need it
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(here, names[0], here, names[1], swap) == 0)
