@@ -37,17 +37,17 @@ def dtype_name(x: Any) -> str:
     >>> dtype_name(np.zeros(2, dtype="float32")), dtype_name(np.int64)
     ('float32', 'int64')
     """
-    dtype = x if isinstance(x, type | str) else getattr(x, "dtype", x)
-    if type(dtype).__module__.startswith(("torch", "array_api_strict")):
-        return str(dtype).rpartition(".")[2]
+    dtype: Any = x if isinstance(x, (type, str)) else getattr(x, "dtype", x)
     try:
-        return _name(dtype)
+        return _name(dtype.__class__, dtype)
     except TypeError:  # NumPy's, as of an unhashable object
         raise BackendError(f"{x!r}: has no dtype: it is neither an array nor a dtype") from None
 
 
 @lru_cache(maxsize=256)
-def _name(dtype: Any) -> str:
+def _name(kind: type, dtype: Any) -> str:
+    if kind.__module__.startswith(("torch", "array_api_strict")):
+        return str(dtype).rpartition(".")[2]
     if dtype is None:
         raise TypeError("NumPy takes None for float64")
     return numpy_dtype(dtype).name

@@ -334,12 +334,12 @@ _of_type: dict[type, Library] = {}
 def find_library(x: Any) -> Library | None:
     """Find the library of an array; None if `x` is none."""
     kind = type(x)
-    if (known := _of_type.get(kind)) is not None:
+    known = _of_type.get(kind)
+    if known is not None or kind.__module__ == "builtins":  # a dict, a number: asked of all leaves
         return known
     for library in LIBRARIES.values():
         if library.owns(x):
-            _of_type[kind] = library
-            return library
+            return _of_type.setdefault(kind, library)
     return UNKNOWN if hasattr(kind, "__array_namespace__") else None
 
 

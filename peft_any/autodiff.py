@@ -2,90 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, Literal, TypeAlias
 
 from peft_any._engines import ENGINES, Engine
-from peft_any.backend import backend_of, dtype_name, is_array, namespace
+from peft_any._libraries import library_of
+from peft_any.backend import dtype_name, is_array, namespace
 from peft_any.errors import GradientError
 from peft_any.tape import space as tape
+from peft_any.tape.rules import is_inexact
 
 EngineName: TypeAlias = Literal["auto", "tape"]
+_SEQUENCES = (list, tuple)
 
 
-def flatten(tree: Any, path: str = "params") -> tuple[list[Any], list[str], Callable[..., Any]]:
-    """Take the arrays out of a nest; give them, their paths, and how to fill the nest again.
+def flatten(
+    tree: Any, path: str = "params"
+) -> tuple[list[Any], Callable[[], list[str]], Callable[[list[Any]], Any]]:
+    """Take the arrays out of a nest; give them, what tells their paths, and what fills it again.
 
     Examples
     --------
     >>> import numpy as np
     >>> leaves, paths, fill = flatten({"a": [np.ones(1), "text"]})
-    >>> paths, fill([2])
+    >>> paths(), fill([2])
     (["params['a'][0]"], {'a': [2, 'text']})
     """
-    leaves: list[Any] = []
-    paths: list[str] = []
-
-    def visit(node: Any, path: str) -> Callable[[list[Any]], Any]:
-        if is_array(node):
-            leaves.append(node)
-            paths.append(path)
-            place = len(leaves) - 1
-            return lambda values: values[place]
-        if isinstance(node, dict):
-            parts = {k: visit(v, f"{path}[{k!r}]") for k, v in node.items()}
-
-            def as_dict(values: list[Any]) -> Any:
-                made = copy(node)
-                made.update((k, f(values)) for k, f in parts.items())
-                return made
-
-            return as_dict
-        if isinstance(node, list | tuple):
-            items = [visit(v, f"{path}[{i}]") for i, v in enumerate(node)]
-
-            def as_sequence(values: list[Any]) -> Any:
-                made = [f(values) for f in items]
-                return type(node)(*made) if hasattr(node, "_fields") else type(node)(made)
-
-            return as_sequence
-        return lambda _: node
-
-    return leaves, paths, visit(tree, path)
+    return [*_arrays(tree)], lambda: [*_paths(tree, path)], lambda new: _filled(tree, iter(new))
 
 
-def _engine(leaves: Sequence[Any], paths: Sequence[str], engine: EngineName) -> Engine:
+def _arrays(node: Any) -> Iterator[Any]:
+    if isinstance(node, dict):
+        for v in node.values():
+            yield from _arrays(v)
+    elif isinstance(node, _SEQUENCES):
+        for v in node:
+            yield from _arrays(v)
+    elif is_array(node):
+        yield node
+
+
+def _paths(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, (dict, *_SEQUENCES)):
+        for k, v in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _paths(v, f"{path}[{k!r}]")
+    elif is_array(node):
+        yield path
+
+
+def _filled(node: Any, new: Iterator[Any]) -> Any:
+    if isinstance(node, dict):
+        values = {k: _filled(v, new) for k, v in node.items()}
+        if type(node) is dict:
+            return values
+        made = copy(node)
+        made.update(values)
+        return made
+    if isinstance(node, _SEQUENCES):
+        items = [_filled(v, new) for v in node]
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    return next(new) if is_array(node) else node
+
+
+def _engine(leaves: Sequence[Any], paths: Callable[[], list[str]], engine: EngineName) -> Engine:
     if engine not in ("auto", "tape"):
         raise GradientError(f'engine={engine!r}: is not known: choose "auto" or "tape"')
     if not leaves:
         raise GradientError("params: there is no array to differentiate with respect to")
-    for x, path in zip(leaves, paths, strict=True):
-        if not dtype_name(x).startswith(("float", "bfloat", "complex")):
+    for i, x in enumerate(leaves):
+        if not is_inexact(x.dtype):
             raise GradientError(
-                f"{path}: an array of {dtype_name(x)} cannot have a gradient: give it among the "
-                "other arguments, or convert it with peft_any.backend.astype"
+                f"{paths()[i]}: an array of {dtype_name(x)} cannot have a gradient: give it among "
+                "the other arguments, or convert it with peft_any.backend.astype"
             )
-    xp = namespace(*leaves)
-    if engine == "auto" and (own := ENGINES.get(backend_of(leaves[0]).name)) is not None:
+    xp, name = namespace(*leaves), library_of(leaves[0]).name
+    if engine == "auto" and (own := ENGINES.get(name)) is not None:
         return own
-    return _Tape(xp)
+    root = xp.root if isinstance(xp, tape.Space) else name or xp.__name__
+    return _Tape(tape.space_of(xp, root))
 
 
 class _Tape(Engine):
-    """The tape over a namespace, for one call."""
+    """The tape over a namespace."""
 
-    def __init__(self, xp: Any) -> None:
-        self.xp = xp
+    def __init__(self, space: tape.Space) -> None:
+        self.space = space
 
     def vjp(self, run: Any, leaves: list[Any], *, keep: bool) -> Any:
-        space = tape.space_of(self.xp, _root(leaves[0]))
-        outputs, aux, back, _ = tape.record(space, run, leaves)
+        outputs, aux, back, _ = tape.record(self.space, run, leaves)
         return outputs, aux, lambda gs: back(gs, keep=keep)
-
-
-def _root(x: Any) -> str:
-    return str(getattr(namespace(x), "root", backend_of(x).name))
 
 
 def _call(
@@ -129,7 +135,7 @@ def _call(
                 f"cotangent: {len(gs)} arrays cannot meet {len(outputs)} results: give one of "
                 "each result's shape"
             )
-        for g, y, path in zip(gs, outputs, where, strict=True):
+        for g, y, path in zip(gs, outputs, where(), strict=True):
             if tuple(g.shape) != tuple(y.shape) or dtype_name(g) != dtype_name(y):
                 raise GradientError(
                     f"{path}: {tuple(g.shape)} of {dtype_name(g)} cannot meet a result of "
@@ -291,14 +297,14 @@ def vjp(
     >>> pullback(np.asarray([1.0, 10.0]))
     array([ 2., 40.])
     """
-    value, _, back = _call(f, params, rest, engine, _arrays, has_aux=False, keep=True)
+    value, _, back = _call(f, params, rest, engine, _some, has_aux=False, keep=True)
     return value, back
 
 
-def _arrays(value: Any) -> None:
+def _some(value: Any) -> None:
     leaves, paths, _ = flatten(value, "value")
     if not leaves:
         raise GradientError(f"the value is a {type(value).__name__}, without an array in it")
-    for x, path in zip(leaves, paths, strict=True):
-        if not dtype_name(x).startswith(("float", "bfloat", "complex")):
+    for x, path in zip(leaves, paths(), strict=True):
+        if not is_inexact(x.dtype):
             raise GradientError(f"{path}: an array of {dtype_name(x)} has no cotangent")

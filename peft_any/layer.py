@@ -133,12 +133,11 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     array([[2., 4.]])
     """
     xp = namespace(x, w, b)
-    wt: Array = xp.matrix_transpose(w)
     y: Array
     if is_floating(x):
-        y = x @ wt
+        y = x @ w.T
     else:
-        y = xp.reshape(xp.take(wt, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
+        y = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
     return y if b is None else y + b
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +165,31 @@ def test_in_place_operators_make_new_arrays() -> None:
 
     np.testing.assert_allclose(grad(loss)(X), 2 * X + 1)
     assert X[0, 0] == np.random.default_rng(0).standard_normal((3, 4))[0, 0]
+
+
+@every
+def test_a_product_with_itself_and_with_its_own_constant(engine: str) -> None:
+    for f, slope in (
+        (lambda p: total(p * p), 2 * X),
+        (lambda p: total(p * detach(p)), X),  # the same values, but not the same array
+        (lambda p: total(p**2 * p), 3 * X**2),
+    ):
+        _, grads = gradients(engine, f, X)
+        np.testing.assert_allclose(grads, slope, atol=1e-14)
+
+
+def test_nothing_is_kept_of_a_gradient() -> None:
+    params = {"w": np.array(X), "rest": [np.array(W)]}
+    kept = [weakref.ref(params["w"]), weakref.ref(params["rest"][0])]
+    gc.collect()
+    gc.disable()  # arrays wait for no collector of cycles
+    try:
+        value, grads = value_and_grad(lambda p: total(p["w"] @ p["rest"][0]))(params)
+        kept += [weakref.ref(grads["w"])]
+        del params, value, grads
+        assert all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
 
 
 @every

@@ -35,13 +35,20 @@ def composite(*names: str) -> Callable[[Rule], Rule]:
 
 def adjoint(xp: Any, a: Any) -> Any:
     """Transpose matrices and conjugate them."""
-    return conj(xp, xp.matrix_transpose(a))
+    return conj(xp, a.T if a.ndim == 2 else xp.matrix_transpose(a))
+
+
+@rule("_T")
+def _(xp: Any, y: Any, x: Any) -> Any:
+    return (lambda g: g.T,)
 
 
 @rule("matmul")
 def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
     if a.ndim == 1 or b.ndim == 1:
         return _by_vector(xp, a, b)
+    if a.ndim == b.ndim == 2 and not is_complex(y.dtype):
+        return (lambda g: g @ b.T), (lambda g: a.T @ g)
 
     def right(g: Any) -> Any:
         if b.ndim == 2 and a.ndim > 2:  # one product of matrices, not a sum over a stack

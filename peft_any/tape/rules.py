@@ -86,6 +86,8 @@ _UNARY: dict[str, Callable[[Any, Any, Any], Any]] = {
     "atanh": lambda xp, x, y: 1.0 / (1.0 - x * x),
 }
 RULES |= {name: _slope(slope) for name, slope in _UNARY.items()}
+SAME = {"multiply": RULES["square"]}
+"""Rules of operators for twice the same array: one pass over it instead of two and their sum."""
 
 
 @rule("abs")
@@ -161,8 +163,8 @@ def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
 def _(xp: Any, y: Any, x: Any, p: Any) -> Any:
     if type(p) in SCALARS:
         if p == 2:
-            return (lambda g: g * (2.0 * conj(xp, x)),)
-        return (lambda g: g * conj(xp, p * x ** (p - 1)) if p != 0 else xp.zeros_like(y),)
+            return (lambda g: g * (2.0 * conj(xp, x))), None
+        return (lambda g: g * conj(xp, p * x ** (p - 1)) if p != 0 else xp.zeros_like(y)), None
 
     def base(g: Any) -> Any:
         zero = p == 0
@@ -244,7 +246,9 @@ def axes_of(axis: Any, ndim: int) -> tuple[int, ...]:
 
 
 def _kept(xp: Any, g: Any, x: Any, axis: Any) -> Any:
-    """Put the axes of a reduction back, of length 1."""
+    """Put the axes of a reduction back, of length 1, where broadcasting needs them."""
+    if axis is None or g.ndim == x.ndim:
+        return g
     axes = axes_of(axis, x.ndim)
     return xp.reshape(g, tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
 
@@ -258,7 +262,7 @@ def _(xp: Any, y: Any, x: Any, /, *, axis: Any = None, dtype: Any = None, keepdi
 @rule("mean")
 def _(xp: Any, y: Any, x: Any, /, *, axis: Any = None, keepdims: Any = False) -> Any:
     shape = tuple(x.shape)
-    n = prod(shape[a] for a in axes_of(axis, x.ndim))
+    n = prod(shape) // max(prod(y.shape), 1)
     return (lambda g: xp.broadcast_to(_kept(xp, g / n, x, axis), shape),)
 
 

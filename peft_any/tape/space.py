@@ -22,9 +22,19 @@ from peft_any.backend import is_array
 from peft_any.errors import GradientError
 from peft_any.tape import fft, protocols
 from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
-from peft_any.tape.rules import RULES, is_inexact
+from peft_any.tape.record import (
+    ESCAPED,
+    binary,
+    composite,
+    question,
+    recorded,
+    sequence,
+    unary,
+    unruled,
+)
+from peft_any.tape.rules import RULES, SAME
 from peft_any.tape.shapes import COMPOSITES, PASS, SEQUENCES, put
-from peft_any.tape.var import OPERATORS, Node, Recording, Var, sweep
+from peft_any.tape.var import BINARY, REFLECTED, UNARY, Node, Recording, Var, sweep
 
 _new = object.__new__
 _within: ContextVar[Space | None] = ContextVar("peft_any_tape", default=None)
@@ -74,21 +84,27 @@ class Space(ModuleType):
             made.main = self
         elif name.startswith("__"):
             return getattr(self.raw, name)
+        elif name in BINARY or name in UNARY:
+            made = self._operator(name)
         else:
             made = protocols.giving_way(name, self._function(name))
         self.__dict__[name] = made
         return made
 
+    def _operator(self, short: str) -> Any:
+        name, raw = (BINARY | UNARY)[short]
+        if short in UNARY:
+            return unary(self, raw, RULES.get(name), name)
+        return binary(self, raw, RULES.get(name), SAME.get(name), name)
+
     def _function(self, name: str) -> Any:
         raw: Any
-        if name in OPERATORS:
-            name, raw = OPERATORS[name]
-        elif name in _OPERATIONS:
+        if name in _OPERATIONS:
             raw = _OPERATIONS[name]
         else:
             raw = partial(put, self.raw) if name == "_put" else getattr(self.raw, name)
         if not callable(raw) or isinstance(raw, type) or name in _QUESTIONS:
-            return raw if name not in _QUESTIONS else self._question(raw)
+            return raw if name not in _QUESTIONS else question(self, raw)
         rules = {"linalg": LINALG_RULES, "fft": fft.RULES}.get(self.part, RULES)
         composites = {"linalg": LINALG_COMPOSITES, "fft": fft.COMPOSITES}.get(self.part, COMPOSITES)
         shared = self.part and name in RULES and name not in rules
@@ -96,26 +112,12 @@ class Space(ModuleType):
         if shared or (self.part and name in COMPOSITES and name not in composites):
             return getattr(self.__dict__["main"], name)
         if name in composites:
-            return _composite(self, composites[name], raw)
+            return composite(self, composites[name], raw)
         if name in SEQUENCES:
-            return _sequence(self, raw, RULES[name], label)
+            return sequence(self, raw, RULES[name], label)
         if name in rules:
-            return _recorded(self, raw, rules[name], label)
-        return self._question(raw) if name in PASS else _unruled(self, raw, label)
-
-    def _question(self, raw: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self.constant(raw(*_deep(self, args), **_deep(self, kwargs)))
-
-        return call
-
-
-def _deep(space: Space, x: Any) -> Any:
-    if isinstance(x, space.kind):
-        return x.value
-    if isinstance(x, dict):
-        return {k: _deep(space, v) for k, v in x.items()}
-    return type(x)(_deep(space, v) for v in x) if type(x) in (tuple, list) else x
+            return recorded(self, raw, rules[name], label)
+        return question(self, raw) if name in PASS else unruled(self, raw, label)
 
 
 _QUESTIONS = ("result_type", "isdtype", "can_cast", "finfo", "iinfo", "__array_namespace_info__")
@@ -125,140 +127,23 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _edges_of(kind: type, args: Sequence[Any], label: str) -> tuple[list[Any], Any]:
-    """Take the values of arguments, and the nodes of the traced ones by position."""
-    values, edges = list(args), None
-    for i, a in enumerate(args):
-        if isinstance(a, kind):
-            values[i] = a.value  # type: ignore[attr-defined]
-            node = a.node  # type: ignore[attr-defined]
-            if node is not None:
-                if edges is None:
-                    edges = [(i, node)]
-                    if not node.recording.open:
-                        raise GradientError(f"xp.{label}: {_ESCAPED}")
-                else:
-                    if node.recording is not edges[0][1].recording:
-                        raise GradientError(f"xp.{label}: {_ESCAPED}")
-                    edges.append((i, node))
-    return values, edges
-
-
-_ESCAPED = (
-    "a traced array was used outside of the value_and_grad that it belongs to: return it "
-    "(has_aux=True), or keep peft_any.detach(x)"
-)
-
-
-def _recorded(space: Space, raw: Callable[..., Any], rule: Any, label: str) -> Callable[..., Any]:
-    """Make the recording form of a function that has a rule."""
-    kind, below = space.kind, space.__dict__.get("main", space).raw
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        values, edges = _edges_of(kind, args, label)
-        if kwargs:
-            _no_traced(kind, kwargs, label)
-            kwargs = {k: _deep(space, v) for k, v in kwargs.items()}
-        out = raw(*values, **kwargs)
-        if edges is None:
-            return space.constant(out) if isinstance(out, tuple) else space.wrap(out)
-        if isinstance(out, tuple):
-            return _record_tuple(space, below, rule, out, values, edges, kwargs)
-        pulls = rule(below, out, *values, **kwargs)
-        if pulls is None:
-            return space.wrap(out)
-        kept = [(n, p) for i, n in edges if (p := pulls[i] if i < len(pulls) else None)]
-        var = _new(kind)
-        var.value = out
-        var.node = Node(edges[0][1].recording, kept, out.shape, out.dtype)
-        return var
-
-    return call
-
-
-def _record_tuple(  # noqa: PLR0917 - what `_recorded` has at hand
-    space: Space, below: Any, rule: Any, out: Any, values: Any, edges: Any, kwargs: Any
-) -> Any:
-    """Record a function of several results: a node for each, over one that gathers them."""
-    recording = edges[0][1].recording
-    pulls = rule(below, out, *values, **kwargs)
-    like = list(out)
-
-    def gather(pull: Callable[..., Any]) -> Callable[[Any], Any]:
-        def back(g: dict[int, Any]) -> Any:
-            return pull([g.get(i) for i in range(len(like))])
-
-        return back
-
-    whole = Node(recording, [(n, gather(p)) for i, n in edges if (p := pulls[i])], (), None)
-    parts = [
-        space.wrap(y, Node(recording, [(whole, partial(_part, i))], y.shape, y.dtype))
-        if is_inexact(y.dtype)
-        else space.wrap(y)
-        for i, y in enumerate(out)
-    ]
-    return type(out)(*parts) if hasattr(out, "_fields") else tuple(parts)
-
-
-def _part(i: int, g: Any) -> dict[int, Any]:
-    return {i: g}
-
-
-def _no_traced(kind: type, kwargs: dict[str, Any], label: str) -> None:
-    for name, value in kwargs.items():
-        if isinstance(value, kind) and value.node is not None:  # type: ignore[attr-defined]
-            raise GradientError(f"xp.{label}: {name}= cannot be traced: give it by position")
-
-
-def _sequence(space: Space, raw: Any, rule: Any, label: str) -> Callable[..., Any]:
-    """Make the recording form of a function that takes a sequence of arrays."""
-    record = _recorded(space, lambda *xs, **kw: raw(list(xs), **kw), rule, label)
-    return lambda arrays, /, **kwargs: record(*arrays, **kwargs)
-
-
-def _composite(space: Space, build: Callable[..., Any], raw: Any) -> Callable[..., Any]:
-    """Make the recording form of a function that is computed by others when it is traced."""
-    kind = space.kind
-
-    def traced(x: Any) -> bool:
-        if isinstance(x, kind):
-            return x.node is not None
-        return type(x) in (list, tuple) and any(map(traced, x))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not any(map(traced, args)) and not any(map(traced, kwargs.values())):
-            return space.constant(raw(*_deep(space, args), **_deep(space, kwargs)))
-        return build(
-            space.__dict__.get("main", space),
-            *(space.lift(a) for a in args),
-            **{k: space.lift(v) for k, v in kwargs.items()},
-        )
-
-    return call
-
-
-def _unruled(space: Space, raw: Any, label: str) -> Callable[..., Any]:
-    kind = space.kind
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _, edges = _edges_of(kind, [*args, *kwargs.values()], label)
-        if edges is not None:
-            raise GradientError(
-                f"xp.{label}: has no derivative rule: use functions that have one, give its "
-                "derivative with peft_any.custom_vjp, or take peft_any.detach of its operands"
-            )
-        return space.constant(raw(*_deep(space, args), **_deep(space, kwargs)))
-
-    return call
-
-
-def _kind(space: Space) -> type[Var]:
-    """Make the class of a namespace's arrays."""
+def _kind(space: Space) -> Any:
+    """Make the class of a namespace's arrays, with its operators."""
     extra = protocols.methods() if space.root in ("numpy", "cupy") else {}
     body = {"__slots__": (), "space": space, "depth": space.depth, **extra}
-    kind = type("Traced", (Var,), body)
+    kind: Any = type("Traced", (Var,), body)
     _of_type[kind] = UNKNOWN  # found at once: the question is asked at every step
+    space.__dict__["kind"] = kind
+    for short in (*UNARY, *BINARY):
+        setattr(kind, f"_{short}__", getattr(space, short))
+    kind.T = property(space._T)  # noqa: SLF001 - an operation as the others
+    for short in REFLECTED:
+        setattr(kind, f"__r{short[1:]}__", _reflected(getattr(space, short)))
     return kind
+
+
+def _reflected(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: f(other, self)
 
 
 def custom(
@@ -289,7 +174,7 @@ def custom(
 
         return [one(i) for i in range(len(values))]
 
-    return _recorded(space, raw, rule, getattr(forward, "__name__", "custom_vjp"))(*arrays)
+    return recorded(space, raw, rule, getattr(forward, "__name__", "custom_vjp"))(*arrays)
 
 
 _spaces: dict[Any, Space] = {}
@@ -323,7 +208,7 @@ def record(
     for y in outputs:
         node = y.node if isinstance(y, space.kind) else None
         if node is not None and node.recording is not recording:
-            raise GradientError(_ESCAPED)
+            raise GradientError(ESCAPED)
         ends.append(node)
     values = [space.lower(y) for y in outputs]
 

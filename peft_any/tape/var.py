@@ -47,6 +47,7 @@ class Var:
     __hash__ = None  # type: ignore[assignment]
     value: Any
     node: Node | None
+    T: ClassVar[Any]
     space: ClassVar[Any]
     depth: ClassVar[int] = 0
 
@@ -54,7 +55,6 @@ class Var:
     ndim = property(lambda self: self.value.ndim)
     dtype = property(lambda self: self.value.dtype)
     device = property(lambda self: creation_device(self.value))
-    T = property(lambda self: self.space.permute_dims(self, tuple(range(self.ndim))[::-1]))
     mT = property(lambda self: self.space.matrix_transpose(self))  # noqa: N815
 
     @property
@@ -122,7 +122,7 @@ class Var:
         return getattr(self.value, method)  # type: ignore[no-any-return]
 
 
-_BINARY = {
+_ARITHMETIC = {
     "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "pow": "pow",
     "matmul": "matmul", "floordiv": "floor_divide", "mod": "remainder", "and": "bitwise_and",
     "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "bitwise_left_shift",
@@ -132,41 +132,20 @@ _COMPARE = {
     "eq": "equal", "ne": "not_equal", "lt": "less", "le": "less_equal", "gt": "greater",
     "ge": "greater_equal",
 }  # fmt: skip
-_UNARY = {"neg": "negative", "pos": "positive", "abs": "abs", "invert": "bitwise_invert"}
-OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
-    f"_{short}": (name, getattr(operator, f"__{short}__"))
-    for short, name in (_BINARY | _COMPARE | _UNARY).items()
-}
-"""The operation of an operator: the function of the standard, and how to compute it.
-
-Not by that function: torch's take no scalars in places, and promote otherwise.
-"""
+_SINGLE = {"neg": "negative", "pos": "positive", "abs": "abs", "invert": "bitwise_invert"}
 
 
-def _install() -> None:
-    for short in _BINARY | _COMPARE:
-        setattr(Var, f"__{short}__", _operator(f"_{short}", reflected=False))
-    for short in _BINARY:
-        setattr(Var, f"__r{short}__", _operator(f"_{short}", reflected=True))
-    for short in _UNARY:
-        setattr(Var, f"__{short}__", _unary(f"_{short}"))
+def _operators(names: dict[str, str]) -> dict[str, tuple[str, Callable[..., Any]]]:
+    """Give the operation of each operator: its name in the standard, and how to compute it.
+
+    Not by the standard's function: torch's take no scalars in places, and promote otherwise.
+    """
+    return {f"_{k}": (name, getattr(operator, f"__{k}__")) for k, name in names.items()}
 
 
-def _operator(name: str, *, reflected: bool) -> Callable[[Any, Any], Any]:
-    def method(self: Any, other: Any) -> Any:
-        if getattr(other, "depth", 0) > self.depth and isinstance(other, Var):
-            return NotImplemented  # an inner tape records it
-        f = getattr(self.space, name)
-        return f(other, self) if reflected else f(self, other)
-
-    return method
-
-
-def _unary(name: str) -> Callable[[Any], Any]:
-    return lambda self: getattr(self.space, name)(self)
-
-
-_install()
+UNARY = _operators(_SINGLE) | {"_T": ("_T", operator.attrgetter("T"))}
+BINARY = _operators(_ARITHMETIC | _COMPARE)
+REFLECTED = tuple(f"_{k}" for k in _ARITHMETIC)
 
 
 def sweep(
@@ -181,31 +160,30 @@ def sweep(
     wanted = set(leaves)
 
     def give(node: Node, g: Any) -> None:
+        if node.dtype is not None and (g.shape != node.shape or g.dtype != node.dtype):
+            g = settle(xp, g, node.shape, node.dtype)
         if node not in grads:
             grads[node] = g
             heappush(queue, (-node.serial, node))
-        elif isinstance(g, dict):
+        elif node.dtype is None:
             grads[node] = {**grads[node], **g}
         else:
             grads[node] = grads[node] + g
 
     for node, g in roots:
-        give(node, settle(xp, g, node.shape, node.dtype))
+        give(node, g)
     while queue:
         _, node = heappop(queue)
         if node in wanted:
             continue
-        g, edges = grads.pop(node), node.edges
+        g, edges = grads.pop(node), [*node.edges]
         if not keep:
             node.edges = ()
         while edges:
-            (parent, pull), *edges = edges
+            parent, pull = edges.pop(0)
             h = pull(g)
-            if h is None:
-                continue
-            if parent.dtype is not None:
-                h = settle(xp, h, parent.shape, parent.dtype)
-            give(parent, h)
+            if h is not None:
+                give(parent, h)
             del h, pull
     return _apart(xp, [grads.get(leaf) for leaf in leaves])
 
