@@ -16,17 +16,16 @@ from peft_any.backend import (
     backend_of,
     dtype_name,
     from_numpy,
-    is_floating,
     move,
     resolve,
 )
-from peft_any.errors import FormatError, ShapeError, TargetError, UsageError
+from peft_any.errors import FormatError
 from peft_any.extras import (
     check_copies,
     fresh_copies,
     is_trained,
     non_finite,
-    token_faults,
+    refuse_faults,
     token_indices,
     with_rows,
 )
@@ -37,7 +36,8 @@ from peft_any.io.keys import Place, read_keys, refuse_unknown, write_key
 from peft_any.io.safetensors import SafetensorsFile, write_safetensors
 from peft_any.layer import Kind, Site
 from peft_any.method import Prompt, Tuner
-from peft_any.registry import Config, method_names
+from peft_any.naming import regrouping, renaming
+from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import out_projection
 from peft_any.targets import place
@@ -124,7 +124,7 @@ class Adapter:
         if strict:
             refuse_unknown(str(tensors), unknown)
         adapter = cls._sorted(config, arrays, places)
-        adapter._refuse_faults(str(tensors))  # noqa: SLF001 - its own class
+        refuse_faults(adapter, str(tensors))
         return adapter.replace(metadata=dict(file.metadata), raw=raw, notes=(*notes, *unknown))
 
     @classmethod
@@ -142,30 +142,6 @@ class Adapter:
                 parts[to.part][name] = array
         shared, extra, tokens, spare = parts.values()
         return cls(config, sites, shared, extra, tokens, spare=spare)
-
-    def _refuse_faults(self, where: str) -> None:
-        """Refuse what no base can make right."""
-        if isinstance(self.config, Prompt):
-            want = self.config.shapes()
-            bad = [f"{k}: missing, of shape {s}" for k, s in want.items() if k not in self.shared]
-            bad += [
-                f"{k}: shape {tuple(v.shape)} cannot fit: {self.config.where} needs {want.get(k)}"
-                for k, v in self.shared.items()
-                if tuple(v.shape) != want.get(k)
-            ]
-        else:
-            bad = [
-                f"{site}.{name}: {dtype_name(v)} values cannot be parameters: they are no floats"
-                for site, p in self.sites.items()
-                for name, v in p.items()
-                if not is_floating(v) and self.config.peft_type in method_names()
-            ]
-        bad += token_faults(self.config, self.tokens)
-        if bad:
-            raise ShapeError("\n".join(f"{where}: {line}" for line in bad))
-        dummy = getattr(self.config, "target_modules", None) == "dummy-target-modules"
-        if not (self.sites or self.shared or self.extra or self.tokens or dummy):
-            raise TargetError(f"{where}: holds no adapter of {self.config.where}")
 
     def save(self, path: StrPath, *, overwrite: bool = False) -> None:
         """Write an adapter directory as Hugging Face PEFT lays it out, whole or not at all.
@@ -242,24 +218,49 @@ class Adapter:
         >>> list(adapter.renamed(lambda name: name.removeprefix("transformer.")).sites)
         ['h.0.fc']
         """
+        return renaming.renamed(self, rename)
 
-        def tensor(name: str) -> str:
-            module, dot, leaf = name.rpartition(".")
-            return f"{rename(module)}{dot}{leaf}"
+    def split(
+        self, whole: str, parts: Sequence[str], sizes: Sequence[int], *, groups: int = 1
+    ) -> Self:
+        """Copy with fused layers split into their parts: exact, for methods that act by rows.
 
-        sites = {rename(name): p for name, p in self.sites.items()}
-        if len(sites) != len(self.sites):
-            raise UsageError("renamed: two modules cannot get the same name")
-        config = self.config
-        if isinstance(config, Tuner):
-            names = [n for n in sites if n not in map(out_projection, sites)]
-            config = dataclasses.replace(config, target_modules=names)
-        return self.replace(
-            config=config,
-            sites=sites,
-            extra={tensor(name): a for name, a in self.extra.items()},
-            tokens={rename(name): a for name, a in self.tokens.items()},
-        )
+        Parameters
+        ----------
+        whole, parts : str and sequence of str
+            Ends of the modules' names: ``"qkv_proj"`` and ``("q_proj", "k_proj", "v_proj")``.
+        sizes, groups : sequence of int, and int
+            Outputs of each part, and into how many groups, each with its share, they are ordered.
+
+        Raises
+        ------
+        PeftError
+            If the method cannot be split, or names or sizes do not fit.
+
+        Examples
+        --------
+        >>> from peft_any.methods.lora import LoraConfig
+        >>> import numpy as np
+        >>> p = {"lora_A.weight": np.ones((2, 4)), "lora_B.weight": np.ones((8, 2))}
+        >>> adapter = Adapter(LoraConfig(r=2), {"h.0.qkv": p})
+        >>> list(adapter.split("qkv", ("q", "k", "v"), (4, 2, 2)).sites)
+        ['h.0.q', 'h.0.k', 'h.0.v']
+        """
+        return regrouping.split(self, whole, parts, sizes, groups)
+
+    def fused(
+        self,
+        whole: str,
+        parts: Sequence[str],
+        sizes: Sequence[int] | None = None,
+        *,
+        groups: int = 1,
+    ) -> Self:
+        """Copy with parts fused, the inverse of `split`; LoRA and LoHa get the sum of their ranks.
+
+        Parts that the adapter leaves alone need `sizes`.
+        """
+        return regrouping.fused(self, whole, parts, sizes, groups)
 
     def trainable(self) -> dict[str, Params]:
         """Give the trained arrays by site and name; what belongs to no site stands under ``""``."""

@@ -10,7 +10,8 @@ from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, n
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Site
 from peft_any.layout import shape_of
-from peft_any.registry import Config
+from peft_any.method import Prompt
+from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
 _INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
@@ -37,6 +38,38 @@ def token_faults(config: Config, tokens: Mapping[str, Array]) -> list[str]:
                 f"trainable_token_indices lists {asked} rows"
             )
     return faults
+
+
+def refuse_faults(adapter: Any, where: str) -> None:
+    """Refuse an adapter that no base can make right.
+
+    Raises
+    ------
+    ShapeError, TargetError
+        Listing everything that is wrong with its tensors.
+    """
+    config = adapter.config
+    if isinstance(config, Prompt):
+        want = config.shapes()
+        bad = [f"{k}: missing, of shape {s}" for k, s in want.items() if k not in adapter.shared]
+        bad += [
+            f"{k}: shape {tuple(v.shape)} cannot fit: {config.where} needs {want.get(k)}"
+            for k, v in adapter.shared.items()
+            if tuple(v.shape) != want.get(k)
+        ]
+    else:
+        bad = [
+            f"{site}.{name}: {dtype_name(v)} values cannot be parameters: they are no floats"
+            for site, p in adapter.sites.items()
+            for name, v in p.items()
+            if not is_floating(v) and config.peft_type in method_names()
+        ]
+    bad += token_faults(config, adapter.tokens)
+    if bad:
+        raise ShapeError("\n".join(f"{where}: {line}" for line in bad))
+    dummy = getattr(config, "target_modules", None) == "dummy-target-modules"
+    if not (adapter.sites or adapter.shared or adapter.extra or adapter.tokens or dummy):
+        raise TargetError(f"{where}: holds no adapter of {config.where}")
 
 
 def is_trained(config: Config, tensor: str) -> bool:

@@ -32,6 +32,8 @@ class Tuner(Config):
     """Layer kinds that the method supports."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are kept beside the trained ones and never trained."""
+    separable: ClassVar[bool] = False
+    """Whether each row of the merged weight depends on no other row, of weight or parameters."""
 
     target_modules: list[str] | str | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -150,9 +151,11 @@ def _prefix_hint(missing: list[str], base: Mapping[str, Any]) -> str:
     less = [{n[: -len(b)] for b in base if b and n.endswith(f".{b}")} for n in missing]
     for found, how in ((set.intersection(*more), ""), (set.intersection(*less), "out")):
         if len(found) == 1:
+            prefix = found.pop()
+            rule = f"--map '^{re.escape(prefix)}='" if how else f"--map '^={prefix}'"
             return (
-                f"\nall of them are there with{how} the prefix {found.pop()!r}: rename the "
-                "adapter's modules (Adapter.renamed)"
+                f"\nall of them are there with{how} the prefix {prefix!r}: rename the "
+                f"adapter's modules: {rule} (Adapter.renamed in Python)"
             )
     return ""
 

@@ -162,6 +162,21 @@ def test_merge_writes_the_model_its_companions_and_the_receipt(
     assert receipt["kept"] == pytest.approx(1)
 
 
+def test_names_are_mapped(shell: Shell, base: Path, adapter: Path, tmp_path: Path) -> None:
+    Adapter.load(adapter).renamed(lambda name: f"net.{name}").save(tmp_path / "other")
+    asked = "--base", base, "--adapter", tmp_path / "other"
+    shell.refused(3, "merge", *asked, "--out", tmp_path / "out", says=("--map '^net\\.='",))
+    (tmp_path / "map.json").write_text('{"^net[.]": ""}')
+    for rule in (r"^net\.=", tmp_path / "map.json"):
+        out = tmp_path / f"out{len(str(rule))}"
+        shell.ok("merge", *asked, "--out", out, "--map", rule)
+        shell.ok("verify", *asked, "--merged", out, "--map", rule)
+        shell.ok("inspect", tmp_path / "other", "--base", base, "--map", rule)
+    lost = "map 'gate+up=both': matches no module"
+    shell.refused(3, "merge", *asked, "--dry-run", "--map", "gate+up=both", says=(lost,))
+    shell.refused(2, "inspect", tmp_path / "other", "--map", "net", says=("map 'net': is no rule",))
+
+
 def test_json_is_the_receipt_beside_the_output(
     shell: Shell, base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ LAYERS = [
     {"starts", "registry", "prompts"},
     {"method"},
     {"methods", "layout", "selection", "targets", "extras", "io"},
+    {"naming"},
     {"adapter"},
     {"parts", "bound", "placed"},
     {"view"},

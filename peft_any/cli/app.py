@@ -24,10 +24,12 @@ from peft_any.cli.options import (
     Backend,
     Base,
     Debug,
+    Map,
     MinKept,
     NoStrict,
     Quiet,
     Rederive,
+    fitting,
 )
 from peft_any.errors import PeftError, UsageError, VerifyError
 from peft_any.receipt import SCHEMA_VERSION
@@ -84,6 +86,7 @@ def merge(
     ] = False,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
+    names: Map = None,
     backend: Backend = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -104,10 +107,8 @@ def merge(
             min_kept=min_kept,
             dry_run=dry_run,
             overwrite=overwrite,
-            strict=not no_strict,
-            rederive=rederive,
-            backend=backend,
             progress=step,
+            **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)
 
@@ -121,6 +122,7 @@ def verify(
     min_kept: Annotated[float, MinKept] = 0.9,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
+    names: Map = None,
     backend: Backend = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -137,10 +139,8 @@ def verify(
             merged,
             min_kept=min_kept,
             check=False,
-            strict=not no_strict,
-            rederive=rederive,
-            backend=backend,
             progress=step,
+            **fitting(no_strict, rederive, names, backend),
         )
     error = None
     try:
@@ -160,6 +160,7 @@ def inspect(
     ] = None,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
+    names: Map = None,
     backend: Backend = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -173,10 +174,8 @@ def inspect(
         found = inspect_adapter(
             adapter,
             base,
-            strict=not no_strict,
-            rederive=rederive,
-            backend=backend,
             progress=step,
+            **fitting(no_strict, rederive, names, backend),
         )
     return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
 

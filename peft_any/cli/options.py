@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,6 +29,27 @@ NoStrict = Annotated[
 Rederive = Annotated[
     bool, typer.Option("--rederive", help="Redo the decomposition an unconverted file assumes.")
 ]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="OLD=NEW",
+        help="Rename the adapter's modules: a regular expression and what replaces it, or "
+        "qkv=q+k+v, or a .json file of such. Given again: one after the other.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+
+def fitting(
+    no_strict: bool, rederive: bool, names: list[str] | None, backend: str
+) -> dict[str, Any]:
+    """Give the options that say how adapters are fitted to a base, as the functions take them."""
+    return {
+        "strict": not no_strict,
+        "rederive": rederive,
+        "names": names,
+        "backend": backend,
+    }

@@ -31,6 +31,7 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
+    separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "ensure_weight_tying": "one adapter would serve two tied modules",
         "layer_replication": "it duplicates layers of the base",
@@ -82,9 +83,7 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
 
     def kept(self, name: str) -> list[bool]:
         """Give the mask (init_r,) of the triplets kept at a site: all, where none is given."""
-        mask = (self.rank_pattern or {}).get(f"{name}.lora_E")
-        if mask is None:
-            return [True] * self.init_r
+        mask = (self.rank_pattern or {}).get(f"{name}.lora_E", [True] * self.init_r)
         if len(mask) != self.init_r:
             raise ConfigError(
                 f"{name}: a rank_pattern of {len(mask)} entries cannot mask init_r={self.init_r} "

@@ -34,6 +34,7 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d"})
+    separable: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
 
     boft_block_size: int = 4

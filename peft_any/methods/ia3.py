@@ -31,6 +31,7 @@ class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d", "Conv3d"})
+    separable: ClassVar[bool] = True
 
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True

@@ -33,6 +33,7 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
+    separable: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 8

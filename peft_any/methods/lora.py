@@ -34,6 +34,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     """
 
     frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
+    separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = starts.VARIANTS
 
     r: int = 8

@@ -28,8 +28,7 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
     oft_block_size: b; where it does not divide n_in, the nearest divisor, the smaller of two.
     r: k instead of b, likewise; exactly one of the two is not zero.
     use_cayley_neumann: R = I + 2·(Q + … + Q^(K−2)) + Q^(K−1), K = `num_cayley_neumann_terms`, a
-        rotation up to ‖Q‖^(K−1); otherwise Cayley's (I − Q)·(I + Q)⁻¹, which turns the other way:
-        the flag does not mean the same rotation computed otherwise.
+        rotation up to ‖Q‖^(K−1); otherwise Cayley's (I − Q)·(I + Q)⁻¹, which turns the other way.
     block_share: one Q for all blocks: (1, b·(b − 1)/2).
     coft: every block is drawn back to ‖Q‖ ≤ eps/√(rows of the parameter) before use, by a factor
         constant to gradients; training stores it so (`settled`).
@@ -37,6 +36,7 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d", "Embedding"})
+    separable: ClassVar[bool] = True
 
     r: int = 0
     oft_block_size: int = 32

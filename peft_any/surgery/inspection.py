@@ -11,15 +11,18 @@ from typing import Any
 
 from peft_any._typing import Params, Shape
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, astype, compute_dtype, is_floating, resolve
+from peft_any.backend import Backend, astype, compute_dtype, is_floating
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.layer import CONVOLUTIONS, Kind, Site
 from peft_any.method import Additive, Prompt, Tuner
+from peft_any.naming.rules import Names
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
 from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
+from peft_any.surgery.mapping import mapped
 from peft_any.surgery.measure import measure
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Given, Kinds, given_one
@@ -116,6 +119,7 @@ def inspect_adapter(
     backend: str | Backend = "auto",
     kinds: Kinds = None,
     rederive: bool = False,
+    names: Names = None,
 ) -> Inspection:
     """Look into an adapter; with a base, predict what merging would leave of its changes.
 
@@ -124,7 +128,7 @@ def inspect_adapter(
     adapter : path or Adapter
     base : path, optional
         As for `merge_checkpoint`. The prediction is made by merging and rounding in memory.
-    strict, progress, backend, kinds, rederive
+    strict, progress, backend, kinds, rederive, names
         As for `merge_checkpoint`.
 
     Raises
@@ -142,21 +146,20 @@ def inspect_adapter(
     >>> report.peft_type, report.ranks, report.sites[0].delta_norm
     ('LORA', {2: 1}, 0.0)
     """
+    fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
     given = given_one(adapter, strict=strict)
-    report = _describe(given)
     if base is None or isinstance(given.adapter.config, Prompt):
-        return report
-    to = resolve(backend)
+        return _describe(*mapped([given], fit.rules, None))
     with Checkpoint(base) as checkpoint:
-        plan = make_plan(checkpoint, [given], kinds=kinds, strict=strict, rederive=rederive)
-        surgeon = Surgeon(plan, to)
+        plan = make_plan(checkpoint, [given], fit)
+        surgeon = Surgeon(plan, fit.backend)
         settle_ties(plan, lambda name: surgeon.value(name)[0])
         changes = []
         for i, name in enumerate(plan.touched):
             changes.append(surgeon.value(name)[1])
             if progress is not None:
                 progress(i + 1, len(plan.touched), name)
-        fields = vars(report) | {
+        fields = vars(_describe(*mapped([given], fit.rules, checkpoint, kinds))) | {
             "base": {"path": str(base), "fingerprint": fingerprint(checkpoint)},
             "changes": tuple(changes),
             "notes": tuple(plan.warnings),

@@ -6,13 +6,15 @@ import os
 import time
 from pathlib import Path
 
-from peft_any.backend import Backend, dtype_name, is_floating, resolve
+from peft_any.backend import Backend, dtype_name, is_floating
 from peft_any.errors import BackendError, StorageError, UsageError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.io._header import BITS
 from peft_any.io.checkpoint import Checkpoint
+from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, versions
 from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Job, Progress, described
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Adapters, Kinds
@@ -38,6 +40,7 @@ def merge_checkpoint(
     backend: str | Backend = "auto",
     kinds: Kinds = None,
     rederive: bool = False,
+    names: Names = None,
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, one tensor at a time.
 
@@ -71,6 +74,8 @@ def merge_checkpoint(
         Layer kinds that names and shapes do not tell, as for `PeftModel`.
     rederive : bool
         As for `PeftModel.add`.
+    names : rule, path of a JSON file, preset, several of these, or mapping {old: new}, optional
+        How the adapters' modules are called, and split or fused, in the base: `read_rules`.
 
     Returns
     -------
@@ -106,11 +111,13 @@ def merge_checkpoint(
     if min_kept is not None and not min_kept <= 1:
         raise UsageError(f"min_kept={min_kept}: cannot be reached: give a share of at most 1")
     dtype = None if dtype is None else storage_dtype(dtype)
-    to = resolve(backend)
+    fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
     with Checkpoint(base) as checkpoint:
         _refuse_existing(out, overwrite)
-        plan = make_plan(checkpoint, adapter, kinds=kinds, strict=strict, rederive=rederive)
-        job = Job(plan, Surgeon(plan, to, dtype), None if out is None else Path(out), min_kept)
+        plan = make_plan(checkpoint, adapter, fit)
+        job = Job(
+            plan, Surgeon(plan, fit.backend, dtype), None if out is None else Path(out), min_kept
+        )
         job.progress = progress
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
         job.refuse_lone_file()
@@ -127,9 +134,7 @@ def merge_checkpoint(
                 "dtype": dtype,
                 "min_kept": min_kept,
                 "dry_run": dry_run,
-                "strict": strict,
-                "rederive": rederive,
-                "backend": str(to),
+                **fit.recorded,
             },
             versions=versions(),
         )

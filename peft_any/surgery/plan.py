@@ -14,7 +14,9 @@ from peft_any.method import Additive, Tuner
 from peft_any.placed import Placed, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
-from peft_any.surgery.sources import Given, Kinds, View, given_adapters, pruned, uses
+from peft_any.surgery.fitting import Fitting
+from peft_any.surgery.mapping import mapped
+from peft_any.surgery.sources import Given, View, given_adapters, pruned, uses
 from peft_any.targets import configured, place
 
 _SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
@@ -113,10 +115,7 @@ class Plan:
 def make_plan(
     base: Checkpoint,
     adapters: Any,
-    *,
-    kinds: Kinds = None,
-    strict: bool = True,
-    rederive: bool = False,
+    fit: Fitting | None = None,
 ) -> Plan:
     """Fit adapters to a base and refuse whatever does not fit, all of it at once.
 
@@ -125,14 +124,16 @@ def make_plan(
     PeftError
         Listing every offender.
     """
-    given = given_adapters(adapters, strict=strict)
+    fit = fit or Fitting()
+    given = given_adapters(adapters, strict=fit.strict)
+    given = mapped(given, fit.rules, base, fit.kinds)
     view = View(base, given)
-    if not strict:
-        given = [pruned(one, view, kinds) for one in given]
+    if not fit.strict:
+        given = [pruned(one, view, fit.kinds) for one in given]
     placed, faults = [], []
     for one in given:
         try:
-            placed.append(_fit(one, view, kinds, strict, rederive, alone=len(given) == 1))
+            placed.append(_fit(one, view, fit, alone=len(given) == 1))
         except PeftError as error:
             faults.append((one, error))
     if faults:
@@ -148,16 +149,14 @@ def make_plan(
     return plan
 
 
-def _fit(
-    given: Given, view: View, kinds: Kinds, strict: bool, rederive: bool, *, alone: bool
-) -> Placed:
-    sites = place(given.adapter, view, kinds, strict=strict)
+def _fit(given: Given, view: View, fit: Fitting, *, alone: bool) -> Placed:
+    sites = place(given.adapter, view, fit.kinds, strict=fit.strict)
     config = given.adapter.config
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is no method that changes layers")
     adapter = given.adapter.with_shared([*sites.values()])
     placed = Placed(adapter, sites, configured(config, sites))
-    if rederive and (alone or lacking(placed)):
+    if fit.rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
     refuse_lacking(placed)
     wrong = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,12 +44,15 @@ class Given:
         What each tensor of its file is.
     lost : tuple of str
         What `strict=False` left out, in sentences.
+    moved : dict of str to tuple of str
+        Where `names` took the file's modules; empty where they keep their names.
     """
 
     source: Source
     adapter: Adapter
     places: Mapping[str, Place]
     lost: tuple[str, ...] = ()
+    moved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -244,24 +247,33 @@ def pruned(given: Given, view: View, kinds: Kinds) -> Given:
 def uses(given: Given, sites: Mapping[str, Site], biases: set[str]) -> Iterator[Use]:
     """Tell for every tensor of an adapter which base tensors it goes into."""
     adapter = given.adapter
-    weights = tuple(site.weight for site in sites.values())
     for key, place in given.places.items():
-        to: tuple[str, ...] = ()
-        why = ""
-        if place.part == "site" and place.module in sites:
-            site = sites[place.module]
-            to = (site.weight, site.bias_name) if site.bias_name in biases else (site.weight,)
-        elif place.part == "shared":
-            to = weights
-        elif place.part == "copy" and place.name in adapter.extra:
-            to = (place.name,)
-        elif place.part == "tokens" and place.module in adapter.tokens:
-            to = (f"{place.module}.weight",)
-        elif place.part == "spare":
+        to, why = _taken(given, place, sites, biases), ""
+        if place.part == "spare":
             why = f"a second copy, or the value before training, of {place.name}"
-        else:
+        elif not to:
             why = "left out: it has no place in the base"
         yield Use(given.label, key, to, why)
     for name in adapter.spare:
         if name not in given.places:
             yield Use(given.label, name, (), "left out: it belongs to nothing")
+
+
+def _taken(
+    given: Given, place: Place, sites: Mapping[str, Site], biases: set[str]
+) -> tuple[str, ...]:
+    """Name the base tensors that a tensor of the file goes into."""
+    module, _, leaf = place.name.rpartition(".") if place.part == "copy" else (place.module, "", "")
+    modules = given.moved.get(module, (module,))
+    if place.part == "site":
+        hit = [sites[name] for name in modules if name in sites]
+        names = [n for site in hit for n in (site.weight, site.bias_name)]
+        return tuple(n for n in names if n.endswith("weight") or n in biases)
+    if place.part == "shared":
+        return tuple(site.weight for site in sites.values())
+    if place.part == "copy":
+        names = [f"{name}.{leaf}" if name else leaf for name in modules]
+        return tuple(name for name in names if name in given.adapter.extra)
+    if place.part == "tokens":
+        return tuple(f"{name}.weight" for name in modules if name in given.adapter.tokens)
+    return ()

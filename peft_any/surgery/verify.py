@@ -6,12 +6,14 @@ import time
 
 import numpy as np
 
-from peft_any.backend import Backend, is_floating, resolve
+from peft_any.backend import Backend, is_floating
 from peft_any.errors import nearest
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint
+from peft_any.naming.rules import Names
 from peft_any.receipt import Change, Host, Receipt, peak_memory, too_little, versions
 from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress, described
 from peft_any.surgery.measure import all_finite, equal_bytes
 from peft_any.surgery.plan import Plan, make_plan
@@ -33,6 +35,7 @@ def verify_checkpoint(
     backend: str | Backend = "auto",
     kinds: Kinds = None,
     rederive: bool = False,
+    names: Names = None,
 ) -> Receipt:
     """Audit a merged checkpoint, whoever made it, against the base and the adapters.
 
@@ -41,7 +44,7 @@ def verify_checkpoint(
 
     Parameters
     ----------
-    base, adapter, strict, progress, backend, kinds, rederive
+    base, adapter, strict, progress, backend, kinds, rederive, names
         As for `merge_checkpoint`.
     merged : path
         The checkpoint to audit.
@@ -66,10 +69,10 @@ def verify_checkpoint(
         If the inputs do not fit each other or cannot be read.
     """
     start = time.perf_counter()
-    to = resolve(backend)
+    fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
     with Checkpoint(base) as checkpoint, Checkpoint(merged) as theirs:
-        plan = make_plan(checkpoint, adapter, kinds=kinds, strict=strict, rederive=rederive)
-        surgeon = Surgeon(plan, to)
+        plan = make_plan(checkpoint, adapter, fit)
+        surgeon = Surgeon(plan, fit.backend)
         settle_ties(plan, lambda name: surgeon.value(name)[0])
         audit = Audit(plan, surgeon, theirs, min_kept)
         audit.run(progress)
@@ -85,7 +88,7 @@ def verify_checkpoint(
             tuple(plan.untied),
             tuple(audit.problems),
             (*plan.warnings, *audit.warnings),
-            {"min_kept": min_kept, "strict": strict, "rederive": rederive, "backend": str(to)},
+            {"min_kept": min_kept, **fit.recorded},
             versions(),
             {"verify": round(time.perf_counter() - start, 3)},
             peak_memory(),

@@ -1,0 +1,1 @@
+"""Module names: the rules of `--map`, renamed adapters, fused layers and their parts."""
