@@ -24,7 +24,9 @@ def _(xp: Any, y: Any, a: Any) -> Any:
 @linalg("solve")
 def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
     def right(g: Any) -> Any:
-        return xp.linalg.solve(adjoint(xp, a), g)
+        if b.ndim > 1:
+            return xp.linalg.solve(adjoint(xp, a), g)
+        return xp.linalg.solve(adjoint(xp, a), xp.expand_dims(g, axis=-1))[..., 0]
 
     def left(g: Any) -> Any:
         h = right(g)
