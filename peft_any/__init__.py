@@ -15,6 +15,7 @@ from peft_any.backend import backend as backend
 
 if TYPE_CHECKING:
     from peft_any.adapter import Adapter as Adapter
+    from peft_any.algebra import combine as combine
     from peft_any.autodiff import grad as grad
     from peft_any.autodiff import value_and_grad as value_and_grad
     from peft_any.autodiff import vjp as vjp
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapter": "Adapter",
+    "algebra": "combine",
     "autodiff": "grad value_and_grad vjp",
     "backend": "Backend backend detach move resolve",
     "custom": "custom_vjp remat",

@@ -32,8 +32,7 @@ LAYERS = [
     {"parts", "bound", "placed"},
     {"view"},
     {"model", "receipt"},
-    {"algebra"},
-    {"surgery", "oneshot"},
+    {"surgery", "oneshot", "algebra"},
     {"train"},
     {"demo"},
     {"cli"},
@@ -115,8 +114,8 @@ def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
 
 
 def test_public_names_exist() -> None:
-    # 35 for adapters, 8 for derivatives and training, which are used where a model is written
-    assert len(peft_any.__all__) <= 43
+    # 37 for adapters, 8 for derivatives and training, which are used where a model is written
+    assert len(peft_any.__all__) <= 45
     for name in peft_any.__all__:
         assert getattr(peft_any, name) is not None
     assert peft_any.LoraConfig.peft_type == "LORA"

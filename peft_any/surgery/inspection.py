@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
 from typing import Any
 
-from peft_any._typing import Params, Shape
+from peft_any._typing import Params
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, astype, compute_dtype, is_floating
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
-from peft_any.layer import CONVOLUTIONS, Kind, Site
+from peft_any.layer import Site
 from peft_any.method import Additive, Prompt, Tuner
 from peft_any.naming.rules import Names
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
@@ -27,6 +26,7 @@ from peft_any.surgery.measure import measure
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Given, Kinds, given_one
 from peft_any.surgery.ties import settle_ties
+from peft_any.targets import site_of
 
 _FORMED = 1 << 25
 """Elements up to which ΔW is formed to take its norm."""
@@ -193,7 +193,7 @@ def _site_reports(adapter: Adapter) -> Iterator[SiteReport]:
     config: Any = adapter.config
     known: dict[Any, list[Site]] = {}
     for name, params in adapter.sites.items():
-        found = _guess(config, name, params, known)
+        found = site_of(config, name, params, known)
         rank = getattr(config if found is None else found[0], "r", None)
         yield SiteReport(
             name,
@@ -207,36 +207,6 @@ def _site_reports(adapter: Adapter) -> Iterator[SiteReport]:
 
 def _norm(array: Any) -> float:
     return sqrt(measure(array, array, delta=array).delta2)
-
-
-def _guess(
-    config: Tuner, name: str, params: Params, known: dict[Any, list[Site]]
-) -> tuple[Tuner, Site] | None:
-    """Find the one size of layer whose parameters these are, without the base."""
-    shapes = {k: tuple(a.shape) for k, a in params.items()}
-    key = tuple(sorted(shapes.items()))
-    hits = []
-    for site in known[key] if key in known else _sizes(name, shapes):
-        try:
-            own = config.at(replace(site, name=name))
-            if own.shapes(site) == shapes:
-                hits.append((own, site))
-        except PeftError:
-            continue
-    known[key] = [site for _, site in hits]
-    return hits[0] if len(hits) == 1 else None
-
-
-def _sizes(name: str, shapes: dict[str, Shape]) -> Iterator[Site]:
-    """Make layers of all sizes that parameters of these shapes may belong to."""
-    kernel = max((shape[2:] for shape in shapes.values()), key=prod, default=())
-    kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
-    if any("embedding" in suffix for suffix in shapes):
-        kind = "Embedding"
-    sizes = {n for shape in shapes.values() for n in shape[:2]}
-    sizes |= {m * n for m, n in product(sizes, sizes)}
-    for n_in, n_out in product(sorted(sizes), sorted(sizes)):
-        yield Site(name, n_in, n_out, kind, kernel)
 
 
 def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:

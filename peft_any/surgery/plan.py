@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,7 +133,7 @@ def make_plan(
     placed, faults = [], []
     for one in given:
         try:
-            placed.append(_fit(one, view, fit, alone=len(given) == 1))
+            placed.append(fit_one(one, view, fit, alone=len(given) == 1))
         except PeftError as error:
             faults.append((one, error))
     if faults:
@@ -149,7 +149,22 @@ def make_plan(
     return plan
 
 
-def _fit(given: Given, view: View, fit: Fitting, *, alone: bool) -> Placed:
+def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool = True) -> Placed:
+    """Fit one adapter to a base.
+
+    Parameters
+    ----------
+    given : Given
+    view : View, or mapping of str to array
+    fit : Fitting
+    alone : bool
+        Whether `fit.rederive` must have something to redo.
+
+    Raises
+    ------
+    PeftError
+        Listing everything that does not fit.
+    """
     sites = place(given.adapter, view, fit.kinds, strict=fit.strict)
     config = given.adapter.config
     if not isinstance(config, Tuner):

@@ -1,0 +1,262 @@
+"""Adapters made one: the exact weighted sum of their effects, and other people's approximations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from peft_any.adapter import Adapter
+from peft_any.algebra.copies import combined_copies
+from peft_any.algebra.gains import all_gains, combined_gains
+from peft_any.algebra.lowrank import Cut
+from peft_any.algebra.record import LayerRecord, Record
+from peft_any.algebra.sparse import Sign
+from peft_any.algebra.sums import Layer, Options, combine_layer
+from peft_any.algebra.terms import Base, opened, placed, terms_by_layer
+from peft_any.algebra.written import lora_adapter
+from peft_any.backend import Backend, compute_dtype, is_floating, resolve
+from peft_any.errors import ConfigError
+from peft_any.io._atomic import StrPath, output_directory
+from peft_any.io.checkpoint import fingerprint
+from peft_any.receipt import peak_memory, versions
+from peft_any.rng import TorchGenerator
+from peft_any.surgery.fitting import Fitting
+from peft_any.surgery.job import Progress
+from peft_any.surgery.merge import storage_dtype
+from peft_any.surgery.sources import Adapters, Given, Kinds, View, given_adapters
+
+RECEIPT = "combine_receipt.json"
+Made: TypeAlias = tuple[Adapter, Record]
+
+
+def combine(
+    adapters: Adapters,
+    out: StrPath | None = None,
+    *,
+    method: str = "exact",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority_sign_method: Sign = "total",
+    svd_clamp: float | None = None,
+    seed: int = 0,
+    base: Base = None,
+    kinds: Kinds = None,
+    rederive: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    backend: str | Backend = "auto",
+    progress: Progress | None = None,
+) -> Made:
+    """Combine adapters into one that Hugging Face PEFT loads.
+
+    By default the result adds Σ wᵢ·ΔWᵢ exactly, as a LoRA whose rank is the sum of the ranks;
+    with `rank` or `energy` it is the best approximation of that sum.
+
+    Parameters
+    ----------
+    adapters : path, Adapter, mapping {path: weight}, or several, each alone or with its weight
+        Of any method that changes weights. IA³ adapters alone give an IA³ adapter.
+    out : path, optional
+        The output directory: it appears whole, with ``combine_receipt.json``, or not at all.
+    method : str
+        ``exact`` (also ``cat``), or one of Hugging Face PEFT's: ``linear``, ``ties``,
+        ``dare_linear``, ``dare_ties`` and ``magnitude_prune``, which act on A and B apart;
+        ``svd``, ``ties_svd``, ``dare_linear_svd``, ``dare_ties_svd`` and
+        ``magnitude_prune_svd``, which act on ΔW and cut its rank.
+    rank : int, optional
+        The largest rank of a layer; by default the largest of the adapters', for ``…svd``.
+    energy : float, optional
+        The share of every ‖ΔW‖² to keep; with `rank` too, the smaller rank of the two.
+    density : float, optional
+        The share of the entries that pruning keeps; needed for ``ties``, ``dare``,
+        ``magnitude_prune``.
+    majority_sign_method : {"total", "frequency"}
+        How ``ties`` elects signs: by the sum, or by the number of entries.
+    svd_clamp : float, optional
+        For ``…svd``: clamp the factors at ± this quantile of their entries.
+    seed : int
+        Of ``dare``: torch's generator, drawing layer after layer in the order of their names.
+    base : path or mapping of str to array, optional
+        Needed where an effect depends on the base (DoRA, IA³ beside others, OFT, BOFT) or an
+        adapter does not tell its layers' sizes (VeRA, and LoHa, LoKr or AdaLoRA on
+        convolutions); and for full copies that are weighted or of several adapters.
+    kinds, rederive
+        As for `merge_checkpoint`.
+    dtype : str, optional
+        Of the result; by default float32, or float64 where an adapter has it.
+    overwrite : bool
+    backend : str or Backend
+        Where to compute; by default where the arrays of given `Adapter`s are.
+    progress : callable, optional
+        Called with layers done, all layers, and the layer's name.
+
+    Returns
+    -------
+    adapter : Adapter
+    record : Record
+        Of every layer the ranks, ‖ΔW‖, the energy left out, and how far the stored result is
+        from what was wanted and from the exact sum.
+
+    Raises
+    ------
+    PeftError
+        Before anything is written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> def lora(r, value):
+    ...     a, b = np.full((r, 9), value, "float32"), np.ones((8, r), "float32")
+    ...     p = {"lora_A.weight": a, "lora_B.weight": b}
+    ...     return Adapter(LoraConfig(r=r, lora_alpha=r), {"fc": p})
+    >>> made, record = combine([(lora(1, 0.5), 0.7), (lora(2, 0.25), -0.3)])
+    >>> made.config.r, round(record.layers[0].norm, 6), record.error < 1e-7
+    (3, 1.697056, True)
+    >>> combine([(lora(1, 0.5), 0.7), (lora(2, 0.25), -0.3)], energy=0.99)[0].config.r
+    1
+    """
+    cut = None if rank is None and energy is None else Cut(rank=rank, energy=energy)
+    options = Options(method, cut, density, majority_sign_method, svd_clamp, seed)
+    job = Job("combine", options, base, kinds, rederive, dtype, backend, progress)
+    return finished(job, given_adapters(adapters), out, overwrite)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, for `combine` and `resize` alike."""
+
+    kind: str
+    options: Options
+    base: Base = None
+    kinds: Kinds = None
+    rederive: bool = False
+    dtype: str | None = None
+    backend: str | Backend = "auto"
+    progress: Progress | None = None
+
+    def run(self, given: Sequence[Given]) -> Made:
+        """Combine adapters, without writing anything."""
+        to = library(given, self.backend)
+        options, warnings = self.options, [note for one in given for note in one.adapter.notes]
+        if len(given) == 1 and options.method not in ("exact", "cat"):
+            warnings.append(f"one adapter alone is only weighted: {options.method} does nothing")
+            options = replace(options, method="exact", density=None, clamp=None)
+        with opened(self.base, [*given]) as view:
+            copies = combined_copies(given, view, to)
+            if all_gains(given) and options.cut is None:
+                plain = self._plain(options)
+                made, layers = combined_gains(given, to, self._dtype(given), plain=plain)
+            else:
+                made, layers = self._layers(given, view, options, to)
+            read = {}
+            if isinstance(view, View):
+                read = {"path": str(self.base), "fingerprint": fingerprint(view.base)}
+        known = vars(made.config)
+        fields: Any = {k: v for k, v in copies.fields.items() if k in known}
+        made = made.replace(
+            config=replace(made.config, **fields), extra=copies.extra, tokens=copies.tokens
+        )
+        made.check_finite()
+        return made, Record(
+            self.kind,
+            self.options.method,
+            tuple(one.source for one in given),
+            tuple(layers),
+            copies.owners,
+            read,
+            options=said(self.options),
+            warnings=tuple(warnings),
+        )
+
+    def _plain(self, options: Options) -> bool:
+        if options.method not in ("exact", "linear"):
+            raise ConfigError(
+                f"{options.method}: cannot combine IA³ adapters, which have no A and B: take "
+                "'exact', or 'linear' as Hugging Face PEFT does"
+            )
+        return options.method == "linear"
+
+    def _layers(
+        self, given: Sequence[Given], view: Any, options: Options, to: Backend
+    ) -> tuple[Adapter, list[LayerRecord]]:
+        fit = Fitting(rederive=self.rederive, backend=to, kinds=self.kinds)
+        fits = placed(given, view, fit)
+        layers = terms_by_layer(given, fits, to)
+        dtype, draws = self._dtype(given), TorchGenerator(options.seed)
+        updates, records = [], []
+        for i, (name, terms) in enumerate(layers.items()):
+            update, record = combine_layer(Layer(terms, view, to), options, draws, dtype=dtype)
+            updates.append(update)
+            records.append(record)
+            if self.progress is not None:
+                self.progress(i + 1, len(layers), name)
+        configs: list[Any] = [one.adapter.config for one in given]
+        return lora_adapter(updates, configs, dtype=dtype), records
+
+    def _dtype(self, given: Sequence[Given]) -> str:
+        if self.dtype is not None:
+            return storage_dtype(self.dtype)
+        arrays = [a for one in given for p in one.adapter.sites.values() for a in p.values()]
+        return compute_dtype(*(a for a in arrays if is_floating(a)))
+
+
+def finished(job: Job, given: Sequence[Given], out: StrPath | None, overwrite: bool) -> Made:
+    """Run a job, complete its record, and write both, whole or not at all."""
+    start = time.perf_counter()
+    if out is None:
+        made, record = job.run(given)
+        return made, _completed(record, made, start)
+    inputs: list[StrPath] = [one.source.path for one in given if one.source.path is not None]
+    if isinstance(job.base, str) or hasattr(job.base, "__fspath__"):
+        inputs.append(job.base)  # type: ignore[arg-type]
+    with output_directory(out, overwrite, inputs=inputs) as folder:
+        made, record = job.run(given)
+        made.save(folder)
+        record = _completed(record, made, start, str(out))
+        (folder / RECEIPT).write_text(record.to_json() + "\n", encoding="utf-8")
+    return made, record
+
+
+def _completed(record: Record, made: Adapter, start: float, path: str | None = None) -> Record:
+    config: Any = made.config
+    out = {"path": path, "peft_type": config.peft_type, "parameters": made.num_parameters}
+    if record.ranks:
+        out["rank"] = config.r
+    return replace(
+        record,
+        out=out,
+        versions=versions(),
+        seconds={record.kind: round(time.perf_counter() - start, 3)},
+        peak_memory=peak_memory(),
+    )
+
+
+def library(given: Sequence[Given], backend: str | Backend) -> Backend:
+    """Say where to compute: as asked for, or where the adapters in memory are."""
+    if backend != "auto":
+        return resolve(backend)
+    arrays = [
+        a
+        for one in given
+        if one.source.path is None
+        for p in one.adapter.sites.values()
+        for a in p.values()
+    ]
+    return resolve("auto", *arrays)
+
+
+def said(options: Options) -> dict[str, Any]:
+    """List the options that are set."""
+    cut = {} if options.cut is None else vars(options.cut)
+    found = {
+        **cut,
+        "density": options.density,
+        "majority_sign_method": options.sign if options.rule and options.rule.elect else None,
+        "svd_clamp": options.clamp,
+        "seed": options.seed if options.rule and options.rule.prune == "random" else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
