@@ -13,7 +13,7 @@ from peft_any.algebra.gains import all_gains, combined_gains
 from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord, Record
 from peft_any.algebra.sparse import Sign
-from peft_any.algebra.sums import Layer, Options, combine_layer
+from peft_any.algebra.sums import ON_DELTA, Layer, Options, combine_layer
 from peft_any.algebra.terms import Base, opened, placed, terms_by_layer
 from peft_any.algebra.written import lora_adapter
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
@@ -187,6 +187,8 @@ class Job:
         fits = placed(given, view, fit)
         layers = terms_by_layer(given, fits, to)
         dtype, draws = self._dtype(given), TorchGenerator(options.seed)
+        if options.method in ON_DELTA and options.cut is None:
+            options = replace(options, cut=_largest_rank(given))
         updates, records = [], []
         for i, (name, terms) in enumerate(layers.items()):
             update, record = combine_layer(Layer(terms, view, to), options, draws, dtype=dtype)
@@ -233,6 +235,21 @@ def _completed(record: Record, made: Adapter, start: float, path: str | None = N
         seconds={record.kind: round(time.perf_counter() - start, 3)},
         peak_memory=peak_memory(),
     )
+
+
+def _largest_rank(given: Sequence[Given]) -> Cut:
+    """Cut to the largest rank of the adapters, as Hugging Face PEFT does."""
+    ranks = []
+    for one in given:
+        config: Any = one.adapter.config
+        if config.peft_type not in ("ADALORA", "LORA", "VERA"):
+            raise ConfigError(
+                f"{one.label}: {config.peft_type} has no rank for a LoRA to take over: give rank= "
+                "or energy="
+            )
+        pattern = config.rank_pattern if config.peft_type == "LORA" else {}
+        ranks += [config.init_r if config.peft_type == "ADALORA" else config.r, *pattern.values()]
+    return Cut(rank=max(ranks))
 
 
 def library(given: Sequence[Given], backend: str | Backend) -> Backend:

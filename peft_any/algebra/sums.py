@@ -42,7 +42,6 @@ RULES = {"linear": Rule(), **_PRUNING}
 """Methods that act on A and on B apart, as in Hugging Face PEFT."""
 ON_DELTA = {"svd": Rule(), **{f"{name}_svd": rule for name, rule in _PRUNING.items()}}
 """Methods that act on ΔW and then cut its rank."""
-_RANKED = ("ADALORA", "LORA", "VERA")
 METHODS = ("exact", "cat", *RULES, *ON_DELTA)
 
 
@@ -159,7 +158,7 @@ def combine_layer(
         wanted = lowrank.total(rounded)
         if options.method != "svd":
             wanted = as_product(_on_delta(layer, effects, options, draws))
-        made, discarded = _cut(wanted, options.cut or _default_cut(layer.terms))
+        made, discarded = _cut(wanted, options.cut)
         if options.clamp is not None:
             made = _clamped(made, options.clamp)
     stored = _stored(made, dtype, layer.site.name)
@@ -220,20 +219,6 @@ def _distance(made: Factors, wanted: Factors) -> float | None:
 def _single(value: float) -> float:
     """Round to single precision, in which Hugging Face PEFT holds the weights."""
     return float(unpack("f", pack("f", value))[0])
-
-
-def _default_cut(terms: Sequence[Term]) -> Cut:
-    """Take the largest rank of the adapters, as Hugging Face PEFT does."""
-    ranks = [1]
-    for term in terms:
-        config: Any = term.config
-        if config.peft_type not in _RANKED:
-            raise ConfigError(
-                f"{term.site.name}: {config.peft_type} has no rank for a LoRA to take over: give "
-                "rank= or energy="
-            )
-        ranks.append(config.r)
-    return Cut(rank=max(ranks))
 
 
 def _apart(terms: Sequence[Term], options: Options, draws: TorchGenerator) -> Factors:
