@@ -65,6 +65,30 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *others: Tree, path: Path =
     return None if tree is None else f(path, tree, *others)
 
 
+def alike(tree: Tree, other: Tree) -> bool:
+    """Tell whether two nests have the same keys, and arrays of the same shapes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> alike({"a": np.ones(2)}, {"a": np.zeros(2)}), alike([np.ones(2)], [])
+    (True, False)
+    """
+    if isinstance(tree, dict):
+        return (
+            isinstance(other, dict)
+            and tree.keys() == other.keys()
+            and all(alike(value, other[key]) for key, value in tree.items())
+        )
+    if isinstance(tree, list | tuple):
+        return (
+            isinstance(other, list | tuple)
+            and len(tree) == len(other)
+            and all(map(alike, tree, other))
+        )
+    return bool(getattr(tree, "shape", None) == getattr(other, "shape", None))
+
+
 def named(path: Path) -> str:
     """Name a leaf in a message.
 

@@ -163,18 +163,23 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
 
     Raises
     ------
-    TargetError
-        If a site or a name is not the adapter's.
+    ShapeError, TargetError
+        If a site, a name or a shape is not the adapter's.
     """
     adapter = placed.adapter
     own = adapter.trainable()
     for site, arrays in values.items():
-        for name in arrays:
+        for name, array in arrays.items():
             if name not in own.get(site, {}):
                 known = [f"{s}.{n}" for s, names in own.items() for n in names]
                 raise TargetError(
                     f"{site}.{name}: is not a parameter of the adapter"
                     f"{nearest(f'{site}.{name}', known)}"
+                )
+            if array.shape != own[site][name].shape:
+                raise ShapeError(
+                    f"{site}.{name}: shape {tuple(array.shape)} cannot take the place of "
+                    f"{tuple(own[site][name].shape)}: give the arrays of model.parameters, changed"
                 )
     loose = values.get("", {})
     rows = {f"{module}.trainable_tokens_delta": module for module in adapter.tokens}

@@ -11,7 +11,7 @@ import pytest
 from peft_any import train as opt
 from peft_any._tree import leaves, tree_map
 from peft_any.backend import dtype_name, from_numpy, resolve, to_numpy
-from peft_any.errors import ConfigError, PeftError, ShapeError
+from peft_any.errors import BackendError, ConfigError, PeftError, ShapeError
 
 LIBRARIES = ["numpy", "strict", "torch", "jax"]
 
@@ -263,3 +263,42 @@ def test_only_floating_arrays_are_trained(leaf: Any) -> None:
 def test_nothing_has_no_norm() -> None:
     with pytest.raises(PeftError, match="empty"):
         opt.global_norm({})
+
+
+ONE = {"w": np.ones(3)}
+WRAPPED = {
+    "adamw": opt.adamw(),
+    "sgd": opt.sgd(0.1, 0.9),
+    "lion": opt.lion(),
+    "chain": opt.chain(opt.clip_by_global_norm(1.0), opt.sgd()),
+    "accumulate": opt.accumulate(opt.sgd(), 2),
+    "skip_not_finite": opt.skip_not_finite(opt.sgd()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_state_of_another_optimiser_is_refused(name: str) -> None:
+    others = [rule.init(ONE) for other, rule in WRAPPED.items() if other != name]
+    for state in [*others, {}, None, {"stages": [], "step": 1}]:
+        with pytest.raises(ConfigError, match=f"^{name}: .* (not one of this|cannot be those)"):
+            WRAPPED[name].update(ONE, state, ONE)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "accumulate"])
+def test_gradients_and_states_of_other_parameters_are_refused(name: str) -> None:
+    rule = WRAPPED[name]
+    for grads, words in [
+        ({"v": np.ones(3)}, "v: unexpected\n  w: missing, not \\(3,\\)"),
+        ({**ONE, "v": np.ones(3)}, "v: unexpected"),
+        ({"w": np.ones(1)}, r"w: \(1,\), not \(3,\)"),
+        ({"w": [np.ones(3)]}, r"w: missing, not \(3,\)\n  w\.0: unexpected"),
+    ]:
+        with pytest.raises(ShapeError, match=f"^{name}: grads cannot be .*\n  {words}"):
+            rule.update(grads, rule.init(ONE), ONE)
+        with pytest.raises(ShapeError, match=f"^{name}: .*\n  {words}"):
+            rule.update(ONE, rule.init(grads), ONE)
+    with pytest.raises(ShapeError, match=r"^apply_updates: updates cannot be"):
+        opt.apply_updates(ONE, {"w": np.ones(2)})
+    torch = pytest.importorskip("torch")
+    with pytest.raises(BackendError, match="numpy and torch"):
+        rule.update({"w": torch.ones(3)}, rule.init(ONE), ONE)

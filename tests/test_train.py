@@ -17,7 +17,14 @@ from peft_any import train as opt
 from peft_any._tree import leaves, tree_map
 from peft_any.backend import from_numpy, is_array, namespace, resolve, to_numpy
 from peft_any.dropout import Noise
-from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TrainingError
+from peft_any.errors import (
+    BackendError,
+    ConfigError,
+    FormatError,
+    PeftError,
+    ShapeError,
+    TrainingError,
+)
 from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Dense
 from peft_any.methods.adalora import AdaLoraConfig
@@ -461,6 +468,30 @@ def test_nothing_to_train() -> None:
         fit(model, loss, [data_of()], steps=1)
 
 
+def writes_to_the_batch(bound: Any, batch: Any) -> Any:
+    batch[0][0, 0] = 1.0
+    return loss(bound, batch)
+
+
+def writes_to_a_weight(bound: Any, batch: Any) -> Any:
+    bound.weights["fc1.weight"][0, 0] = 1.0
+    return loss(bound, batch)
+
+
+def test_libraries_do_not_mix() -> None:
+    enable("torch")
+    with pytest.raises(BackendError, match="numpy and torch"):
+        fit(model_of(CONFIGS["lora"]), loss, [data_of("torch")], steps=1)
+
+
+def test_parameters_of_another_shape_are_refused() -> None:
+    model = model_of(CONFIGS["lora"])
+    wide = {"task": {"fc1": {"lora_A.weight": np.ones((4, N_IN))}}}
+    for use in (model.bind, model.update):
+        with pytest.raises(ShapeError, match=r"fc1.lora_A.weight: shape \(4, 8\).* \(3, 8\)"):
+            use(wide)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -471,8 +502,13 @@ def test_nothing_to_train() -> None:
         ({"batch_size": 100}, ConfigError, "48 rows"),
         ({"data": (np.ones(3), np.ones(4)), "batch_size": 2}, ShapeError, "first axes"),
         ({"optimizer": "adam"}, ConfigError, "nearest"),
+        ({"optimizer": object()}, ConfigError, "pair of functions"),
         ({"seed": -1}, PeftError, "from 0 on"),
-        ({"loss": lambda bound, batch: batch[0]}, PeftError, "scalar|loss"),
+        ({"loss": lambda bound, batch: batch[0]}, PeftError, "a loss of shape"),
+        ({"loss": lambda bound, batch: 1.0}, PeftError, "the loss is a float"),
+        ({"loss": writes_to_the_batch}, PeftError, r"cannot be written to: .*xp\.where"),
+        ({"loss": writes_to_a_weight}, PeftError, r"fc1\.weight: .* cannot be written to"),
+        ({"held_out": [(data_of()[0] * np.nan, data_of()[1])]}, TrainingError, "held out is nan"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], words: str) -> None:

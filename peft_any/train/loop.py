@@ -280,6 +280,11 @@ class _Job:
         bound = self.model.bind(run.params)
         found = [float(to_numpy(self.loss(bound, batch))) for batch in held_out]
         value = sum(found) / len(found)
+        if not (isfinite(value) or self.skips):
+            raise TrainingError(
+                f"step {run.step}: the loss held out is {value}, and cannot be compared: lower the "
+                "learning rate, or look for what the batches held out have that the others have not"
+            )
         run.history[-1]["held_out"] = value
         if value < run.best:
             run.best, run.best_params, run.waited = value, run.params, 0

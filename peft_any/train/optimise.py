@@ -23,6 +23,8 @@ from peft_any.train.transforms import (
     as_like,
     check_decay,
     check_from_zero,
+    check_nests,
+    entries,
     zeros,
 )
 
@@ -68,20 +70,20 @@ def adamw(
         return {"step": 0, "m": zeros(params), "v": zeros(params)}
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        t, rate = state["step"] + 1, _rate(learning_rate, state["step"])
+        step, m, v = entries("adamw", state, "step", "m", "v")
+        check_nests("adamw", params, grads=grads, m=m, v=v)
+        t, rate = step + 1, _rate(learning_rate, step)
         size, root = rate / (1 - first**t), (1 - second**t) ** 0.5
-        m = tree_map(lambda m, g: m + (1 - first) * (as_like(g, m) - m), state["m"], grads)
+        m = tree_map(lambda m, g: m + (1 - first) * (as_like(g, m) - m), m, grads)
         v = tree_map(
-            lambda v, g: second * v + (1 - second) * (as_like(g, v) * as_like(g, v)),
-            state["v"],
-            grads,
+            lambda v, g: second * v + (1 - second) * (as_like(g, v) * as_like(g, v)), v, grads
         )
 
-        def step(p: Array, m: Array, v: Array) -> Array:
-            change = -size * (m / (namespace(v).sqrt(v) / root + eps))
-            return as_like(change - rate * weight_decay * as_like(p, m), p)
+        def change(p: Array, m: Array, v: Array) -> Array:
+            way = -size * (m / (namespace(v).sqrt(v) / root + eps))
+            return as_like(way - rate * weight_decay * as_like(p, m), p)
 
-        return tree_map(step, params, m, v), {"step": t, "m": m, "v": v}
+        return tree_map(change, params, m, v), {"step": t, "m": m, "v": v}
 
     return Optimizer(init, update)
 
@@ -121,7 +123,10 @@ def sgd(
         return {"step": 0} | ({"momentum": zeros(params)} if momentum else {})
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        t, rate = state["step"], _rate(learning_rate, state["step"])
+        names = ("step", "momentum") if momentum else ("step",)
+        t, *moments = entries("sgd", state, *names)
+        check_nests("sgd", params, grads=grads, **dict(zip(names[1:], moments, strict=True)))
+        rate = _rate(learning_rate, t)
 
         def slope(p: Array, g: Array) -> Array:
             wide = compute_dtype(p, g)
@@ -132,7 +137,7 @@ def sgd(
         if not momentum:
             return tree_map(lambda p, g: as_like(-rate * g, p), params, slopes), {"step": t + 1}
         share = 1 - dampening if t else 1.0
-        kept = tree_map(lambda b, g: momentum * b + share * g, state["momentum"], slopes)
+        kept = tree_map(lambda b, g: momentum * b + share * g, moments[0], slopes)
         steps = tree_map(lambda b, g: g + momentum * b, kept, slopes) if nesterov else kept
         updates = tree_map(lambda p, s: as_like(-rate * s, p), params, steps)
         return updates, {"step": t + 1, "momentum": kept}
@@ -159,20 +164,24 @@ def lion(
         return {"step": 0, "m": zeros(params)}
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        rate = _rate(learning_rate, state["step"])
+        step, m = entries("lion", state, "step", "m")
+        check_nests("lion", params, grads=grads, m=m)
+        rate = _rate(learning_rate, step)
 
-        def step(p: Array, m: Array, g: Array) -> Array:
+        def change(p: Array, m: Array, g: Array) -> Array:
             way = namespace(m).sign(first * m + (1 - first) * as_like(g, m))
             return as_like(-rate * (way + weight_decay * as_like(p, m)), p)
 
-        m = tree_map(lambda m, g: second * m + (1 - second) * as_like(g, m), state["m"], grads)
-        return tree_map(step, params, state["m"], grads), {"step": state["step"] + 1, "m": m}
+        updates = tree_map(change, params, m, grads)
+        m = tree_map(lambda m, g: second * m + (1 - second) * as_like(g, m), m, grads)
+        return updates, {"step": step + 1, "m": m}
 
     return Optimizer(init, update)
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Add updates to parameters; dtypes stay."""
+    check_nests("apply_updates", params, updates=updates)
     return tree_map(lambda p, u: p + astype(u, dtype_name(p)), params, updates)
 
 
@@ -190,9 +199,14 @@ def optimizer_for(given: str | Optimizer) -> Optimizer:
     Raises
     ------
     ConfigError
-        If there is none of that name.
+        If there is none of that name, or the given one is no pair of functions.
     """
     if not isinstance(given, str):
+        if not (hasattr(given, "init") and hasattr(given, "update")):
+            raise ConfigError(
+                f"optimizer {given!r:.60}: cannot train: give one of {', '.join(OPTIMIZERS)}, or a "
+                "pair of functions init and update"
+            )
         return given
     if given not in OPTIMIZERS:
         raise ConfigError(f"optimizer {given!r}: is not known{nearest(given, OPTIMIZERS)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from math import isfinite
 from typing import Any, NamedTuple, TypeAlias
 
-from peft_any._tree import Path, Tree, leaves, map_with_path, named, tree_map
+from peft_any._tree import Path, Tree, alike, leaves, map_with_path, named, tree_map
 from peft_any._typing import Array
 from peft_any.backend import (
     astype,
@@ -141,8 +142,11 @@ def chain(*stages: Optimizer) -> Optimizer:
         return {"stages": [stage.init(params) for stage in stages]}
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        states = []
-        for stage, own in zip(stages, state["stages"], strict=True):
+        states: list[State] = []
+        (given,) = entries("chain", state, "stages")
+        if len(given) != len(stages):
+            raise ConfigError(f"chain: {len(given)} states cannot be those of {len(stages)} stages")
+        for stage, own in zip(stages, given, strict=True):
             grads, new = stage.update(grads, own, params)
             states.append(new)
         return grads, {"stages": states}
@@ -159,13 +163,15 @@ def accumulate(optimizer: Optimizer, every: int) -> Optimizer:
         return {"count": 0, "sum": zeros(params), "inner": optimizer.init(params)}
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
-        total = tree_map(lambda s, g: s + as_like(g, s), state["sum"], grads)
-        count = state["count"] + 1
+        so_far, before, inner = entries("accumulate", state, "sum", "count", "inner")
+        check_nests("accumulate", params, grads=grads, sum=so_far)
+        total = tree_map(lambda s, g: s + as_like(g, s), so_far, grads)
+        count = before + 1
         if count < every:
             idle = tree_map(lambda p: namespace(p).zeros_like(p), params)
-            return idle, {"count": count, "sum": total, "inner": state["inner"]}
+            return idle, {"count": count, "sum": total, "inner": inner}
         mean = tree_map(lambda s: s / every, total)
-        updates, inner = optimizer.update(mean, state["inner"], params)
+        updates, inner = optimizer.update(mean, inner, params)
         return updates, {"count": 0, "sum": zeros(params), "inner": inner}
 
     return Optimizer(init, update)
@@ -181,10 +187,11 @@ def skip_not_finite(optimizer: Optimizer) -> Optimizer:
         return {"skipped": 0, "inner": optimizer.init(params)}
 
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+        inner, skipped = entries("skip_not_finite", state, "inner", "skipped")
         if not_finite(grads):
             idle = tree_map(lambda p: namespace(p).zeros_like(p), params)
-            return idle, {**state, "skipped": state["skipped"] + 1}
-        updates, inner = optimizer.update(grads, state["inner"], params)
+            return idle, {**state, "skipped": skipped + 1}
+        updates, inner = optimizer.update(grads, inner, params)
         return updates, {**state, "inner": inner}
 
     return Optimizer(init, update)
@@ -223,6 +230,49 @@ def not_finite(tree: Tree) -> list[str]:
         for path, a in leaves(tree)
         if not bool(to_numpy(namespace(a).all(namespace(a).isfinite(a))))
     ]
+
+
+def entries(where: str, state: Any, *names: str) -> list[Any]:
+    """Take the entries of an optimiser's state.
+
+    Raises
+    ------
+    ConfigError
+        If it is another one's state.
+    """
+    if not isinstance(state, dict) or {*state} != {*names}:
+        have = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(
+            f"{where}: a state with {have or 'nothing'} is not one of this optimizer, which has "
+            f"{', '.join(names)}: give what its init(params) or its last update gave"
+        )
+    return [state[name] for name in names]
+
+
+def check_nests(where: str, params: Tree, **others: Tree) -> None:
+    """Refuse gradients, or an optimiser's moments, that are not those of the parameters.
+
+    Raises
+    ------
+    BackendError
+        If they are of another library.
+    ShapeError
+        Naming the arrays.
+    """
+    firsts = (islice(leaves(tree), 1) for tree in (params, *others.values()))
+    namespace(*(array for first in firsts for _, array in first))
+    for name, tree in others.items():
+        if alike(tree, params):
+            continue
+        have, need = ({named(p): tuple(a.shape) for p, a in leaves(t)} for t in (tree, params))
+        odd = sorted(k for k in {*have, *need} if have.get(k) != need.get(k))
+        lines = [
+            f"{k}: {have.get(k, 'missing')}, not {need[k]}" if k in need else f"{k}: unexpected"
+            for k in odd[:10]
+        ]
+        raise ShapeError(
+            f"{where}: {name} cannot be those of the parameters:\n  " + "\n  ".join(lines)
+        )
 
 
 def as_like(x: Array, like: Array) -> Array:
