@@ -10,8 +10,8 @@ from typing import Any
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
-collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py"]
-"""Programs of their own: no doctests to look for, and they import torch and peft."""
+collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py", "tests/sharded.py"]
+"""Programs of their own: no doctests to look for, and they import torch and peft, or JAX."""
 
 
 def enter(namespace: dict[str, Any]) -> None:
