@@ -92,6 +92,18 @@ def is_traced(x: Any) -> bool:
     return traces is not None and bool(traces(x))
 
 
+def is_lazy(x: Any) -> bool:
+    """Whether an array is a plan that computes its values when they are asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_lazy(np.ones(2))
+    False
+    """
+    return library_of(x).name == "dask"
+
+
 def creation_device(x: Any) -> Any:
     """Give the `device=` for making arrays that shall meet `x`.
 

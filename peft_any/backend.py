@@ -19,6 +19,7 @@ from peft_any._arrays import (
     dtype_by_name,
     inv,
     is_array,
+    is_lazy,
     is_traced,
     namespace,
     qr,
@@ -35,8 +36,8 @@ from peft_any.errors import BackendError, nearest
 __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
     "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv", "is_array",
-    "is_floating", "is_traced", "move", "namespace", "numpy_dtype", "qr", "resolve", "settled",
-    "svd", "to_numpy",
+    "is_floating", "is_lazy", "is_traced", "move", "namespace", "numpy_dtype", "qr", "resolve",
+    "settled", "svd", "to_numpy",
 ]  # fmt: skip
 
 

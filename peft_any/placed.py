@@ -12,6 +12,7 @@ from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
+from peft_any.origin import made_on
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import select
@@ -91,7 +92,9 @@ def fresh(
         _refuse_nameless(config, params[name])
         check_params(configs[name], params[name], site)
     shared = config.init_shared([*sites.values()], root)
-    return Placed(Adapter(config, params, shared).with_copies(weights, sites), sites, configs)
+    made = Adapter(config, params, shared).with_copies(weights, sites)
+    made = made.replace(metadata={**made.metadata, **made_on(weights, sites.values())})
+    return Placed(made, sites, configs)
 
 
 def _refuse_nameless(config: Tuner, params: Params) -> None:

@@ -446,10 +446,12 @@ def config(**fields: Any) -> Bad:
 
 
 def poisoned(value: float) -> Bad:
-    def bad(base: Path, _: Path) -> None:
+    def bad(base: Path, adapter: Path) -> None:
         found = weights()
         found["layers.1.q_proj.weight"][3, 2] = value
         write_safetensors(base / "model.safetensors", found, overwrite=True)
+        tensors = adapter / "adapter_model.safetensors"  # names no base it was made on
+        write_safetensors(tensors, read_safetensors(tensors), overwrite=True)
 
     return bad
 

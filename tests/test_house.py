@@ -29,7 +29,7 @@ LAYERS = [
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"naming"},
     {"adapter"},
-    {"parts", "bound", "placed"},
+    {"parts", "bound", "placed", "origin"},
     {"view"},
     {"model", "receipt"},
     {"surgery", "oneshot", "algebra"},

@@ -20,6 +20,7 @@ from rich.text import Text
 from peft_any.cli.console import prepare_streams, progress, say, signals, silence, tell, waiting
 from peft_any.cli.options import (
     Adapters,
+    AnyBase,
     AsJson,
     Backend,
     Base,
@@ -84,6 +85,7 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
+    any_base: AnyBase = False,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
     names: Map = None,
@@ -108,6 +110,7 @@ def merge(
             dry_run=dry_run,
             overwrite=overwrite,
             progress=step,
+            any_base=any_base,
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)

@@ -29,6 +29,9 @@ NoStrict = Annotated[
 Rederive = Annotated[
     bool, typer.Option("--rederive", help="Redo the decomposition an unconverted file assumes.")
 ]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Accept a base that the adapter was not made on.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option(

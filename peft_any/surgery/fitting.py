@@ -22,6 +22,8 @@ class Fitting:
     kinds : mapping, optional
     rules : tuple of Rule
         Of the adapters' names (`names`).
+    any_base : bool
+        Whether a base other than the one an adapter was made on is only warned of.
     """
 
     strict: bool = True
@@ -29,6 +31,7 @@ class Fitting:
     backend: Backend = field(default_factory=lambda: resolve("numpy"))
     kinds: Kinds = None
     rules: tuple[Rule, ...] = ()
+    any_base: bool = True
 
     @classmethod
     def read(
@@ -39,9 +42,10 @@ class Fitting:
         backend: str | Backend,
         kinds: Kinds,
         names: Names,
+        any_base: bool = True,
     ) -> Fitting:
         """Take the options as the public functions have them."""
-        return cls(strict, rederive, resolve(backend), kinds, read_rules(names))
+        return cls(strict, rederive, resolve(backend), kinds, read_rules(names), any_base)
 
     @property
     def recorded(self) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ def merge_checkpoint(
     kinds: Kinds = None,
     rederive: bool = False,
     names: Names = None,
+    any_base: bool = False,
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, one tensor at a time.
 
@@ -76,6 +77,9 @@ def merge_checkpoint(
         As for `PeftModel.add`.
     names : rule, path of a JSON file, preset, several of these, or mapping {old: new}, optional
         How the adapters' modules are called, and split or fused, in the base: `read_rules`.
+    any_base : bool
+        Whether adapters may go into another base than the one that their files say they were
+        made on: it is warned of then.
 
     Returns
     -------
@@ -111,7 +115,14 @@ def merge_checkpoint(
     if min_kept is not None and not min_kept <= 1:
         raise UsageError(f"min_kept={min_kept}: cannot be reached: give a share of at most 1")
     dtype = None if dtype is None else storage_dtype(dtype)
-    fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
+    fit = Fitting.read(
+        strict=strict,
+        rederive=rederive,
+        backend=backend,
+        kinds=kinds,
+        names=names,
+        any_base=any_base,
+    )
     with Checkpoint(base) as checkpoint:
         _refuse_existing(out, overwrite)
         plan = make_plan(checkpoint, adapter, fit)
@@ -134,6 +145,7 @@ def merge_checkpoint(
                 "dtype": dtype,
                 "min_kept": min_kept,
                 "dry_run": dry_run,
+                "any_base": any_base,
                 **fit.recorded,
             },
             versions=versions(),

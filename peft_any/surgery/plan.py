@@ -11,6 +11,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
+from peft_any.origin import other_base
 from peft_any.placed import Placed, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
@@ -146,6 +147,7 @@ def make_plan(
         plan.warnings.extend(f"{one.label}: {note}" for note in notes)
     _check_bases(plan)
     _check_grown(plan)
+    _check_origins(plan, fit.any_base)
     return plan
 
 
@@ -240,6 +242,25 @@ def _check_bases(plan: Plan) -> None:
         raise TargetError(
             "\n".join(faults) + "\nmerge into the base before it was quantised, and quantise that"
         )
+
+
+def _check_origins(plan: Plan, any_base: bool) -> None:
+    """Refuse a base that is not the one an adapter says it was made on."""
+    faults = []
+    for one, placed in zip(plan.given, plan.placed, strict=True):
+        sites = [s for s in placed.sites.values() if s.weight not in plan.view.grown]
+        found = other_base(one.adapter.metadata, sites, plan.view.stored)
+        if found is not None:
+            faults.append(
+                f"{one.label}: was made on another base: the layers it adapts had the fingerprint "
+                f"{found[0]:.80} there, and have {found[1]} in {plan.base.path}"
+            )
+    if faults and not any_base:
+        way = (
+            "give the base that it was made on, or --any-base (any_base=True) to merge all the same"
+        )
+        raise TargetError("\n".join([*faults, way]))
+    plan.warnings.extend(faults)
 
 
 def _weighted(plan: Plan, owners: tuple[int, ...]) -> bool:

@@ -16,9 +16,10 @@ make_files = pytest.importorskip("tests.golden.make_files")
 from peft.utils import get_peft_model_state_dict  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
-from peft_any.io.safetensors import read_safetensors  # noqa: E402
+from peft_any.io.safetensors import read_metadata, read_safetensors  # noqa: E402
 from peft_any.layout import layout  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
+from peft_any.origin import KEY  # noqa: E402
 from peft_any.registry import Config, method_for  # noqa: E402
 from peft_any.selection import select  # noqa: E402
 
@@ -123,6 +124,7 @@ def test_a_fresh_adapter_is_loaded(method: str, adapter_name: str, tmp_path: Pat
     fresh(method_for(method)(**FRESH[method]), base, tmp_path / "a")
     model = load(base, tmp_path / "a", adapter_name)
     same(tensors_of(model, adapter_name), tmp_path / "a")
+    assert KEY in read_metadata(tmp_path / "a" / "adapter_model.safetensors")
 
 
 EXTRAS: list[dict[str, Any]] = [
