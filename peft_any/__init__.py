@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peft_any.backend import backend as backend
 
 if TYPE_CHECKING:
+    from peft_any._jaxpr import without_merging as without_merging
     from peft_any.adapter import Adapter as Adapter
     from peft_any.algebra import combine as combine
     from peft_any.autodiff import grad as grad
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "_jaxpr": "without_merging",
     "adapter": "Adapter",
     "algebra": "combine",
     "autodiff": "grad value_and_grad vjp",

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from peft_any._arrays import creation_device, namespace
+from peft_any._jaxpr import tried
 from peft_any._libraries import LIBRARIES, library_of
 
 Pull: TypeAlias = Callable[[Sequence[Any]], list[Any]]
@@ -85,7 +86,7 @@ class _Jax(Engine):
             extra[:] = [tree, [None if isinstance(p, jax.Array) else p for p in parts]]
             return outputs, [p for p in parts if isinstance(p, jax.Array)]
 
-        outputs, pull, seen = jax.vjp(pure, leaves, has_aux=True)
+        outputs, pull, seen = tried(lambda f: jax.vjp(f, leaves, has_aux=True), pure)
         tree, parts = extra
         arrays = iter(seen)
         parts = [next(arrays) if p is None else p for p in parts]

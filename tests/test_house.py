@@ -18,7 +18,7 @@ LAYERS = [
     {"_typing", "errors"},
     {"_dtypes"},
     {"_libraries"},
-    {"_arrays"},
+    {"_arrays", "_jaxpr"},
     {"_engines"},
     {"backend"},
     {"tape"},
@@ -79,7 +79,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=relative)
 def test_one_module_names_the_array_libraries(path: Path) -> None:
-    if path.stem in ("backend", "_arrays", "_libraries", "_dtypes", "_engines"):
+    if path.stem in ("backend", "_arrays", "_libraries", "_dtypes", "_engines", "_jaxpr"):
         pytest.skip("these are the modules that do")
     named = {m.split(".")[0] for m in imports(path)}
     assert not named & LIBRARIES
@@ -114,8 +114,8 @@ def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
 
 
 def test_public_names_exist() -> None:
-    # 37 for adapters, 8 for derivatives and training, which are used where a model is written
-    assert len(peft_any.__all__) <= 45
+    # 38 for adapters, 8 for derivatives and training, which are used where a model is written
+    assert len(peft_any.__all__) <= 46
     for name in peft_any.__all__:
         assert getattr(peft_any, name) is not None
     assert peft_any.LoraConfig.peft_type == "LORA"

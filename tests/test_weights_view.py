@@ -447,6 +447,179 @@ def test_jax_functions_under_jit_and_grad() -> None:
     np.testing.assert_allclose(x @ bound.weights["fc1.weight"].T, once, atol=1e-5)
 
 
+SPELT_BY_JAX: dict[str, Any] = {
+    **SPELLINGS,
+    "dot": lambda jnp, x, w: jnp.dot(x, w.T),
+    "inner": lambda jnp, x, w: jnp.inner(x, w),
+    "einsum": lambda jnp, x, w: jnp.einsum("bi,oi->bo", x, w),
+    "einsum by x": lambda jnp, x, w: jnp.einsum("oi,bi->ob", w, x),
+    "asarray": lambda jnp, x, w: jnp.matmul(x, jnp.asarray(w).T),
+    "vmap": lambda jnp, x, w: jax_("vmap")(lambda row: jnp.matmul(w, row))(x),
+    "jit": lambda jnp, x, w: jax_("jit")(jnp.matmul)(x, w.T),
+    "checkpoint": lambda jnp, x, w: jax_("checkpoint")(lambda x: jnp.dot(x, w.T))(x),
+    "lax": lambda jnp, x, w: jax_("lax").dot_general(
+        x, jnp.asarray(w), (((1,), (1,)), ((), ()))
+    ),
+}  # fmt: skip
+
+
+def jax_(name: str) -> Any:
+    """Find something in JAX."""
+    import jax
+
+    return getattr(jax, name)
+
+
+def on_jax(name: str, dtype: str = "float64") -> tuple[PeftModel, PeftModel, Any, Any]:
+    """Make a model on NumPy and on JAX, its parameters, and an input."""
+    from peft_any import move
+
+    pytest.importorskip("jax").config.update("jax_enable_x64", True)
+    host, _ = adapted({k: v.astype(dtype) for k, v in mlp().items()}, CONFIGS[name])
+    host.update({"a": tree_map(lambda v: v.astype(dtype), host["a"].trainable())})
+    model = PeftModel(move(host.weights, "jax"))
+    model.add("a", host["a"])
+    return host, model, {"a": model["a"].trainable()}, move(draw(5, 6).astype(dtype), "jax")
+
+
+@pytest.mark.parametrize("spelling", SPELT_BY_JAX)
+@pytest.mark.usefixtures("never_merged")
+def test_functions_of_jax_take_the_layer_where_they_are_traced(spelling: str) -> None:
+    from peft_any import value_and_grad, without_merging
+
+    _, model, params, x = on_jax("dora")
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+
+    def product(p: Any, x: Any) -> Any:
+        return SPELT_BY_JAX[spelling](jnp, x, model.bind(p).weights["fc1.weight"])
+
+    want = x @ model.bind(params).weights["fc1.weight"].T
+    want = want.T if "by x" in spelling else want
+    np.testing.assert_allclose(without_merging(product)(params, x), want, rtol=1e-12)
+
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(product(p, x)))
+
+    def same(p: Any, x: Any) -> Any:
+        return jnp.sum(jnp.sin(x @ model.bind(p).weights["fc1.weight"].T))
+
+    value, grads = value_and_grad(same)(params, x)
+    for run in (value_and_grad(loss), jax.jit(jax.value_and_grad(without_merging(loss)))):
+        got, slopes = run(params, x)
+        np.testing.assert_allclose(got, value, rtol=1e-12)
+        for path, g in leaves(slopes):
+            np.testing.assert_allclose(g, dict(leaves(grads))[path], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_operation_of_jax_forms_the_change(name: str) -> None:
+    from peft_any import without_merging
+
+    _, model, params, x = on_jax(name)
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+
+    def loss(p: Any, x: Any) -> Any:
+        w = model.bind(p).weights
+        h = jnp.tanh(jnp.matmul(x, w["fc1.weight"].T) + w["fc1.bias"])
+        return jnp.sum(jnp.einsum("bi,oi->bo", h, w["fc2.weight"]) ** 2)
+
+    def products(jaxpr: Any) -> set[tuple[int, ...]]:
+        found = set()
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                found |= {v.aval.shape for v in eqn.outvars}
+            for inner in eqn.params.values():
+                found |= products(inner.jaxpr) if hasattr(inner, "jaxpr") else set()
+        return found
+
+    whole = {(8, 6), (6, 8), (4, 8), (8, 4)}
+    apart = products(jax.make_jaxpr(jax.value_and_grad(without_merging(loss)))(params, x).jaxpr)
+    formed = products(jax.make_jaxpr(jax.value_and_grad(loss))(params, x).jaxpr)
+    assert (5, 8) in apart
+    assert not apart & whole
+    assert formed & whole or name == "ia3"
+
+
+def test_jax_s_transformations_of_what_is_not_known_take_the_merged_array() -> None:
+    from peft_any import value_and_grad, without_merging
+
+    _, model, params, x = on_jax("dora")
+    jax, jnp = pytest.importorskip("jax"), pytest.importorskip("jax.numpy")
+
+    def scanned(p: Any, x: Any) -> Any:
+        w = model.bind(p).weights["fc1.weight"]
+        step = lambda total, row: (total + jnp.sum(jnp.matmul(row, w.T) ** 2), None)  # noqa: E731
+        return jax.lax.scan(step, 0.0, x)[0]
+
+    def inside(p: Any, x: Any) -> Any:
+        w = model.bind(p).weights["fc1.weight"]
+        slope = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.matmul(x, w.T))))(x)
+        return jnp.sum(slope * jnp.exp(w)[0, :])
+
+    def ensemble(p: Any, x: Any) -> Any:
+        several = jax.tree_util.tree_map(lambda a: jnp.stack([a, 2.0 * a]), p)
+        one = lambda p: jnp.sum(jnp.matmul(x, model.bind(p).weights["fc1.weight"].T) ** 3)  # noqa: E731
+        return jnp.sum(jax.vmap(one)(several))
+
+    def asking(p: Any, x: Any) -> Any:
+        y = jnp.matmul(x, model.bind(p).weights["fc1.weight"].T)
+        return jnp.sum(y if float(jnp.sum(x)) > 1e9 else y * y)
+
+    for f in (scanned, inside, ensemble, asking):
+        value, grads = jax.value_and_grad(f)(params, x)
+        for run in (value_and_grad(f), jax.jit(value_and_grad(f)))[: 1 if f is asking else 2]:
+            got, slopes = run(params, x)
+            np.testing.assert_allclose(got, value, rtol=1e-12)
+            for path, g in leaves(slopes):
+                np.testing.assert_allclose(g, dict(leaves(grads))[path], rtol=1e-9, atol=1e-12)
+    with pytest.raises(jax.errors.ConcretizationTypeError):
+        without_merging(asking)(params, x)
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_dtypes_of_jax_s_functions() -> None:
+    from peft_any import without_merging
+
+    jnp = pytest.importorskip("jax.numpy")
+    _, model, params, x = on_jax("lora", "float32")
+    half = PeftModel({k: jnp.asarray(v, dtype="bfloat16") for k, v in model.weights.items()})
+    half.add("a", model["a"])
+
+    def product(p: Any, x: Any) -> Any:
+        return jnp.matmul(x, half.bind(p).weights["fc1.weight"].T)
+
+    run = without_merging(product)
+    assert run(params, x).dtype == jnp.float32
+    assert run(params, x.astype("bfloat16")).dtype == jnp.bfloat16
+    want = x @ model.bind(params).weights["fc1.weight"].T
+    np.testing.assert_allclose(run(params, x), want, atol=0.02 * float(jnp.abs(want).max()))
+
+
+def test_a_function_of_other_libraries_stays_as_it_is() -> None:
+    from peft_any import without_merging
+
+    host, _ = adapted(mlp(), CONFIGS["lora"])
+    x, w = draw(3, 6), host.bind().weights["fc1.weight"]
+    got = without_merging(lambda x, w, name: np.matmul(x, w.T) if name == "fc1" else None)
+    np.testing.assert_array_equal(got(x, w, "fc1"), np.matmul(x, w.T))
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_weights_may_be_arguments_of_a_function_of_jax() -> None:
+    from peft_any import without_merging
+
+    jnp = pytest.importorskip("jax.numpy")
+    _, model, _, x = on_jax("oft")
+    tree = model.bind().weights.nested()
+
+    def apply(layer: Any, x: Any, activation: str) -> Any:
+        return getattr(jnp, activation)(jnp.dot(x, layer["weight"].T) + layer["bias"])
+
+    got = without_merging(apply)(tree["fc1"], x, "tanh")
+    want = jnp.tanh(model.bind().layers["fc1"](x))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
 def test_scikit_learn_s_coefficients() -> None:
     network = pytest.importorskip("sklearn.neural_network")
     x = draw(60, 6).astype("float64")

@@ -91,6 +91,12 @@ def tensordot(a: Any, b: Any, /, axes: Any = 2, **rest: Any) -> Any:
     return y if w is b else namespace(y).permute_dims(y, (y.ndim - 1, *range(y.ndim - 1)))
 
 
+def contracted(w: Any, x: Any, axis: int, own: int) -> Any:
+    """Contract an axis of `x` with one of the stand-in; the layer's outputs last, None if not."""
+    y = tensordot(x, w, axes=(axis, own))
+    return None if y is NotImplemented else y
+
+
 def dot(a: Any, b: Any, /, **rest: Any) -> Any:
     """Multiply as NumPy's ``dot``: the last axis of `a` by the last but one of `b`."""
     if rest or not (getattr(a, "ndim", 0) and getattr(b, "ndim", 0)):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from peft_any import parts as several
+from peft_any._jaxpr import recipe_of, symbol
 from peft_any._libraries import library_of
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer
 from peft_any.errors import ConfigError
-from peft_any.layer import Site
+from peft_any.layer import Dense, Site
 
 HOLDING = {"strict": "_array"}
 """Libraries whose arrays hold NumPy's, which their functions give to NumPy's own; and where."""
@@ -23,6 +25,7 @@ class Source:
     def __init__(self, whole: Callable[[], BoundLayer], site: Site) -> None:
         self._whole, self.site = whole, site
         self._kept: dict[str, Any] = {}
+        self._outlives = True
         bound = whole()
         self.base, self.stored = bound.base, bound.base.stored()
         self.arrays = (self.base.weight, *_params(bound))
@@ -40,7 +43,8 @@ class Source:
             return self._kept[key]
         made = make()
         # what a JAX transformation traces must not outlive it, and it joins equal computations
-        if not (made[0].traced if isinstance(made, tuple) else is_traced(made)):
+        traced = made[0].traced if isinstance(made, tuple) else is_traced(made)
+        if not (self._outlives and traced):
             self._kept[key] = made
         return made
 
@@ -58,6 +62,26 @@ class Source:
 
         merged: Array = self._keep("merged", make)
         return merged
+
+    def symbol(self, stand_in: Callable[[Source], Any]) -> Array:
+        """Give the weight as an operation of the function that JAX traces."""
+        if "symbol" not in self._kept:
+            bound, site = self._whole(), self.site
+            parts, stacked = [replace(part, params={}) for part in bound.parts], bound.stacked
+
+            def make(nest: Any) -> Any:
+                weight, bias, unadapted, params = nest
+                own = [replace(q, params=p) for q, p in zip(parts, params, strict=True)]
+                base = Dense(weight, bias, site, unadapted)
+                source = Source(lambda: BoundLayer(base, own, stacked), site)
+                source._outlives = False
+                return stand_in(source)
+
+            base = bound.base
+            nest = base.weight, base.bias, base.unadapted, [part.params for part in bound.parts]
+            self._kept["symbol"] = recipe_of(make, nest, self.stored)
+        array: Array = symbol(*self._kept["symbol"])
+        return array
 
     def layer(self, x: Array) -> Array:
         """Apply the weight alone."""

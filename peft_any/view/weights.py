@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from peft_any._jaxpr import is_tracing
 from peft_any._libraries import _of_type, library_of
 from peft_any._typing import Array, Shape
 from peft_any.backend import astype, creation_device, dtype_name, is_traced, namespace
@@ -80,8 +81,7 @@ class AdaptedWeight:
     @property
     def mT(self) -> Any:  # noqa: N802 - the standard's name
         """The transposed weight."""
-        w = self.merged if self.ndim != 2 else None
-        return self.T if w is None else namespace(w).matrix_transpose(w)
+        return self.T if self.ndim == 2 else namespace(self.merged).matrix_transpose(self.merged)
 
     def t(self) -> Any:
         """Transpose, as torch spells it."""
@@ -93,6 +93,8 @@ class AdaptedWeight:
         turn = products.exchange if exchanging else products.transpose
         turned = turn(self, *axes)
         return self.merged.transpose(*axes) if turned is NotImplemented else turned
+
+    contracted = products.contracted
 
     def dot(self, other: Any) -> Any:
         """Multiply, as NumPy spells it."""
@@ -119,7 +121,8 @@ class AdaptedWeight:
             raise AttributeError(name)
         if name.endswith("_") and not name.startswith("_"):
             raise refusal(self, name)
-        return getattr(self.merged, name)
+        known = type(self).__jax_array__ is not None
+        return getattr(self.for_jax if known else self.merged, name)
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         return namespace(*self.source.arrays)
@@ -157,7 +160,17 @@ class AdaptedWeight:
         # JAX's operators look for this before they ask the other operand, which knows better
         if sys._getframe(1).f_code.co_name.startswith(("_operator_", "deferring_")):  # noqa: SLF001
             raise AttributeError
-        return lambda: self.merged
+        return lambda: self.for_jax
+
+    @property
+    def for_jax(self) -> Any:
+        """What JAX's functions take: the array, or an operation of what is being traced."""
+        if not is_tracing() or self.ndim != 2:
+            return self.merged
+        turned = self.flipped != self._stored_flipped
+        source: Any = self.source
+        w = source.symbol(lambda s: _stand_in(s, flipped=self._stored_flipped))
+        return namespace(w).matrix_transpose(w) if turned else w
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         import numpy as np  # noqa: PLC0415 - host data, asked for by NumPy
@@ -180,27 +193,15 @@ class AdaptedWeight:
 
 
 def _install() -> None:
-    two = [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and_",
-        "or_",
-        "xor",
-        "lshift",
-        "rshift",
-    ]
-    for name in [n.rstrip("_") for n in two]:
+    two = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
+    two += ["and", "or", "xor", "lshift", "rshift"]
+    for name in two:
         f = getattr(operator, f"__{name}__")
         setattr(AdaptedWeight, f"__{name}__", lambda self, other, f=f: f(self.merged, plain(other)))
         setattr(
             AdaptedWeight, f"__r{name}__", lambda self, other, f=f: f(plain(other), self.merged)
         )
-    for name in [*(n.rstrip("_") for n in two), "matmul"]:
+    for name in [*two, "matmul"]:
         setattr(AdaptedWeight, f"__i{name}__", _no_writing)
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         f = getattr(operator, f"__{name}__")
@@ -239,7 +240,7 @@ def _class_of(like: Array) -> type:
         if library.name == "jax":
             # JAX's jitted functions take no foreign arrays but trees: a tree of the merged one
             library.module.tree_util.register_pytree_node(
-                made, lambda w: ((w.merged,), None), lambda _, merged: merged[0]
+                made, lambda w: ((w.for_jax,), None), lambda _, merged: merged[0]
             )
         _of_type[made] = library
         _classes[kind] = made
