@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft_any._jaxpr import without_merging as without_merging
     from peft_any.adapter import Adapter as Adapter
     from peft_any.algebra import combine as combine
+    from peft_any.algebra import resize as resize
     from peft_any.autodiff import grad as grad
     from peft_any.autodiff import value_and_grad as value_and_grad
     from peft_any.autodiff import vjp as vjp
@@ -58,7 +59,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "_jaxpr": "without_merging",
     "adapter": "Adapter",
-    "algebra": "combine",
+    "algebra": "combine resize",
     "autodiff": "grad value_and_grad vjp",
     "backend": "Backend backend detach move resolve",
     "custom": "custom_vjp remat",

@@ -5,3 +5,4 @@ from __future__ import annotations
 from peft_any.algebra.combining import combine as combine
 from peft_any.algebra.record import LayerRecord as LayerRecord
 from peft_any.algebra.record import Record as Record
+from peft_any.algebra.resizing import resize as resize

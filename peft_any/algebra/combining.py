@@ -15,7 +15,7 @@ from peft_any.algebra.record import LayerRecord, Record
 from peft_any.algebra.sparse import Sign
 from peft_any.algebra.sums import ON_DELTA, Layer, Options, combine_layer
 from peft_any.algebra.terms import Base, opened, placed, terms_by_layer
-from peft_any.algebra.written import lora_adapter
+from peft_any.algebra.written import Update, lora_adapter
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
 from peft_any.errors import ConfigError
 from peft_any.io._atomic import StrPath, output_directory
@@ -27,7 +27,6 @@ from peft_any.surgery.job import Progress
 from peft_any.surgery.merge import storage_dtype
 from peft_any.surgery.sources import Adapters, Given, Kinds, View, given_adapters
 
-RECEIPT = "combine_receipt.json"
 Made: TypeAlias = tuple[Adapter, Record]
 
 
@@ -191,13 +190,16 @@ class Job:
             options = replace(options, cut=_largest_rank(given))
         updates, records = [], []
         for i, (name, terms) in enumerate(layers.items()):
-            update, record = combine_layer(Layer(terms, view, to), options, draws, dtype=dtype)
+            update, record = self._layer(Layer(terms, view, to, draws), options, dtype)
             updates.append(update)
             records.append(record)
             if self.progress is not None:
                 self.progress(i + 1, len(layers), name)
         configs: list[Any] = [one.adapter.config for one in given]
         return lora_adapter(updates, configs, dtype=dtype), records
+
+    def _layer(self, layer: Layer, options: Options, dtype: str) -> tuple[Update, LayerRecord]:
+        return combine_layer(layer, options, dtype=dtype)
 
     def _dtype(self, given: Sequence[Given]) -> str:
         if self.dtype is not None:
@@ -219,7 +221,7 @@ def finished(job: Job, given: Sequence[Given], out: StrPath | None, overwrite: b
         made, record = job.run(given)
         made.save(folder)
         record = _completed(record, made, start, str(out))
-        (folder / RECEIPT).write_text(record.to_json() + "\n", encoding="utf-8")
+        (folder / f"{job.kind}_receipt.json").write_text(record.to_json() + "\n", encoding="utf-8")
     return made, record
 
 

@@ -108,11 +108,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's shares, and where the base's layer is to be found."""
+    """One layer's shares, where the base's layer is to be found, and what random pruning draws."""
 
     terms: Sequence[Term]
     view: Mapping[str, Any] | None
     backend: Backend
+    draws: TorchGenerator
 
     @property
     def site(self) -> Site:
@@ -131,17 +132,13 @@ class Layer:
         return factors, shift
 
 
-def combine_layer(
-    layer: Layer, options: Options, draws: TorchGenerator, *, dtype: str
-) -> tuple[Update, LayerRecord]:
+def combine_layer(layer: Layer, options: Options, *, dtype: str) -> tuple[Update, LayerRecord]:
     """Combine the shares in one layer, and measure the result against the exact sum.
 
     Parameters
     ----------
     layer : Layer
     options : Options
-    draws : TorchGenerator
-        Where random pruning goes on drawing.
     dtype : str
         In which the factors will be stored: the errors are those of the rounded ones.
     """
@@ -150,36 +147,56 @@ def combine_layer(
     whole = lowrank.total((term.weight, pair) for term, pair in pairs)
     discarded, wanted = 0.0, whole
     if options.method in ("exact", "cat"):
-        made, discarded = _cut(whole, options.cut)
+        made, discarded = cut_to(whole, options.cut)
     elif options.method in RULES:
-        made = wanted = _apart(layer.terms, options, draws)
+        made = wanted = _apart(layer, options)
     else:
         rounded = [(_single(t.weight), f) for t, f in zip(layer.terms, effects, strict=True)]
         wanted = lowrank.total(rounded)
         if options.method != "svd":
-            wanted = as_product(_on_delta(layer, effects, options, draws))
-        made, discarded = _cut(wanted, options.cut)
+            wanted = as_product(_on_delta(layer, effects, options))
+        made, discarded = cut_to(wanted, options.cut)
         if options.clamp is not None:
             made = _clamped(made, options.clamp)
-    stored = _stored(made, dtype, layer.site.name)
-    wide = lowrank.widest(stored[0]), lowrank.widest(stored[1])
-    size = _norm(whole)
-    record = LayerRecord(
+    update = Update(layer.site, rounded_to(dtype, made, layer.site.name), shift)
+    record = measured(layer, update, effects, whole=whole, wanted=wanted, discarded=discarded)
+    return update, record
+
+
+def measured(
+    layer: Layer,
+    update: Update,
+    effects: Sequence[Factors],
+    *,
+    whole: Factors,
+    wanted: Factors,
+    discarded: float,
+) -> LayerRecord:
+    """Measure what is stored against what was wanted, and against the exact sum."""
+    u, v = map(lowrank.widest, update.factors)
+    stored = (update.scale * u, v)
+    error = _distance(stored, wanted)
+    return LayerRecord(
         layer.site.name,
         tuple(term.label for term in layer.terms),
         (layer.site.n_out, layer.site.width),
         tuple(int(v.shape[0]) for _, v in effects),
-        max(int(made[1].shape[0]), 1),
-        size,
+        max(int(v.shape[0]), 1),
+        _norm(whole),
         discarded,
-        _distance(wide, wanted),
-        _distance(wide, whole),
+        error,
+        error if wanted is whole else _distance(stored, whole),
     )
-    return Update(layer.site, stored, shift), record
 
 
-def _stored(factors: Factors, dtype: str, name: str) -> Factors:
-    """Round factors to the dtype in which they are kept."""
+def rounded_to(dtype: str, factors: Factors, name: str) -> Factors:
+    """Round factors to the dtype in which they are kept.
+
+    Raises
+    ------
+    VerifyError
+        If they overflow it.
+    """
     with np.errstate(over="ignore"):
         u, v = (astype(part, dtype) for part in factors)
     if non_finite({name: {"u": u, "v": v}}):
@@ -190,8 +207,8 @@ def _stored(factors: Factors, dtype: str, name: str) -> Factors:
     return u, v
 
 
-def _cut(factors: Factors, cut: Cut | None) -> tuple[Factors, float]:
-    """Cut the rank; where nothing is asked for, only to what the matrix has room for."""
+def cut_to(factors: Factors, cut: Cut | None) -> tuple[Factors, float]:
+    """Cut the rank, and give the share of ‖ΔW‖² left out; None: to what the matrix has room for."""
     u, v = factors
     if v.shape[0] == 0:
         return lowrank.pad(factors, 1), 0.0
@@ -221,8 +238,9 @@ def _single(value: float) -> float:
     return float(unpack("f", pack("f", value))[0])
 
 
-def _apart(terms: Sequence[Term], options: Options, draws: TorchGenerator) -> Factors:
+def _apart(layer: Layer, options: Options) -> Factors:
     """Combine the A's and the B's, each weighted by ±√|w·s|: Hugging Face PEFT's definition."""
+    terms, draws = layer.terms, layer.draws
     pairs = [_plain_factors(term, options.method) for term in terms]
     ranks = sorted({int(a.shape[0]) for a, _ in pairs})
     if len(ranks) > 1:
@@ -254,9 +272,7 @@ def _plain_factors(term: Term, method: str) -> tuple[Array, Array]:
     return term.params[a], term.params[b]
 
 
-def _on_delta(
-    layer: Layer, effects: Sequence[Factors], options: Options, draws: TorchGenerator
-) -> Array:
+def _on_delta(layer: Layer, effects: Sequence[Factors], options: Options) -> Array:
     """Combine the ΔW entry by entry, in the layout in which the base stores the weight."""
     arrays = [a for t in layer.terms for a in t.params.values() if is_floating(a)]
     name = compute_dtype(*arrays)
@@ -271,7 +287,7 @@ def _on_delta(
         whole = right.shape[0] >= min(layer.site.n_out, layer.site.width)
         rows.append(Rows(left @ right) if whole else Rows(left, right))
     weights = [_single(term.weight) for term in layer.terms]
-    made = combined(rows, weights, options.rule or Rule(), draws)
+    made = combined(rows, weights, options.rule or Rule(), layer.draws)
     return xp.matrix_transpose(made) if turned else made
 
 

@@ -23,7 +23,7 @@ from peft_any.targets import configured
 
 @dataclass(frozen=True)
 class Update:
-    """What a layer is to gain: ΔW = u·v, and Δb if its bias moves.
+    """What a layer is to gain: ΔW = scale·u·v, and Δb if its bias moves.
 
     Attributes
     ----------
@@ -31,11 +31,14 @@ class Update:
     factors : (array (n_out, k), array (k, width))
         k = 0 is written as rank 1 with zeros: a file has no rank 0.
     bias : array (n_out,) or None
+    scale : float
+        Written as α = scale·r.
     """
 
     site: Site
     factors: Factors
     bias: Array | None = None
+    scale: float = 1.0
 
 
 def lora_adapter(
@@ -56,7 +59,7 @@ def lora_adapter(
     Returns
     -------
     Adapter
-        With α = r everywhere, and `rank_pattern` and `alpha_pattern` where layers differ.
+        With `rank_pattern` and `alpha_pattern` where layers differ.
 
     Raises
     ------
@@ -76,7 +79,7 @@ def lora_adapter(
     ranks = _ranks(by_name)
     config = replace(
         _common(configs, [*sites]),
-        **_patterns(ranks, sites),
+        **_patterns(ranks, by_name),
         lora_bias=any(u.bias is not None for u in updates),
     )
     params = {
@@ -88,15 +91,14 @@ def lora_adapter(
 
 
 def _params(update: Update, config: LoraConfig, rank: int, dtype: str) -> Params:
-    """Shape the factors as the layer's parameters; the configuration's scale is taken out."""
+    """Shape the factors as the layer's parameters."""
     u, v = pad(update.factors, rank)
     xp = namespace(u, v)
     shapes = config.shapes(update.site)
     (a, of_a), (b, of_b) = list(shapes.items())[:2]
-    p = {
-        a: xp.reshape(astype(v, dtype), of_a),
-        b: xp.reshape(astype(u / config.scaling, dtype), of_b),
-    }
+    if config.scaling != update.scale:  # the output half of a packed attention counts twice
+        u = u * (update.scale / config.scaling)
+    p = {a: xp.reshape(astype(v, dtype), of_a), b: xp.reshape(astype(u, dtype), of_b)}
     if config.lora_bias:
         shift = update.bias
         if shift is None:
@@ -115,26 +117,35 @@ def _ranks(updates: Mapping[str, Update]) -> dict[str, int]:
     return ranks
 
 
-def _patterns(ranks: Mapping[str, int], sites: Mapping[str, Site]) -> dict[str, Any]:
-    """Say the ranks: the commonest for all, and the others by name."""
-    halves = {out_projection(n) for n, s in sites.items() if s.kind == "MultiheadAttention"}
-    named = {name: rank for name, rank in ranks.items() if name not in halves}
-    r = Counter(named.values()).most_common(1)[0][0] if named else 1
-    pattern: dict[str, int] = {}
-    for name, rank in named.items():
-        if rank != r:
-            # a plain name also matches what ends with it after a dot
-            only = all(ranks[other] == rank for other in ranks if other.endswith(f".{name}"))
-            pattern[re.escape(name).replace(r"\.", ".") if only else f"^{re.escape(name)}"] = rank
-    for name, rank in named.items():
-        if matching(pattern, name, r) != rank:
-            raise ConfigError(f"{name}: rank {rank} cannot be told apart in a rank_pattern")
+def _patterns(ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:
+    """Say ranks and alphas: the commonest for all, and the others by name."""
+    packed = [n for n, u in updates.items() if u.site.kind == "MultiheadAttention"]
+    halves = set(map(out_projection, packed))
+    own = {name: rank for name, rank in ranks.items() if name not in halves}
+    alphas = {name: updates[name].scale * rank for name, rank in own.items()}
+    r, rank_pattern = _pattern(own)
+    alpha, alpha_pattern = _pattern(alphas)
     return {
         "r": r,
-        "lora_alpha": r,
-        "rank_pattern": pattern,
-        "alpha_pattern": {name: float(rank) for name, rank in pattern.items()},
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
     }
+
+
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Find the commonest value, and a pattern for the names that have another."""
+    common = Counter(values.values()).most_common(1)[0][0] if values else 1
+    pattern: dict[str, Any] = {}
+    for name, value in values.items():
+        if value != common:
+            # a plain name also matches what ends with it after a dot
+            alone = all(v == value for other, v in values.items() if other.endswith(f".{name}"))
+            pattern[name if alone else f"^{re.escape(name)}"] = value
+    for name, value in values.items():
+        if matching(pattern, name, common) != value:
+            raise ConfigError(f"{name}: {value} cannot be told apart by the layer's name")
+    return common, pattern
 
 
 def _common(configs: Sequence[Tuner], names: Sequence[str]) -> LoraConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_any import combine
+from peft_any import combine, resize
 from tests.hf import reference
 
 BOUND = {"float32": 1e-5, "float64": 1e-10}
@@ -267,3 +267,22 @@ def test_any_method_loads_as_the_lora_that_the_record_describes(
         assert np.linalg.norm(got[layer.layer] - want) <= bound * (size + 1)
         assert layer.norm == pytest.approx(size, rel=bound * (1 + 1 / max(size, 1e-30)))
         assert (layer.error or 0.0) <= 1e-6
+
+
+@dtypes
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_resized_adapters_load_with_the_delta_of_the_record(
+    rank: int, dtype: str, tmp_path: Path
+) -> None:
+    fields = {"use_rslora": True, "rank_pattern": {"e_fc": 2}, "alpha_pattern": {"d_fc": 9}}
+    model, (path,) = adapted(tmp_path, dtype, [4], **fields)
+    _, record = resize(path, tmp_path / "out", rank=rank)
+    with reference.quietly():
+        again = peft.PeftModel.from_pretrained(model_of(dtype), tmp_path / "out")
+    got, want = deltas(again, "default"), deltas(model, "a0")
+    assert again.peft_config["default"].r == rank
+    for layer in record.layers:
+        missed = np.linalg.norm(got[layer.layer] - want[layer.layer])
+        size = np.linalg.norm(want[layer.layer])
+        assert missed / size == pytest.approx(layer.error, rel=1e-4, abs=BOUND[dtype])
+        assert layer.norm == pytest.approx(size, rel=BOUND[dtype])
