@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, compute_dtype, dtype_name, is_array, is_floating, namespace
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.tape.products import dense
 
 Kind: TypeAlias = Literal[
     "Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"
@@ -133,11 +134,10 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     array([[2., 4.]])
     """
     xp = namespace(x, w, b)
-    y: Array
     if is_floating(x):
-        y = x @ w.T
-    else:
-        y = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
+        own = getattr(xp, "_linear", None)  # a tape's, which records it as one step
+        return dense(x, w, b) if own is None else own(x, w, b)  # type: ignore[no-any-return]
+    y: Array = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
     return y if b is None else y + b
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_any.layer import linear
 from tests.gradients import ENGINES, difference, finite_differences, gradients, weighed
 
 Function = Callable[..., Any]
@@ -205,6 +206,10 @@ ROWS = [
     row("sort", lambda xp, a: (xp.sort(a, axis=0), xp.sort(a, descending=True)), (4, 3)),
     # products
     *[
+        row(f"linear-{i}", lambda xp, x, w, b: (linear(x, w, b), linear(x, w)), shape, (2, 4), (2,))
+        for i, shape in enumerate([(4,), (3, 4), (2, 3, 4), (0, 4)])
+    ],
+    *[
         row(f"matmul-{i}", lambda xp, a, b: a @ b, *shapes)
         for i, shapes in enumerate(
             [
@@ -340,6 +345,14 @@ COMPLEX = [
         lambda xp, a: (xp.sum(a), xp.mean(a, axis=0), xp.prod(a, axis=1)),
         A,
         dtype="complex128",
+    ),
+    row(
+        "c-linear",
+        lambda xp, x, w: linear(xp.real(x), w),
+        A,
+        (2, 4),
+        dtype="complex128",
+        without=("torch", "torch:tape"),
     ),
     row("c-matmul", lambda xp, a, b: a @ b, (2, 3, 4), (4, 2), dtype="complex128"),
     row("c-matmul-vector", lambda xp, a, b: (a @ b, b @ b), A, V, dtype="complex128"),

@@ -60,6 +60,19 @@ def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
     return (lambda g: g @ adjoint(xp, b)), right
 
 
+def dense(x: Any, w: Any, b: Any = None) -> Any:
+    """Compute x·wᵀ + b, x real, in one expression: NumPy then adds into the product."""
+    return x @ w.T if b is None else x @ w.T + b
+
+
+@rule("_linear")
+def _(xp: Any, y: Any, x: Any, w: Any, b: Any) -> Any:
+    def rows(a: Any) -> Any:
+        return a if a.ndim == 2 else xp.reshape(a, (prod(a.shape[:-1]), a.shape[-1]))
+
+    return (lambda g: g @ conj(xp, w)), (lambda g: rows(g).T @ rows(x)), (lambda g: g)
+
+
 def _by_vector(xp: Any, a: Any, b: Any) -> Any:
     if a.ndim == 1 and b.ndim == 1:
         return (lambda g: g * conj(xp, b)), (lambda g: g * conj(xp, a))

@@ -22,6 +22,7 @@ from peft_any.backend import is_array
 from peft_any.errors import GradientError
 from peft_any.tape import fft, protocols
 from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
+from peft_any.tape.products import dense
 from peft_any.tape.record import (
     ESCAPED,
     binary,
@@ -123,6 +124,7 @@ class Space(ModuleType):
 _QUESTIONS = ("result_type", "isdtype", "can_cast", "finfo", "iinfo", "__array_namespace_info__")
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "_getitem": operator.getitem,
+    "_linear": dense,
     "_to_device": lambda x, device: x.to_device(device),
 }
 
