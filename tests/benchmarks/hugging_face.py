@@ -1,4 +1,7 @@
-"""The same merge in Hugging Face PEFT, on torch's CPU."""
+"""The same merge and the same training step in Hugging Face PEFT, on torch's CPU.
+
+PEFT runs BOFT with one butterfly factor here: more need its CUDA extension. That is less work.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,9 @@ from peft_any.layer import Dense
 from peft_any.method import Tuner
 
 
-def merge_of(config: Tuner, p: dict[str, Any], base: Dense) -> Callable[[], object]:
-    """Give a call that merges the adapter of one linear layer into its weight, and undoes it not.
-
-    A factor that Hugging Face PEFT cannot run on a CPU (more than one butterfly factor) is run
-    with one factor, which is less work.
-    """
-    fields = config_to_dict(config) | {"target_modules": ["fc"]}
+def layer_of(config: Tuner, base: Dense) -> Any:
+    """Wrap a linear layer of the base's sizes, with parameters that look trained."""
+    fields = config_to_dict(config) | {"target_modules": ["fc"], "inference_mode": False}
     fields = {k: v for k, v in fields.items() if k not in ("peft_type", "peft_version")}
     if "feedforward_modules" in fields:
         fields["feedforward_modules"] = []
@@ -35,6 +34,12 @@ def merge_of(config: Tuner, p: dict[str, Any], base: Dense) -> Callable[[], obje
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+    return layer
+
+
+def merge_of(config: Tuner, base: Dense) -> Callable[[], object]:
+    """Give a call that merges the adapter of a linear layer into its weight, and undoes it not."""
+    layer = layer_of(config, base)
     weight = layer.get_base_layer().weight
 
     def merge() -> object:
@@ -44,3 +49,20 @@ def merge_of(config: Tuner, p: dict[str, Any], base: Dense) -> Callable[[], obje
             return weight
 
     return merge
+
+
+def step_of(config: Tuner, base: Dense, x: Any, target: Any) -> Callable[[], object]:
+    """Give a call that trains the adapter of one linear layer by a step of AdamW."""
+    layer = layer_of(config, base).train()
+    inputs, wanted = torch.tensor(x), torch.tensor(target)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+    def step() -> object:
+        optimizer.zero_grad()
+        value = torch.nn.functional.mse_loss(layer(inputs), wanted)
+        value.backward()
+        optimizer.step()
+        return value
+
+    return step

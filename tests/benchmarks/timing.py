@@ -5,22 +5,29 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 # These make NumPy's BLAS slow where they are set; the benchmark measures it as users have it.
 SLOW = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
-def once(f: Callable[[], object]) -> float:
+def once(f: Callable[[], object], clock: Callable[[], float] = perf_counter) -> float:
     """Time one call, in seconds."""
-    start = perf_counter()
+    start = clock()
     f()
-    return perf_counter() - start
+    return clock() - start
 
 
-def ratio(f: Callable[[], object], floor: Callable[[], object], rounds: int = 60) -> float:
+def ratio(
+    f: Callable[[], object],
+    floor: Callable[[], object],
+    rounds: int = 60,
+    clock: Callable[[], float] = perf_counter,
+) -> float:
     """Time `f` and `floor` in turn; the fastest of the one relative to the fastest of the other.
 
     The fastest of many rounds is what a machine can do when nothing else wants it.
@@ -28,10 +35,25 @@ def ratio(f: Callable[[], object], floor: Callable[[], object], rounds: int = 60
     f(), floor()
     gc.disable()
     try:
-        pairs = [(once(f), once(floor)) for _ in range(rounds)]
+        pairs = [(once(f, clock), once(floor, clock)) for _ in range(rounds)]
     finally:
         gc.enable()
     return min(a for a, _ in pairs) / min(b for _, b in pairs)
+
+
+def cpu_ratio(f: Callable[[], object], floor: Callable[[], object], rounds: int = 60) -> float:
+    """As `ratio`, in the processor's time: on one thread, what else runs then matters little."""
+    return ratio(f, floor, rounds, process_time)
+
+
+def on_one_thread(module: str) -> Iterator[str]:
+    """Run a module of benchmarks in a process whose libraries have one thread each."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    env = dict(os.environ) | dict.fromkeys(names, "1")
+    run = subprocess.run(
+        [sys.executable, "-m", module], env=env, check=True, stdout=subprocess.PIPE, text=True
+    )
+    yield from run.stdout.splitlines()
 
 
 def machine() -> str:
