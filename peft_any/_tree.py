@@ -23,7 +23,7 @@ def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from leaves(value, (*path, key))
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, (list, tuple)):
         for i, value in enumerate(tree):
             yield from leaves(value, (*path, i))
     elif tree is not None:
@@ -54,7 +54,7 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *others: Tree, path: Path =
             k: map_with_path(f, v, *(o[k] for o in others), path=(*path, k))
             for k, v in tree.items()
         }
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         items = [
             map_with_path(f, v, *(o[i] for o in others), path=(*path, i))
             for i, v in enumerate(tree)
@@ -80,7 +80,7 @@ def alike(tree: Tree, other: Tree) -> bool:
             and tree.keys() == other.keys()
             and all(alike(value, other[key]) for key, value in tree.items())
         )
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         return (
             isinstance(other, list | tuple)
             and len(tree) == len(other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -70,14 +70,20 @@ class BoundLayer:
 class Layers(Mapping[str, BoundLayer]):
     """The layers of a bound model by module name, each made on first use."""
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], BoundLayer]) -> None:
-        self._names, self._make = names, make
+    def __init__(
+        self,
+        adapted: Collection[str],
+        every: Callable[[], Mapping[str, Any]],
+        make: Callable[[str], BoundLayer],
+    ) -> None:
+        self._adapted, self._every, self._make = adapted, every, make
         self._made: dict[str, BoundLayer] = {}
 
     def __getitem__(self, name: str) -> BoundLayer:
         if name not in self._made:
-            if name not in self._names:
-                raise TargetError(f"{name}: no such layer{nearest(name, self._names)}")
+            # a step asks for adapted layers alone; to find the others takes a look at all tensors
+            if name not in self._adapted and name not in self._every():
+                raise TargetError(f"{name}: no such layer{nearest(name, self._every())}")
             made = self._make(name)
             if made.traced:
                 return made  # it must not outlive the transformation that traces it
@@ -85,10 +91,10 @@ class Layers(Mapping[str, BoundLayer]):
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._every())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._every())
 
 
 @dataclass(frozen=True)

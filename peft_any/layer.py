@@ -290,12 +290,10 @@ def widen(params: Sequence[Params], base: Dense) -> tuple[list[Params], Dense]:
     >>> str(widen([], base)[1].weight.dtype)
     'float32'
     """
-
-    def floats(p: Params) -> list[str]:
-        return [k for k, v in p.items() if is_array(v) and is_floating(v)]
-
-    name = compute_dtype(base.weight, *(p[k] for p in params for k in floats(p)))
-    return [p | {k: astype(p[k], name) for k in floats(p)} for p in params], Dense(
+    floats = [{k: v for k, v in p.items() if is_array(v) and is_floating(v)} for p in params]
+    name = compute_dtype(base.weight, *(v for f in floats for v in f.values()))
+    pairs = zip(params, floats, strict=True)
+    return [p | {k: astype(v, name) for k, v in f.items()} for p, f in pairs], Dense(
         astype(base.weight, name),
         None if base.bias is None else astype(base.bias, name),
         base.site,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import cache
 from math import isfinite, nan, prod
 from typing import Any
 
@@ -200,14 +201,18 @@ class PeftModel:
         """
         model = self._with(params or {})
         model._noise = None if rng is None else Noise.of(rng)  # noqa: SLF001 - its own class
-        sites = {**layout(self.weights, self._kinds), **self.sites()}
+        adapted = self.sites()
+
+        @cache
+        def every() -> dict[str, Site]:
+            return {**layout(self.weights, self._kinds), **adapted}
 
         def make(name: str) -> BoundLayer:
-            site = sites[name]
+            site = adapted[name] if name in adapted else every()[name]
             return BoundLayer(model._base(site), model._parts(site), self._stacked)  # noqa: SLF001
 
         trained = {name: model[name].trainable() for name in self._active}
-        return Bound(Layers([*sites], make), trained, view.weights(model, make))
+        return Bound(Layers(adapted, every, make), trained, view.weights(model, make))
 
     def merge(self) -> dict[str, Array]:
         """Give all weights with the active adapters merged, as a new mapping.
@@ -216,10 +221,11 @@ class PeftModel:
         rounded once to the base's dtype.
         """
         merged = {name: self.replaced(name) for name in self.weights}
+        changed = self.adapted()
         for site in self.sites().values():
             layer = self.merged_site(site)
             merged[site.weight] = layer.stored()
-            if layer.bias is not None and self._moves_bias(site):
+            if layer.bias is not None and site.bias_name in changed:
                 merged[site.bias_name] = layer.bias
         return merged
 
@@ -252,14 +258,8 @@ class PeftModel:
     @property
     def touched(self) -> list[str]:
         """Names of the tensors that merging the active adapters changes, in the base's order."""
-        names: set[str] = set()
-        for name in self._active:
-            placed = self._placed[name]
-            names.update(placed.adapter.replaced(self.weights))
-            for key, site in placed.sites.items():
-                names.add(site.weight)
-                if placed.configs[key].changes_bias(site):
-                    names.add(site.bias_name)
+        copies = {t for n in self._active for t in self._placed[n].adapter.replaced(self.weights)}
+        names = copies | self.adapted().keys()
         return [name for name in self.weights if name in names]
 
     def merged_site(self, site: Site) -> Dense:
@@ -272,15 +272,16 @@ class PeftModel:
             key: site for name in self._active for key, site in self._placed[name].sites.items()
         }
 
-    def site_of(self, tensor: str) -> Site | None:
-        """Give the adapted layer whose merge changes a tensor, if any."""
-        for site in self.sites().values():
-            if tensor == site.weight or (tensor == site.bias_name and self._moves_bias(site)):
-                return site
-        return None
-
-    def _moves_bias(self, site: Site) -> bool:
-        return any(part.config.changes_bias(site) for part in self._parts(site))
+    def adapted(self) -> dict[str, Site]:
+        """Give the layers whose merge changes a tensor, by the tensor's name."""
+        found = {}
+        for name in self._active:
+            placed = self._placed[name]
+            for key, site in placed.sites.items():
+                found[site.weight] = site
+                if placed.configs[key].changes_bias(site):
+                    found[site.bias_name] = site
+        return found
 
     def _base(self, site: Site) -> Dense:
         bias = self.replaced(site.bias_name) if site.bias else None

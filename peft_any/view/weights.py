@@ -322,9 +322,10 @@ class Weights(Mapping[str, Any]):
 
 def weights(model: Any, make: Callable[[str], BoundLayer]) -> Weights:
     """Give the tensors of a model whose parameters are fixed."""
+    adapted = model.adapted()
 
     def maker(name: str) -> Callable[[], Any]:
-        site = model.site_of(name)
+        site = adapted.get(name)
         return lambda: model.replaced(name) if site is None else _adapted(model, make, name, site)
 
     return Weights({name: maker(name) for name in model.weights})
