@@ -462,3 +462,17 @@ def test_adapters_that_cannot_meet_are_refused() -> None:
     )
     with pytest.raises(TargetError, match=r"VERA's arrays do not tell .* base="):
         combine(vera)
+
+
+def test_the_base_that_adapters_were_made_on_is_remembered() -> None:
+    weights = {"fc.weight": np.random.default_rng(0).standard_normal((10, 8)).astype("float32")}
+    config = LoraConfig(r=2, target_modules=["fc"])
+    one, two = (PeftModel(weights).add("a", config, seed=i) for i in (1, 2))
+    made, _ = combine([one, two])
+    assert made.metadata["peft_any.base"] == one.metadata["peft_any.base"]
+    assert "peft_any.base" not in combine([one, lora(3)])[0].metadata
+    other = {"fc.weight": weights["fc.weight"] + 1}
+    with pytest.raises(TargetError, match=r"<LORA>, <LORA>#2: made on another base"):
+        combine([one, two], base=other)
+    combine([one, two], base=other, any_base=True)
+    combine([one, two], base=weights)

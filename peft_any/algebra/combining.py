@@ -14,7 +14,7 @@ from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord, Record
 from peft_any.algebra.sparse import Sign
 from peft_any.algebra.sums import ON_DELTA, Layer, Options, combine_layer
-from peft_any.algebra.terms import Base, opened, placed, terms_by_layer
+from peft_any.algebra.terms import Base, opened, origin, placed, terms_by_layer
 from peft_any.algebra.written import Update, lora_adapter
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
 from peft_any.errors import ConfigError
@@ -44,6 +44,7 @@ def combine(
     base: Base = None,
     kinds: Kinds = None,
     rederive: bool = False,
+    any_base: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
     backend: str | Backend = "auto",
@@ -82,7 +83,7 @@ def combine(
         Needed where an effect depends on the base (DoRA, IA³ beside others, OFT, BOFT) or an
         adapter does not tell its layers' sizes (VeRA, and LoHa, LoKr or AdaLoRA on
         convolutions); and for full copies that are weighted or of several adapters.
-    kinds, rederive
+    kinds, rederive, any_base
         As for `merge_checkpoint`.
     dtype : str, optional
         Of the result; by default float32, or float64 where an adapter has it.
@@ -120,7 +121,8 @@ def combine(
     """
     cut = None if rank is None and energy is None else Cut(rank=rank, energy=energy)
     options = Options(method, cut, density, majority_sign_method, svd_clamp, seed)
-    job = Job("combine", options, base, kinds, rederive, dtype, backend, progress)
+    fit = Fitting(rederive=rederive, kinds=kinds, any_base=any_base)
+    job = Job("combine", options, fit, base, dtype, backend, progress)
     return finished(job, given_adapters(adapters), out, overwrite)
 
 
@@ -130,9 +132,8 @@ class Job:
 
     kind: str
     options: Options
+    fit: Fitting
     base: Base = None
-    kinds: Kinds = None
-    rederive: bool = False
     dtype: str | None = None
     backend: str | Backend = "auto"
     progress: Progress | None = None
@@ -182,8 +183,7 @@ class Job:
     def _layers(
         self, given: Sequence[Given], view: Any, options: Options, to: Backend
     ) -> tuple[Adapter, list[LayerRecord]]:
-        fit = Fitting(rederive=self.rederive, backend=to, kinds=self.kinds)
-        fits = placed(given, view, fit)
+        fits = placed(given, view, self.fit)
         layers = terms_by_layer(given, fits, to)
         dtype, draws = self._dtype(given), TorchGenerator(options.seed)
         if options.method in ON_DELTA and options.cut is None:
@@ -196,7 +196,8 @@ class Job:
             if self.progress is not None:
                 self.progress(i + 1, len(layers), name)
         configs: list[Any] = [one.adapter.config for one in given]
-        return lora_adapter(updates, configs, dtype=dtype), records
+        made = lora_adapter(updates, configs, dtype=dtype)
+        return made.replace(metadata={**made.metadata, **origin(given, fits)}), records
 
     def _layer(self, layer: Layer, options: Options, dtype: str) -> tuple[Update, LayerRecord]:
         return combine_layer(layer, options, dtype=dtype)

@@ -19,6 +19,7 @@ from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
 from peft_any.layer import flat
 from peft_any.methods.lora import LoraConfig
+from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
 from peft_any.surgery.sources import AdapterLike, Given, Kinds, given_adapters
 
@@ -37,6 +38,7 @@ def resize(
     base: Base = None,
     kinds: Kinds = None,
     rederive: bool = False,
+    any_base: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
     backend: str | Backend = "auto",
@@ -61,7 +63,7 @@ def resize(
         Those above the largest divided by this. As kohya's ``resize_lora.py`` has them:
     sv_fro, sv_cumulative : float, optional
         the fewest that hold this share of ‖ΔW‖, or of Σ s.
-    base, kinds, rederive
+    base, kinds, rederive, any_base
         As for `combine`.
     dtype : str, optional
         By default the adapter's own.
@@ -97,7 +99,8 @@ def resize(
     if rank is None and not cut.reads_values:
         raise UsageError("resize: no rank is given: give rank=, energy= or another selector")
     given = given_adapters([adapter])
-    job = Resizing("resize", Options(cut=cut), base, kinds, rederive, dtype, backend, progress)
+    fit = Fitting(rederive=rederive, kinds=kinds, any_base=any_base)
+    job = Resizing("resize", Options(cut=cut), fit, base, dtype, backend, progress)
     return finished(job, given, out, overwrite)
 
 

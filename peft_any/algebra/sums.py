@@ -246,7 +246,7 @@ def _apart(layer: Layer, options: Options) -> Factors:
     if len(ranks) > 1:
         raise ConfigError(
             f"{terms[0].site.name}: {options.method} cannot combine adapters of ranks {ranks}: "
-            "their A's and B's must have one size; take method 'exact'"
+            "their A's and B's must have one size; take method 'exact', or one that ends in _svd"
         )
     configs: list[Any] = [term.config for term in terms]
     scales = [term.weight * c.scaling for term, c in zip(terms, configs, strict=True)]

@@ -17,6 +17,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Dense, Site
 from peft_any.linalg import as_product
 from peft_any.method import Additive, Tuner
+from peft_any.origin import KEY, other_base
 from peft_any.placed import Placed, dense, refuse_lacking
 from peft_any.selection import out_projection
 from peft_any.surgery.fitting import Fitting
@@ -124,7 +125,33 @@ def placed(
     if faults:
         text = "\n".join(f"{one.label}: {error}" for one, error in faults)
         raise type(faults[0][1])(text) from faults[0][1]
+    if view is not None and not fit.any_base:
+        _refuse_other_base(given, out, view)
     return out
+
+
+def _refuse_other_base(
+    given: Sequence[Given], places: Sequence[Placed], view: Mapping[str, Any]
+) -> None:
+    stored = view.stored if isinstance(view, View) else view.__getitem__
+    others = [
+        one.label
+        for one, place in zip(given, places, strict=True)
+        if other_base(one.adapter.metadata, place.sites.values(), stored) is not None
+    ]
+    if others:
+        raise TargetError(
+            f"{', '.join(others)}: made on another base than the one given: give that one, or "
+            "--any-base (any_base=True)"
+        )
+
+
+def origin(given: Sequence[Given], places: Sequence[Placed]) -> dict[str, str]:
+    """Take over which base adapters were made on, where all of one set of layers say the same."""
+    said = {one.adapter.metadata.get(KEY) for one in given}
+    layers = {frozenset(place.sites) for place in places}
+    found = said.pop() if len(said) == len(layers) == 1 else None
+    return {} if found is None else {KEY: found}
 
 
 def _alone(given: Given) -> Placed:

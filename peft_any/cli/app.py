@@ -1,4 +1,4 @@
-"""The command line: a thin face over the functions that merge, verify and inspect."""
+"""The command line: a thin face over the functions, and what all commands have in common."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Result:
 def about(
     *, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Merge, verify and inspect fine-tuning adapters."""
+    """Merge, verify, inspect, combine and resize fine-tuning adapters."""
     if version:
         from peft_any import __version__
 

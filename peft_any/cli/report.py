@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peft_any.algebra import Record
 from peft_any.demo.figure import spark_lines
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
@@ -20,6 +21,7 @@ from peft_any.surgery import Inspection
 ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
+_NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
 _NUMBERS |= {"CL error", "CD error", "trainable", "seconds"}
 
 
@@ -128,6 +130,42 @@ def report(found: Inspection) -> list[RenderableType]:
         shown += [Text(), Text(f"merged into {found.base['path']} as it is stored:")]
         shown.append(figures(found.changes))
     return shown
+
+
+def combination(record: Record) -> list[RenderableType]:
+    """Show what `combine` or `resize` made: the adapters, the totals, the layers farthest off."""
+    lines = [
+        f"{s.peft_type} {s.label}" + (f" × {s.weight:g}" if s.weight != 1 else "")
+        for s in record.adapters
+    ]
+    ranks = ", ".join(f"{rank} ({count}×)" for rank, count in record.ranks.items())
+    made = f"{record.method}: {len(record.layers)} layers" + (f", rank {ranks}" if ranks else "")
+    if record.copies:
+        made += f", {len(record.copies)} full copies"
+    lines.append(made)
+    if record.error is not None:
+        line = f"off by {number(record.error, '.1e')}"
+        if record.discarded:
+            line += f", {number(record.discarded, '.2%')} of ‖ΔW‖² left out"
+        if record.off_sum is not None and record.off_sum > 2 * record.error:
+            line += f"; {number(record.off_sum, '.1e')} from the exact weighted sum"
+        lines.append(line)
+    place = record.out.get("path")
+    lines.append(f"→ {place}" if place else "a dry run: nothing was written")
+    found = sorted(record.layers, key=lambda layer: -(layer.error or 0.0))
+    table_of = table("layer", "ranks", "rank", "‖ΔW‖ of the sum", "left out", "off", "off the sum")
+    for layer in found[:ROWS]:
+        table_of.add_row(
+            Text(layer.layer),
+            " + ".join(map(str, layer.ranks)) or "–",
+            "–" if layer.rank is None else str(layer.rank),
+            number(layer.norm, ".4g"),
+            number(layer.discarded, ".2%"),
+            number(layer.error, ".1e"),
+            number(layer.off_sum, ".1e"),
+        )
+    more = [f"… and {len(found) - ROWS} more, less far off"] if len(found) > ROWS else []
+    return [*map(Text, lines), table_of, *map(Text, more)]
 
 
 def _shape(shape: Sequence[int]) -> str:
