@@ -287,7 +287,7 @@ class TestIndex:
 
     def test_unreadable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sharded(tmp_path)
-        monkeypatch.setattr(Path, "read_bytes", refuse(errno.EACCES))
+        monkeypatch.setattr("peft_any.io._json.reading", refuse(errno.EACCES))
         self.refused(tmp_path, "permission is denied", StorageError)
 
     @pytest.mark.parametrize("shard", ["../out.safetensors", "/etc/passwd", "a/../../b", "a\\b"])

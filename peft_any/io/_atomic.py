@@ -15,7 +15,7 @@ from peft_any.errors import PeftError, StorageError, UsageError
 from peft_any.io._faults import StrPath as StrPath
 from peft_any.io._faults import reporting as reporting
 from peft_any.io._faults import storage_error as storage_error
-from peft_any.io._leftovers import discard, exchange, recover
+from peft_any.io._leftovers import discard, exchange, journal_of, recover
 from peft_any.io._lock import claimed, hidden
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
@@ -114,7 +114,11 @@ def output_file(
 
 @contextmanager
 def output_directory(
-    path: StrPath, overwrite: bool = False, *, inputs: Iterable[StrPath] = ()
+    path: StrPath,
+    overwrite: bool = False,
+    *,
+    inputs: Iterable[StrPath] = (),
+    resume: bool = False,
 ) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` if the block succeeds.
 
@@ -129,12 +133,15 @@ def output_directory(
         never removed.
     inputs : iterable of path
         What must not be touched, see `refuse_overlap`.
+    resume : bool
+        Whether to go on with what an earlier run left, if it has a journal (`journal_of`), and
+        to leave it there again on an exception.
 
     Yields
     ------
     Path
-        A hidden directory with the same parent. It is removed on any exception, an interrupt
-        included.
+        A hidden directory with the same parent, empty unless it is resumed. It is removed on any
+        exception, an interrupt included, unless `resume` is set and it has a journal.
 
     Raises
     ------
@@ -165,10 +172,10 @@ def output_directory(
         with reporting(path, "be written"), ExitStack() as stack:
             _make_parents(final, made)
             stack.enter_context(claimed(final))
-            recover(final)
+            partial = recover(final, resume) or partial
             _check(final, overwrite, inputs, directory=True)
-            stack.callback(discard, partial)
-            partial.mkdir()
+            stack.callback(_drop, partial, resume)
+            partial.mkdir(exist_ok=resume)
             yield partial
             for folder, _, names in os.walk(partial, topdown=False):
                 for name in names:
@@ -256,6 +263,14 @@ def _make_parents(final: Path, made: list[Path]) -> None:
     for parent in reversed(missing):
         parent.mkdir()
         made.append(parent)
+
+
+def _drop(partial: Path, resume: bool) -> None:
+    journal = journal_of(partial)
+    if partial.exists() and resume and journal.exists():
+        return
+    discard(partial)
+    discard(journal)
 
 
 def _remove_empty(made: list[Path]) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from typing import TypeAlias
 
 from peft_any.errors import PeftError, StorageError
@@ -54,3 +55,19 @@ def reporting(path: StrPath, action: str) -> Iterator[None]:
         raise
     except OSError as cause:
         raise storage_error(path, action, cause) from cause
+
+
+def reading(path: StrPath) -> BufferedReader:
+    """Open a file for reading alone, without a trace in its time of access where that can be."""
+    return open(path, "rb", opener=untouched)
+
+
+def untouched(path: StrPath, flags: int) -> int:
+    """Give a descriptor of a file as `reading` opens it."""
+    quiet = getattr(os, "O_NOATIME", 0)
+    try:
+        return os.open(path, flags | quiet)
+    except PermissionError:  # only a file's owner may ask for that
+        if not quiet:
+            raise
+        return os.open(path, flags)

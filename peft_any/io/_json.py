@@ -6,11 +6,10 @@ import json
 import os
 import stat
 from collections import Counter
-from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_any.errors import FormatError, StorageError
-from peft_any.io._atomic import StrPath, storage_error
+from peft_any.io._faults import StrPath, reading, storage_error
 
 LIMIT = 64 << 20
 """Bytes. The index of a model with 200,000 tensors takes 23 MB."""
@@ -59,7 +58,8 @@ def read_json(path: StrPath, *, limit: int = LIMIT, constants: bool = False) -> 
     if size > limit:
         raise FormatError(f"{path}: {size} bytes cannot be JSON of this kind: the limit is {limit}")
     try:
-        raw = Path(path).read_bytes()
+        with reading(path) as file:
+            raw = file.read(limit + 1)
     except OSError as cause:
         raise storage_error(path, "be read", cause) from cause
     return parse_object(raw, str(path), constants=constants)

@@ -12,11 +12,33 @@ from pathlib import Path
 from peft_any.io._lock import hidden
 
 
-def recover(final: Path) -> None:
+def journal_of(partial: Path) -> Path:
+    """Name the journal of a partial output: what is finished in it, so that it can be resumed."""
+    return partial.with_suffix(".journal")
+
+
+def recover(final: Path, resume: bool = False) -> Path | None:
     """Put right what a killed run left beside an output, which the caller has claimed.
 
     A previous output that was set aside, and not yet replaced, gets its name back; partial
     outputs and replaced ones are removed.
+
+    Parameters
+    ----------
+    final : Path
+        The output.
+    resume : bool
+        Keep the last partial output that has a journal.
+
+    Returns
+    -------
+    Path or None
+        The partial output that was kept.
+
+    Warns
+    -----
+    UserWarning
+        Of everything that was found.
     """
     for found in leftovers(final, "old"):
         if not os.path.lexists(final):
@@ -24,11 +46,21 @@ def recover(final: Path) -> None:
             warnings.warn(
                 f"{final}: a killed run had set it aside; it has its name again", stacklevel=5
             )
-    for found in (*leftovers(final, "partial"), *leftovers(final, "old", "gone")):
-        discard(found)
-        warnings.warn(
-            f"{final}: removed what a killed run left beside it: {found.name}", stacklevel=5
-        )
+    partial = leftovers(final, "partial")
+    journals = [p for p in partial if journal_of(p).exists()]
+    kept = journals[-1] if resume and journals else None
+    for found in (*partial, *leftovers(final, "old", "gone")):
+        if found != kept:
+            more = ", which --resume would have continued" if found in journals else ""
+            discard(found)
+            warnings.warn(
+                f"{final}: removed what a killed run left beside it: {found.name}{more}",
+                stacklevel=5,
+            )
+    for found in leftovers(final, "journal"):
+        if kept is None or found != journal_of(kept):
+            discard(found)
+    return kept
 
 
 def leftovers(final: Path, *kinds: str) -> list[Path]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from peft_any._dtypes import numpy_dtype
 from peft_any.errors import FormatError, StorageError, nearest
-from peft_any.io._atomic import StrPath, reporting
+from peft_any.io._faults import StrPath, reading, reporting, untouched
 from peft_any.io._foreign import disguise
 from peft_any.io._header import BITS, HEADER_LIMIT, TensorInfo
 from peft_any.io._json import regular_size
@@ -60,7 +60,7 @@ class SafetensorsFile(Mapping[str, HostArray]):
         size = regular_size(path)
         if size == 0:
             raise FormatError(f"{path}: cannot be read: it is empty")
-        with reporting(path, "be read"), open(path, "rb") as file:
+        with reporting(path, "be read"), reading(path) as file:
             self._stat = os.fstat(file.fileno())
             size = self._stat.st_size
             head = file.read(64)
@@ -121,7 +121,7 @@ class SafetensorsFile(Mapping[str, HostArray]):
     def reopen(self) -> int | None:
         """A fresh descriptor of the very same file, for the kernel to copy from; else None."""
         try:
-            handle = os.open(self.path, os.O_RDONLY)
+            handle = untouched(self.path, os.O_RDONLY)
         except OSError:
             return None
         now, then = os.fstat(handle), self._stat

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from peft_any.errors import TargetError, UsageError
-from peft_any.io._atomic import StrPath, reporting
+from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._header import RANK, byte_size
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile, StreamWriter
@@ -169,8 +169,9 @@ class Job:
                 continue
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            with reporting(base.root / relative, "be copied"):
-                shutil.copyfile(base.root / relative, target)
+            given = base.root / relative
+            with reporting(given, "be copied"), reading(given) as source, target.open("xb") as copy:
+                shutil.copyfileobj(source, copy)
         if base.index is not None and base.index_path is not None:
             self._index(folder / base.index_path.name, base.index)
         changed = self._config()

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
-from peft_any.io._atomic import StrPath, reporting
+from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._header import TensorInfo, byte_size
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.config import find_adapter
@@ -152,7 +152,7 @@ def _own_places(adapter: Adapter) -> Iterator[tuple[str, Place]]:
 
 
 def _digest(path: Path) -> str:
-    with reporting(path, "be read"), path.open("rb") as file:
+    with reporting(path, "be read"), reading(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

@@ -1,0 +1,287 @@
+"""Whatever happens to a command: its output stands there whole or not at all, its inputs stay."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_any import cli
+from peft_any.io.safetensors import write_safetensors
+from peft_any.methods.lora import LoraConfig
+from peft_any.model import PeftModel
+from tests.killing import Killer, killer
+
+SHARDS, WIDTH = 6, 256
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+
+
+def make_inputs(folder: Path, width: int = WIDTH, seed: int = 0) -> tuple[Path, Path]:
+    """Write a base in shards, each with touched and untouched tensors, and an adapter."""
+    rng = np.random.default_rng(seed)
+    base, weight_map = folder / "base", {}
+    base.mkdir(parents=True)
+    weights: dict[str, np.ndarray] = {}
+    for i in range(SHARDS):
+        name = f"model-0000{i + 1}-of-0000{SHARDS}.safetensors"
+        held = {
+            f"layers.{i}.{part}.weight": rng.standard_normal((width, width)).astype("float32")
+            for part in ("q_proj", "v_proj", "up_proj")
+        }
+        write_safetensors(base / name, held, {"format": "pt"})
+        weight_map |= dict.fromkeys(held, name)
+        weights |= held
+    total = sum(a.nbytes for a in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    made = PeftModel(weights).add("x", config, seed=1)
+    sites = {
+        site: {k: rng.standard_normal(v.shape).astype("float32") for k, v in p.items()}
+        for site, p in made.sites.items()
+    }
+    made.replace(sites=sites).save(folder / "adapter")
+    return base, folder / "adapter"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Read all that must not depend on when and where it was made."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name == "merge_receipt.json":
+            receipt = json.loads(path.read_text())
+            for key in ("seconds", "peak_memory", "warnings"):
+                del receipt[key]
+            del receipt["out"]["path"]
+            found[path.name] = receipt
+        else:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = [(p, p.stat()) for p in [folder, *folder.rglob("*")]]
+    return {str(p): (s.st_mtime_ns, s.st_ctime_ns, s.st_size) for p, s in found}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_inputs(tmp_path_factory.mktemp("small"), width=16)
+
+
+def merge(inputs: tuple[Path, Path], out: Path, *options: str) -> int:
+    base, adapter = inputs
+    given = "merge", "--base", base, "--adapter", adapter, "--out", out, "-q", *options
+    return cli.run([str(a) for a in given])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert merge(inputs, out) == 0
+    return contents(out)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a small or a read-only file system, where that is allowed."""
+    with ExitStack() as stack:
+
+        def mount(*options: object) -> Path:
+            place = tmp_path / f"mount{len(list(tmp_path.iterdir()))}"
+            place.mkdir()
+            command = ["mount", *map(str, options), str(place)]
+            try:
+                done = subprocess.run(command, capture_output=True, check=False)
+            except OSError:
+                pytest.skip("there is no mount command")
+            if done.returncode:
+                pytest.skip("mounting is not allowed here")
+            stack.callback(subprocess.run, ["umount", "-l", place], check=True)
+            return place
+
+        yield mount
+
+
+class TestFileSystem:
+    def test_full(self, inputs: tuple[Path, Path], mounted: Callable[..., Path]) -> None:
+        before = [state(p) for p in inputs]
+        for size in ("16k", "300k", "1m", "3m", "4400k"):
+            disk = mounted("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+            assert merge(inputs, disk / "out") == 5
+            assert [*disk.iterdir()] == []
+        assert [state(p) for p in inputs] == before
+
+    def test_full_with_a_previous_output(
+        self, inputs: tuple[Path, Path], mounted: Callable[..., Path]
+    ) -> None:
+        disk = mounted("-t", "tmpfs", "-o", "size=7m", "tmpfs")
+        assert merge(inputs, disk / "out") == 0
+        before = state(disk / "out")
+        assert merge(inputs, disk / "out", "--overwrite", "--dtype", "float64") == 5
+        assert state(disk / "out") == before
+        assert [p.name for p in disk.iterdir()] == ["out"]
+
+    def test_read_only_output(
+        self, inputs: tuple[Path, Path], mounted: Callable[..., Path], capsys: Any
+    ) -> None:
+        disk = mounted("-t", "tmpfs", "-o", "ro", "tmpfs")
+        assert merge(inputs, disk / "out") == 5
+        assert "read-only" in capsys.readouterr().err
+
+    def test_read_only_inputs(
+        self,
+        inputs: tuple[Path, Path],
+        undisturbed: dict[str, Any],
+        mounted: Callable[..., Path],
+        tmp_path: Path,
+    ) -> None:
+        home = mounted("--bind", inputs[0].parent)
+        done = subprocess.run(["mount", "-o", "remount,ro,bind", home], check=False)
+        if done.returncode:
+            pytest.skip("mounting read-only is not allowed here")
+        assert merge((home / "base", home / "adapter"), tmp_path / "out") == 0
+        made = contents(tmp_path / "out")
+        assert {k: v for k, v in made.items() if k != "merge_receipt.json"} == {
+            k: v for k, v in undisturbed.items() if k != "merge_receipt.json"
+        }
+
+    def test_inputs_do_not_tell_that_they_were_read(self, tmp_path: Path) -> None:
+        given = make_inputs(tmp_path, width=16)
+        files = [p for folder in given for p in folder.rglob("*")]
+        for path in files:
+            os.utime(path, ns=(10**9, 2 * 10**9))  # older than the last change: it would be set
+        before = [p.stat().st_atime_ns for p in files]
+        probe = tmp_path / "probe"
+        probe.touch()
+        os.utime(probe, ns=(10**9, 2 * 10**9))
+        probe.read_bytes()
+        if probe.stat().st_atime_ns == 10**9 or not hasattr(os, "O_NOATIME"):
+            pytest.skip("the file system, or the system, keeps no times of access")
+        assert merge(given, tmp_path / "out") == 0
+        assert [p.stat().st_atime_ns for p in files] == before
+
+
+CALLS = [
+    (os, "write"), (os, "pwrite"), (os, "fsync"), (os, "copy_file_range"), (os, "ftruncate"),
+    (os, "rename"), (os, "replace"), (os, "link"), (os, "mkdir"), (os, "open"), (io, "open"),
+    (builtins, "open"), (os, "fdatasync"),
+]  # fmt: skip
+LASTING = {"write", "pwrite", "fsync", "fdatasync", "copy_file_range", "ftruncate"}
+
+
+class Broken:
+    """Has the n-th call that changes or opens a file fail, and later ones that write."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None, code: int) -> None:
+        self.count, self.at, self.code, self.calls = 0, at, code, []
+        self.failing: str | None = None
+        for home, name in CALLS:
+            if hasattr(home, name):
+                monkeypatch.setattr(home, name, self.wrapped(name, getattr(home, name)))
+
+    def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            self.calls.append(name)
+            if self.count == self.at:
+                self.failing = name
+            if self.count == self.at or (name == self.failing and name in LASTING):
+                raise OSError(self.code, os.strerror(self.code))
+            return function(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+def test_every_call_may_fail(
+    small: tuple[Path, Path], tmp_path: Path, overwrite: bool, code: int, fuzz: int
+) -> None:
+    out = tmp_path / "out"
+    assert merge(small, out) == 0
+    want, inputs = contents(out), [state(p) for p in small]
+    with pytest.MonkeyPatch.context() as patch:
+        broken = Broken(patch, None, code)
+        assert merge(small, out, "--overwrite") == 0
+    total = broken.count
+    assert total > 50
+    if not overwrite:
+        shutil.rmtree(out)
+    picked = random.Random(fuzz).sample(range(1, total + 1), min(total, max(fuzz // 8, 20)))
+    for at in picked:
+        with pytest.MonkeyPatch.context() as patch:
+            broken = Broken(patch, at, code)
+            result = merge(small, out, *(["--overwrite"] if overwrite else []))
+        said = f"call {at} of {total}, {broken.calls[at - 1]}: exit {result}"
+        assert result in (0, 5), said
+        assert [state(p) for p in small] == inputs, said
+        assert [p.name for p in tmp_path.iterdir() if p != out] == [], said
+        assert out.exists() or (result and not overwrite), said
+        if out.exists():
+            assert contents(out) == want, said
+            if not overwrite:
+                shutil.rmtree(out)
+
+
+@pytest.fixture(scope="module")
+def kill() -> Iterator[Killer]:
+    with killer() as found:
+        yield found
+
+
+def partial(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith((".partial", ".journal")))
+
+
+@posix
+class TestSignals:
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+    def test_asked_to_stop(
+        self,
+        *,
+        inputs: tuple[Path, Path],
+        undisturbed: dict[str, Any],
+        tmp_path: Path,
+        kill: Killer,
+        name: str,
+        fuzz: int,
+    ) -> None:
+        given = "merge", "--base", inputs[0], "--adapter", inputs[1], "--out", tmp_path / "out"
+        before = [state(p) for p in inputs]
+        number = getattr(signal, name)
+        _, whole = kill(*given)
+        shutil.rmtree(tmp_path / "out")
+        rng = random.Random(name)
+        for _ in range(max(fuzz // 50, 4)):
+            code, _ = kill(*given, after=rng.uniform(0, whole), number=number)
+            assert code in (0, 128 + number, -number)
+            if (tmp_path / "out").exists():  # the signal may come when all is done
+                assert contents(tmp_path / "out") == undisturbed
+                shutil.rmtree(tmp_path / "out")
+            else:
+                assert code
+            left = [p.name for p in tmp_path.iterdir()]
+            assert left == [] or code == -number  # before the program had taken the signal over
+            assert [state(p) for p in inputs] == before
