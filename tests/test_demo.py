@@ -42,6 +42,7 @@ def test_the_command_trains_and_prints_everything(capsys: pytest.CaptureFixture[
         assert f"\n{name} " in out
     assert "Hugging Face PEFT's own merge" in out
     assert "4 tensors merged, 6 copied" in out
+    assert "--out DIRECTORY keeps" in out
 
 
 def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,12 @@ def spark_lines(curves: Mapping[str, Sequence[float]]) -> dict[str, str]:
     }
 
 
-def picture(curves: Mapping[str, Sequence[float]], points: Mapping[str, int], path: Path) -> bool:
+def picture(
+    curves: Mapping[str, Sequence[float]],
+    points: Mapping[str, int],
+    path: Path,
+    measure: str = "mean error of CL, unseen flights",
+) -> bool:
     """Write errors against training, and against trained parameters, as a PNG.
 
     Parameters
@@ -38,6 +43,8 @@ def picture(curves: Mapping[str, Sequence[float]], points: Mapping[str, int], pa
     points : mapping of str to int
         How many parameters each trains.
     path : Path
+    measure : str
+        What the errors are.
 
     Returns
     -------
@@ -50,10 +57,14 @@ def picture(curves: Mapping[str, Sequence[float]], points: Mapping[str, int], pa
     left, right = figure.subplots(1, 2, sharey=True)
     for name, curve in curves.items():
         left.plot([i / max(1, len(curve) - 1) for i in range(len(curve))], curve, label=name)
-        right.scatter(points[name], curve[-1])
-        right.annotate(name, (points[name], curve[-1]), (4, 4), textcoords="offset points")
-    left.set(xlabel="share of the training", ylabel="mean error of CL, unseen flights")
+    for i, name in enumerate(sorted(curves, key=points.__getitem__)):
+        at = points[name], curves[name][-1]
+        right.scatter(*at, color=f"C{[*curves].index(name)}")
+        shift = 7 if i % 2 else -13  # neighbours' names stand above and below
+        right.annotate(name, at, (0, shift), textcoords="offset points", ha="center")
+    left.set(xlabel="share of the training", ylabel=measure)
     right.set(xlabel="trained parameters", xscale="log", yscale="log")
+    right.margins(x=0.12, y=0.1)
     left.legend()
     figure.savefig(path, dpi=120)
     return True

@@ -142,6 +142,8 @@ def train(
             if found.curves and picture(found.curves, counts, folder / "demo.png"):
                 figure = str(folder / "demo.png")
                 said[-1] += " and demo.png"
+        elif found.curves:
+            said.append("--out DIRECTORY keeps the adapters and, where Matplotlib is, a figure")
     if found.merged_equals_adapted:
         said.append("adapters saved, read again and merged: the answers of the adapted networks")
     about = f"{ABOUT} {steps} steps on {to.name}, {UNSEEN} unseen flights."
