@@ -117,9 +117,9 @@ class Noise:
 def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
     """Apply an adapted layer with the dropout of its configuration, as Hugging Face PEFT does.
 
-    ``lora_dropout`` and ``vera_dropout`` thin the input of the adapter, not of the base;
-    ``module_dropout`` leaves the adapter out, and ``rank_dropout`` rows of ΔW, of LoHa and LoKr.
-    Whatever does not add to the base's output is applied as it is (OFT's ``module_dropout``
+    The rate in the field that `Tuner.thins` names thins the input of the adapter, not of the
+    base; ``module_dropout`` leaves the adapter out, and ``rank_dropout`` rows of ΔW, of LoHa and
+    LoKr. Whatever does not add to the base's output is applied as it is (OFT's ``module_dropout``
     has no effect there either).
 
     Parameters
@@ -134,10 +134,11 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
         y = config.forward(p, x, base)
         return y
     y, site = base(x), base.site
-    if noise.at("module").happens(getattr(config, "module_dropout", 0.0)):
+    field = config.thins
+    left_out = 0.0 if field == "module_dropout" else getattr(config, "module_dropout", 0.0)
+    if noise.at("module").happens(left_out):
         return y
-    rates = (getattr(config, name, 0.0) for name in ("lora_dropout", "vera_dropout"))
-    thin = noise.at("input").thinned(x, max(rates))
+    thin = noise.at("input").thinned(x, getattr(config, field) if field else 0.0)
     change = config.residual(p, thin, site)
     if rate := getattr(config, "rank_dropout", 0.0):
         scaled = getattr(config, "rank_dropout_scale", True)

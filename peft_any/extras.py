@@ -62,7 +62,8 @@ def refuse_faults(adapter: Any, where: str) -> None:
             f"{site}.{name}: {dtype_name(v)} values cannot be parameters: they are no floats"
             for site, p in adapter.sites.items()
             for name, v in p.items()
-            if not is_floating(v) and config.peft_type in method_names()
+            if not (is_floating(v) or name in getattr(config, "frozen", ()))
+            and config.peft_type in method_names()
         ]
     bad += token_faults(config, adapter.tokens)
     if bad:

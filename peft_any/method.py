@@ -34,6 +34,12 @@ class Tuner(Config):
     """Parameters that are kept beside the trained ones and never trained."""
     separable: ClassVar[bool] = False
     """Whether each row of the merged weight depends on no other row, of weight or parameters."""
+    thins: ClassVar[str] = ""
+    """The field with the rate at which training thins the adapter's input, if there is one."""
+    inner: ClassVar[str] = "(weight|bias)?"
+    """What may follow the first part of a parameter's name, as a regular expression."""
+    certain: ClassVar[bool] = False
+    """Whether what the parameters lack follows from the base without doubt: it is taken unasked."""
 
     target_modules: list[str] | str | None = None
 
@@ -70,18 +76,24 @@ class Tuner(Config):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Apply the adapted layer to `x`; overridden where that is cheaper than merging."""
-        return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))(x)
+        merged: Dense | None = p.get("merged")
+        return (self._merged(p, base) if merged is None else merged)(x)
+
+    def _merged(self, p: Params, base: Layer) -> Dense:
+        return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Apply the adapted layer in training, without what `noise` drops."""
         return dropped(self, p, x, base, noise)
 
-    def prepare(self, p: Params, base: Layer) -> Params:  # noqa: ARG002
+    def prepare(self, p: Params, base: Layer) -> Params:
         """Add what every call with these parameters would compute anew, under names of its own.
 
-        `forward` and `merge` give the same with and without.
+        `forward` and `merge` give the same with and without. Where `forward` only merges, that
+        is the merged layer.
         """
-        return p
+        plain = type(self).forward is Tuner.forward
+        return {**p, "merged": self._merged(p, base)} if plain else p
 
     def settled(self, p: Params) -> Params:
         """Bring the parameters to where training keeps them, after each of its steps."""
@@ -317,8 +329,7 @@ class AdaptedLayer:
         p, layer = self._ready
         out = dtype_name(x if is_floating(x) else self._base().weight)
         x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x
-        y: Array = astype(self.config.forward(p, x, layer), out)
-        return y
+        return astype(self.config.forward(p, x, layer), out)  # type: ignore[no-any-return]
 
     def merge(self) -> Dense:
         """Give the merged layer, rounded once to the base's dtype."""

@@ -59,7 +59,8 @@ def fitted(
     sites = place(adapter, weights, kinds)
     adapter = adapter.to(library(weights)).with_shared([*sites.values()])
     config = adapter.config
-    return Placed(adapter, sites, configured(config, sites) if isinstance(config, Tuner) else {})
+    configs = configured(config, sites) if isinstance(config, Tuner) else {}
+    return completed(Placed(adapter, sites, configs), weights)
 
 
 def fresh(
@@ -131,6 +132,13 @@ def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
         new = root.at(name, dense(weights, site))
         params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)
     return replace(placed, adapter=placed.adapter.replace(sites=params))
+
+
+def completed(placed: Placed, weights: Mapping[str, Array]) -> Placed:
+    """Add unasked what follows from the base without doubt (`Tuner.certain`)."""
+    config = placed.adapter.config
+    sure = isinstance(config, Tuner) and config.certain and lacking(placed)
+    return rederived(placed, weights) if sure else placed
 
 
 def lacking(placed: Placed) -> dict[str, str]:

@@ -11,14 +11,28 @@ from peft_any.backend import resolve
 from peft_any.layer import Dense, Site
 from peft_any.method import Prompt
 from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.methods.beft import BeftConfig
 from peft_any.methods.boft import BOFTConfig
+from peft_any.methods.c3a import C3AConfig
+from peft_any.methods.deft import DeftConfig
+from peft_any.methods.delora import DeloraConfig
+from peft_any.methods.fourierft import FourierFTConfig
+from peft_any.methods.glora import GloraConfig
+from peft_any.methods.gralora import GraloraConfig
+from peft_any.methods.hira import HiraConfig
+from peft_any.methods.hra import HRAConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
+from peft_any.methods.miss import MissConfig
 from peft_any.methods.oft import OFTConfig
+from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
+from peft_any.methods.road import RoadConfig
+from peft_any.methods.shira import ShiraConfig
+from peft_any.methods.supertuning import SupertuningConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
@@ -40,6 +54,8 @@ class Case:
         Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
     hf : str or None
         Why Hugging Face PEFT has no such case; None: it has, and a golden file holds its result.
+    single : bool
+        Whether Hugging Face PEFT computes it in float32, even where all is float64.
     """
 
     name: str
@@ -48,6 +64,7 @@ class Case:
     identity: str | None = None
     reverts: float = 20.0
     hf: str | None = None
+    single: bool = False
 
     def base(self, seed: int = 0, *, dtype: str = "float32", bias: bool | None = None) -> Dense:
         """Draw a base layer for the row, on the host."""
@@ -67,7 +84,8 @@ class Case:
         """Draw parameters as training leaves them: none at its initial value."""
         rng = np.random.default_rng([seed, 2])
         p = self.fresh(base, seed, dtype)
-        trained = self.config.at(self.site).shapes(self.site)
+        config = self.config.at(self.site)
+        trained = config.shapes(self.site).keys() - config.frozen
         return {
             k: (v + 0.2 * rng.standard_normal(v.shape)).astype(dtype) if k in trained else v
             for k, v in p.items()
@@ -75,7 +93,9 @@ class Case:
 
 
 RANDOM = "HF's init_weights=False draws every factor"
+DRAWN = "its initial values are random in HF too"
 FC = Site("fc", 12, 32)
+UP = Site("up", 12, 32)
 MASK = [True, False, False, True, True, False]
 WTE = Site("wte", 11, 8, "Embedding", bias=False)
 FACTORS = "compared live; its file would be too large"
@@ -434,6 +454,136 @@ CASES = [
         "boft-conv2-factors",
         BOFTConfig(boft_block_size=6, boft_n_butterfly_factor=2),
         Site("c", 4, 5, "Conv2d", (3, 3), bias=False),
+    ),
+    # BEFT
+    Case("beft", BeftConfig(), FC),
+    Case("beft-random", BeftConfig(init_weights=False), FC, identity=RANDOM),
+    # C3A
+    Case("c3a", C3AConfig(block_size=4), FC, identity=DRAWN, single=True),
+    Case("c3a-zero", C3AConfig(block_size=2, init_weights=True), Site("a.fc", 14, 6, bias=False)),
+    Case("c3a-odd", C3AConfig(block_size=3, init_weights="gaussian"), Site("fc", 12, 6), DRAWN),
+    Case(
+        "c3a-pattern",
+        C3AConfig(block_size=5, block_size_pattern={"fc": 6}, init_weights="kaiming_uniform"),
+        Site("fc", 12, 18),
+        identity=DRAWN,
+    ),
+    # DEFT; at sites where no entry of P is so near 0 that a difference crosses relu's kink
+    Case("deft", DeftConfig(r=4), UP, reverts=0, single=True),
+    Case("deft-alpha", DeftConfig(r=4, alpha=6), Site("a.fc", 13, 7, bias=False), reverts=0),
+    Case("deft-qr", DeftConfig(r=3, decomposition_method="qr"), UP, reverts=0),
+    Case("deft-rank-above-size", DeftConfig(r=9), Site("up", 12, 5), reverts=0),
+    Case("deft-random", DeftConfig(r=4, init_weights=False), UP, identity=RANDOM, reverts=0),
+    Case("deft-para", DeftConfig(r=4, para=True), UP, identity="it removes a subspace", reverts=0),
+    Case(
+        "deft-conv1d-transposed",
+        DeftConfig(r=3, fan_in_fan_out=True),
+        Site("up", 6, 9, "Conv1D"),
+        reverts=0,
+    ),
+    # DeLoRA
+    Case("delora", DeloraConfig(r=4), FC, reverts=60),
+    Case(
+        "delora-pattern",
+        DeloraConfig(r=2, rank_pattern={"fc": 3}, lambda_pattern={"f.": 7}),
+        Site("a.fc", 13, 7, bias=False),
+        reverts=60,
+    ),
+    Case("delora-random", DeloraConfig(r=4, init_weights=False), FC, RANDOM, reverts=60),
+    # FourierFT
+    Case("fourierft", FourierFTConfig(n_frequency=50), FC, identity=DRAWN, single=True),
+    Case("fourierft-zero", FourierFTConfig(n_frequency=30, init_weights=True), Site("fc", 7, 9)),
+    Case(
+        "fourierft-pattern",
+        FourierFTConfig(n_frequency_pattern={"fc": 20}, scaling=20.0, random_loc_seed=3),
+        Site("a.fc", 13, 8, bias=False),
+        identity=DRAWN,
+    ),
+    Case(
+        "fourierft-conv1d-transposed",
+        FourierFTConfig(n_frequency=40, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        identity=DRAWN,
+    ),
+    # GLoRA
+    Case("glora", GloraConfig(r=3), FC, reverts=60),
+    Case("glora-no-bias", GloraConfig(r=3), Site("a.fc", 13, 7, bias=False), reverts=60),
+    Case(
+        "glora-vectors",
+        GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector"),
+        FC,
+        reverts=100,
+    ),
+    Case("glora-constants", GloraConfig(config_A_B="constant", config_C="none"), FC, reverts=60),
+    Case("glora-none", GloraConfig(config_A_B="none", config_D_E="none", r=2), FC, reverts=60),
+    Case("glora-random", GloraConfig(r=3, init_weights=False), FC, RANDOM, reverts=60),
+    # GraLoRA
+    Case("gralora", GraloraConfig(r=4, alpha=6), FC),
+    Case("gralora-blocks", GraloraConfig(r=6, gralora_k=3), Site("a.fc", 12, 9, bias=False)),
+    Case("gralora-hybrid", GraloraConfig(r=4, hybrid_r=3), FC),
+    Case("gralora-random", GraloraConfig(r=4, init_weights=False), FC, RANDOM),
+    Case(
+        "gralora-conv1d-transposed",
+        GraloraConfig(r=4, hybrid_r=2, fan_in_fan_out=True),
+        Site("fc", 6, 8, "Conv1D"),
+    ),
+    # HiRA
+    Case("hira", HiraConfig(r=4), FC, reverts=0),
+    Case("hira-pattern", HiraConfig(r=2, rank_pattern={"fc": 3}), Site("a.fc", 13, 7), reverts=0),
+    Case("hira-gaussian", HiraConfig(r=4, init_weights="gaussian"), FC, reverts=0),
+    Case("hira-random", HiraConfig(r=4, init_weights=False), FC, RANDOM, reverts=0),
+    Case(
+        "hira-conv1d-transposed",
+        HiraConfig(r=4, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        reverts=0,
+    ),
+    Case("hira-embedding", HiraConfig(r=4), WTE, reverts=0),
+    Case("hira-conv1", HiraConfig(r=3), Site("c", 5, 7, "Conv1d", (3,)), reverts=0),
+    Case("hira-conv2", HiraConfig(r=3), Site("c", 5, 7, "Conv2d", (3, 2)), reverts=0),
+    Case("hira-conv3", HiraConfig(r=3), Site("c", 2, 3, "Conv3d", (3, 2, 2)), reverts=0),
+    # HRA
+    Case("hra", HRAConfig(r=4), FC, reverts=40),
+    Case("hra-odd", HRAConfig(r=3), Site("a.fc", 13, 7, bias=False), HARD, reverts=40),
+    Case("hra-gram-schmidt", HRAConfig(r=3, apply_GS=True), FC, HARD, reverts=40),
+    Case("hra-many", HRAConfig(r=24), Site("fc", 40, 6), reverts=200),
+    Case("hra-random", HRAConfig(r=4, init_weights=False), FC, RANDOM, reverts=40),
+    Case("hra-conv2", HRAConfig(r=4), Site("c", 4, 5, "Conv2d", (3, 3)), reverts=40),
+    # MiSS
+    Case("miss", MissConfig(r=4), FC),
+    Case("miss-rest", MissConfig(r=5), Site("a.fc", 13, 7, bias=False)),
+    Case("miss-mini", MissConfig(r=4, mini_r=8, init_weights="mini"), FC),
+    Case("miss-bat", MissConfig(r=4, init_weights="bat"), FC, reverts=2000),
+    Case("miss-random", MissConfig(r=4, init_weights=False), FC, RANDOM),
+    # PEANuT
+    Case("peanut", PeanutConfig(r=4), FC, reverts=0),
+    Case(
+        "peanut-deep",
+        PeanutConfig(r=3, depth=2, act_fn="silu", scaling=0.5),
+        Site("a.fc", 13, 7, bias=False),
+        reverts=0,
+    ),
+    Case("peanut-random", PeanutConfig(r=4, init_weights=False), FC, RANDOM, reverts=0),
+    # RoAd
+    Case("road", RoadConfig(group_size=8), FC, reverts=100),
+    Case("road-2", RoadConfig(variant="road_2", group_size=4), FC, reverts=400),
+    Case("road-4", RoadConfig(variant="road_4", group_size=2), Site("a.fc", 13, 6), reverts=400),
+    Case("road-no-bias", RoadConfig(group_size=6), Site("fc", 5, 6, bias=False), reverts=100),
+    Case("road-random", RoadConfig(group_size=8, init_weights=False), FC, RANDOM, reverts=2000),
+    # SHiRA
+    Case("shira", ShiraConfig(r=2), FC),
+    Case("shira-seed", ShiraConfig(r=1, random_seed=5), Site("a.fc", 13, 7, bias=False)),
+    Case("shira-random", ShiraConfig(r=2, init_weights=False), FC, RANDOM),
+    # Super-Tuning
+    Case("supertuning", SupertuningConfig(sparsity=0.9), FC),
+    Case(
+        "supertuning-supra",
+        SupertuningConfig(sparsity=0.8, select_top=False, r=3),
+        Site("a.fc", 13, 7, bias=False),
+    ),
+    Case("supertuning-alpha", SupertuningConfig(sparsity=0.9, r=2, lora_alpha=5), FC),
+    Case(
+        "supertuning-random", SupertuningConfig(sparsity=0.9, r=2, init_weights=False), FC, RANDOM
     ),
 ]
 

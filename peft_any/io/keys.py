@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     for key, (module, parts) in suffixes.items():
         if key in unknown:
             continue
-        name = ".".join(parts[:1] + parts[2:] if _given_name(parts) in drop else parts)
+        name = ".".join(parts[:1] + parts[2:] if _given_name(config, parts) in drop else parts)
         places[key] = Place("site", module, _OLD.get(name, name))
     sites = {place.module for place in places.values()}
     for key in rest:
@@ -105,18 +106,19 @@ def _module(parts: list[str]) -> str:
     return ".".join(p for p in parts if p != "base_layer")
 
 
-def _given_name(parts: list[str]) -> str | None:
-    """Read the adapter's name out of a suffix: before a leaf, or at the end."""
-    if len(parts) == 3 and parts[2] in _LEAVES:
-        return parts[1]
-    return parts[1] if len(parts) == 2 and parts[1] not in _LEAVES else None
+def _given_name(config: Config, parts: list[str]) -> str | None:
+    """Read the adapter's name out of a suffix: it comes after the first part."""
+    inner = getattr(config, "inner", "")
+    if len(parts) == 1 or re.fullmatch(inner, ".".join(parts[1:])):
+        return None
+    return parts[1] if re.fullmatch(inner, ".".join(parts[2:])) else None
 
 
 def _adapter_names(
     config: Config, suffixes: Mapping[str, tuple[str, list[str]]], unknown: dict[str, str]
 ) -> set[str]:
     """Find the adapter's name in the keys; several are an error of each such key."""
-    names = {key: _given_name(parts) for key, (_, parts) in suffixes.items()}
+    names = {key: _given_name(config, parts) for key, (_, parts) in suffixes.items()}
     found = {name for name in names.values() if name is not None}
     if config.peft_type not in method_names():  # a user's own parameters may nest as deep
         return found if len(found) == 1 and None not in names.values() else set()

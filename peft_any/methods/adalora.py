@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
+from peft_any.checks import check_fields, refuse
 from peft_any.errors import ConfigError
 from peft_any.layer import Kind, Site, linear
 from peft_any.linalg import orthogonality
@@ -30,6 +31,7 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     r, use_rslora, alpha_pattern: no effect, as in Hugging Face PEFT; `at` sets r.
     """
 
+    thins: ClassVar[str] = "lora_dropout"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
@@ -64,22 +66,16 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
-        total = self.total_step or 0
-        rules = {
-            "init_r": (self.init_r >= 1, "at least 1 triplet"),
-            "target_r": (self.target_r >= 1, "at least 1 triplet"),
-            "deltaT": (self.deltaT >= 1, "at least 1 step"),
-            "beta1": (0 < self.beta1 < 1, "between 0 and 1, both excluded"),
-            "beta2": (0 < self.beta2 < 1, "between 0 and 1, both excluded"),
-            "lora_dropout": (0 <= self.lora_dropout < 1, "in [0, 1)"),
-            "orth_reg_weight": (self.orth_reg_weight >= 0, "0 or more"),
-            "total_step": (total >= 1, "the number of training steps (HF PEFT demands it)"),
-            "tinit": (self.tinit < total - self.tfinal, "less than total_step - tfinal"),
-            "bias": (self.bias in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
-        }
-        for name, (fine, rule) in rules.items():
-            if not fine:
-                raise ConfigError(f"{self.where}: {name}={getattr(self, name)!r} must be {rule}")
+        total, inside = self.total_step or 0, "between 0 and 1, both excluded"
+        check_fields(self, "init_r", "target_r", "deltaT", bias="lora")
+        refuse(
+            self,
+            beta1=(0 < self.beta1 < 1, inside),
+            beta2=(0 < self.beta2 < 1, inside),
+            orth_reg_weight=(self.orth_reg_weight >= 0, "0 or more"),
+            total_step=(total >= 1, "the number of training steps (HF PEFT demands it)"),
+            tinit=(self.tinit < total - self.tfinal, "less than total_step - tfinal"),
+        )
 
     def kept(self, name: str) -> list[bool]:
         """Give the mask (init_r,) of the triplets kept at a site: all, where none is given."""

@@ -33,6 +33,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); a file folds them into rank 2r.
     """
 
+    thins: ClassVar[str] = "lora_dropout"
     frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = starts.VARIANTS
@@ -138,8 +139,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         if not self.use_dora or "gain" in p:
             return p.get("gain")
         norms = detach(row_norms(base.original, *self.factors(p, base.site)))
-        gain: Array = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms
-        return gain
+        return namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms  # type: ignore[no-any-return]
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Measure the rows once, with `use_dora`."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
+from peft_any.checks import check_fields
 from peft_any.errors import ConfigError
 from peft_any.layer import Kind, Site, linear
 from peft_any.method import Additive
@@ -28,6 +29,7 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
     init_weights: false: d standard normal, b = 1.
     """
 
+    thins: ClassVar[str] = "vera_dropout"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     frozen: ClassVar[frozenset[str]] = frozenset({"vera_A", "vera_B"})
 
@@ -43,14 +45,7 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
-        if not 0 <= self.vera_dropout < 1:
-            raise ConfigError(f"{self.where}: vera_dropout={self.vera_dropout} is not in [0, 1)")
-        if self.bias not in ("none", "all", "vera_only"):
-            raise ConfigError(
-                f'{self.where}: bias={self.bias!r} must be "none", "all" or "vera_only"'
-            )
+        check_fields(self, "r", bias="vera")
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """d and b."""

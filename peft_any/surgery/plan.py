@@ -12,7 +12,7 @@ from peft_any.layer import Site
 from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
-from peft_any.placed import Placed, lacking, rederived, refuse_lacking
+from peft_any.placed import Placed, completed, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
 from peft_any.surgery.fitting import Fitting
@@ -173,6 +173,7 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
         raise ConfigError(f"{config.where}: is no method that changes layers")
     adapter = given.adapter.with_shared([*sites.values()])
     placed = Placed(adapter, sites, configured(config, sites))
+    placed = completed(placed, view)
     if fit.rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
     refuse_lacking(placed)

@@ -118,6 +118,7 @@ def make_deep() -> nn.Module:
 
 Made = tuple[Callable[[], nn.Module], Callable[[], Any]]
 LANGUAGE = {"task_type": "CAUSAL_LM"}
+PAIR = ["q", "fc1"]
 SCALES = {r"layers.0.attn.q": 4, "conv2": 3}
 MADE: dict[str, Made] = {
     "lora": (make_net, lambda: LoraConfig(r=2, lora_alpha=5, target_modules=["q", "fc1", "fc2"])),
@@ -190,6 +191,27 @@ MADE: dict[str, Made] = {
     "lora-classifier": (
         make_classifier,
         lambda: LoraConfig(r=1, target_modules=["c_fc"], task_type="SEQ_CLS"),
+    ),
+    "beft": (make_net, lambda: peft.BeftConfig(target_modules=["q", "fc1"])),
+    "c3a": (make_net, lambda: peft.C3AConfig(block_size=2, target_modules=PAIR)),
+    "deft": (make_net, lambda: peft.DeftConfig(r=2, target_modules=PAIR)),
+    "delora": (make_net, lambda: peft.DeloraConfig(r=2, target_modules=PAIR)),
+    "fourierft": (make_net, lambda: peft.FourierFTConfig(n_frequency=9, target_modules=PAIR)),
+    "glora": (make_net, lambda: peft.GloraConfig(r=2, target_modules=["q", "k"])),
+    "gralora": (make_net, lambda: peft.GraloraConfig(r=2, hybrid_r=1, target_modules=PAIR)),
+    "hira": (make_net, lambda: peft.HiraConfig(r=2, target_modules=["q", "emb", "conv2", "c1d"])),
+    "hra": (make_net, lambda: peft.HRAConfig(r=2, target_modules=["q", "conv2"])),
+    "miss": (make_net, lambda: peft.MissConfig(r=2, target_modules=PAIR)),
+    "miss-bat": (make_net, lambda: peft.MissConfig(r=2, init_weights="bat", target_modules=PAIR)),
+    "peanut": (make_net, lambda: peft.PeanutConfig(r=2, depth=1, target_modules=PAIR)),
+    "road": (make_net, lambda: peft.RoadConfig(group_size=2, target_modules=PAIR)),
+    "shira": (make_net, lambda: peft.ShiraConfig(r=1, random_seed=0, target_modules=PAIR)),
+    "supertuning": (make_net, lambda: peft.SupertuningConfig(sparsity=0.8, target_modules=PAIR)),
+    "supertuning-bare": (
+        make_net,
+        lambda: peft.SupertuningConfig(
+            sparsity=0.8, r=1, save_precomputed_indices=False, target_modules=PAIR
+        ),
     ),
     "adalora": (
         make_net,

@@ -1,0 +1,61 @@
+"""Checks of configuration fields that many methods share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_any.errors import ConfigError
+
+
+def refuse(config: Any, **rules: tuple[bool, str]) -> None:
+    """Refuse fields that break their rules.
+
+    Parameters
+    ----------
+    config : Config
+    **rules : (bool, str)
+        For each field, whether its value is fine, and what it must be.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first field that is not fine, its value and its rule.
+    """
+    for name, (fine, rule) in rules.items():
+        if not fine:
+            raise ConfigError(f"{config.where}: {name}={getattr(config, name)!r} must be {rule}")
+
+
+def check_fields(config: Any, *counts: str, bias: str = "") -> None:
+    """Check what most methods have: counts, rates of dropout and the choice of biases.
+
+    Parameters
+    ----------
+    config : Config
+        Its fields that end in ``dropout`` are rates, in [0, 1).
+    *counts : str
+        Fields that count something: at least 1.
+    bias : str
+        The prefix of ``bias="…_only"``, where the method has that field.
+
+    Raises
+    ------
+    ConfigError
+
+    Examples
+    --------
+    >>> from peft_any.methods.hra import HRAConfig
+    >>> HRAConfig(r=0)
+    Traceback (most recent call last):
+    peft_any.errors.ConfigError: HRAConfig: r=0 must be at least 1
+    """
+    rules = {name: (getattr(config, name) >= 1, "at least 1") for name in counts}
+    rules |= {
+        name: (0 <= rate < 1, "in [0, 1)")
+        for name, rate in vars(config).items()
+        if name.endswith("dropout")
+    }
+    if bias:
+        options = "none", "all", f"{bias}_only"
+        rules["bias"] = config.bias in options, f'"none", "all" or "{bias}_only"'
+    refuse(config, **rules)

@@ -1,0 +1,55 @@
+"""BEFT: bias-efficient fine-tuning. Lv et al. 2025, https://arxiv.org/abs/2509.15974."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import creation_device, namespace
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeftConfig(Additive, peft_type="BEFT", prefix="beft_"):
+    """b′ = b + β, with `beft_bias` β (1, n_out); merging needs a base with a bias.
+
+    init_weights: true (β = 0) or false (standard normal).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+
+    init_weights: bool = True
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """β, as a row."""
+        return {"beft_bias": (1, site.n_out)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Zero."""
+        draw = new.zeros if self.init_weights else new.normal
+        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+
+    def changes_bias(self, site: Site) -> bool:
+        """Nothing but the bias."""
+        return True
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """Zero."""
+        xp, shift = namespace(p["beft_bias"]), p["beft_bias"]
+        shape = (site.n_out, site.width)
+        zero: Array = xp.zeros(shape, dtype=shift.dtype, device=creation_device(shift))
+        return zero
+
+    def bias_delta(self, p: Params, site: Site) -> Array:
+        """β."""
+        shift: Array = namespace(p["beft_bias"]).reshape(p["beft_bias"], (site.n_out,))
+        return shift
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """β, for every input."""
+        shape = (*x.shape[:-1], site.n_out)
+        shift: Array = namespace(x).broadcast_to(self.bias_delta(p, site), shape)
+        return shift

@@ -1,0 +1,92 @@
+"""C3A: circular convolution adaptation. Chen et al. 2024, https://arxiv.org/abs/2407.19342."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod, sqrt
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import creation_device, namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.errors import ShapeError
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive
+from peft_any.patterns import matching
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
+    """ΔW is blocks (b, b), block (i, j)[κ, τ] = w[i, j, (τ − κ) mod b]/n_in: circulant matrices.
+
+    `c3a_kernel` w is (n_out/b, n_in/b, b).
+
+    block_size: b, a divisor of n_in and n_out. block_size_pattern: b by site.
+    init_weights: "xavier_uniform" or false (uniform within √(6/(n_in + n_out))), "gaussian"
+        (standard normal), "kaiming_uniform" (within 1/√n_in), true (zero).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+
+    block_size: int = 256
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool | str | None = "xavier_uniform"
+    bias: str = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "block_size", bias="c3a")
+        names = "gaussian", "kaiming_uniform", "xavier_uniform"
+        known = self.init_weights in (True, False, *names)
+        refuse(self, init_weights=(known, f"true, false or one of {', '.join(names)}"))
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the pattern, and check that the blocks fit."""
+        b = matching(self.block_size_pattern, site.name, self.block_size)
+        if site.n_in % b or site.n_out % b:
+            raise ShapeError(
+                f"{site.name}: block_size={b} cannot divide {site.n_in} inputs and {site.n_out} "
+                "outputs: give a divisor of both (block_size_pattern)"
+            )
+        return replace(self, block_size=b)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The first rows of all blocks."""
+        b = self.block_size
+        return {"c3a_kernel": (site.n_out // b, site.n_in // b, b)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Random, unless `init_weights` is true."""
+        ((name, shape),) = self.shapes(site).items()
+        if self.init_weights is True:
+            return {name: new.zeros(shape)}
+        if self.init_weights == "gaussian":
+            return {name: new.normal(shape)}
+        fan = sqrt(6.0 / (site.n_in + site.n_out))
+        bound = 1 / sqrt(site.n_in) if self.init_weights == "kaiming_uniform" else fan
+        return {name: new.uniform(shape, bound)}
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The blocks, gathered from the kernels."""
+        w, b = p["c3a_kernel"], self.block_size
+        xp, (k, q, _) = namespace(w), w.shape
+        one = xp.arange(b, device=creation_device(w))
+        places = xp.reshape(xp.remainder(one[None, :] - one[:, None], b), (b * b,))
+        blocks = xp.reshape(xp.take(w, places, axis=2), (k, q, b, b))
+        whole: Array = xp.reshape(xp.permute_dims(blocks, (0, 2, 1, 3)), (k * b, q * b))
+        return whole / site.n_in
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """By Fourier transforms of length b, where the library has them: a product for each."""
+        w, b = p["c3a_kernel"], self.block_size
+        xp, lead = namespace(x, w), tuple(x.shape[:-1])
+        if not hasattr(xp, "fft"):
+            return super().residual(p, x, site)
+        z = xp.fft.rfft(xp.reshape(x, (prod(lead), site.n_in // b, b)))
+        f = xp.conj(xp.fft.rfft(w))  # a correlation, not a convolution
+        stacked = xp.permute_dims(z, (2, 0, 1)) @ xp.permute_dims(f, (2, 1, 0))
+        y = xp.fft.irfft(xp.permute_dims(stacked, (1, 2, 0)), n=b)
+        out: Array = xp.reshape(y, (*lead, site.n_out)) / site.n_in
+        return out

@@ -1,0 +1,128 @@
+"""DEFT: decompositional efficient fine-tuning, with PaRa as its case without injection.
+
+Kumar et al. 2025, https://openreview.net/forum?id=WjWQAJdFeR;
+PaRa: Chen et al. 2024, https://arxiv.org/abs/2406.05641.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype, namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.dropout import Noise
+from peft_any.layer import Dense, Kind, Layer, Site, linear, widen
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
+    """W′ = W − Q·ρᵀ·W + s·Q·R, with `deft_P` P (n_out, r) and `deft_R` R (r, n_in).
+
+    decomposition_method: "relu": Q = P and ρ = max(P, 0); "qr": Q = ρ, the Q of P's QR factors.
+    alpha: s = α/r; none: s = 1. r counts as n_out at most.
+    para: without R: a subspace is removed, and nothing put in its place.
+    init_scale: R's standard deviation, × 0.02, with `init_weights` false.
+    init_weights: true (R = ρᵀ·W/s, so that nothing changes) or false (R normal).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+
+    r: int = 8
+    decomposition_method: str = "relu"
+    init_scale: float = 1.0
+    alpha: float | None = None
+    para: bool = False
+    deft_dropout: float = 0.0
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", bias="deft")
+        known = self.decomposition_method in ("relu", "qr")
+        refuse(self, decomposition_method=(known, '"relu" or "qr"'))
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the method
+        """Only the QR factors."""
+        return ("linalg",) if self.decomposition_method == "qr" else ()
+
+    @property
+    def scaling(self) -> float:
+        """α/r, or 1."""
+        return self.alpha / self.r if self.alpha else 1.0
+
+    def per_site(self, site: Site) -> Self:
+        """Bound r by the outputs."""
+        return replace(self, r=min(self.r, site.n_out))
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """P, and R unless `para`."""
+        shapes: dict[str, Shape] = {"deft_P": (site.n_out, self.r)}
+        return shapes if self.para else shapes | {"deft_R": (self.r, site.n_in)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """P normal, and R what P takes out of the base."""
+        p: Params = {"deft_P": new.normal((site.n_out, self.r), 0.02)}
+        if self.para:
+            return p
+        if not self.init_weights:
+            return p | {"deft_R": new.normal((self.r, site.n_in), 0.02 * self.init_scale)}
+        (wide,), base = widen([p], new.base_for(site.name, "deft_R"))
+        _, across = self.directions(wide)
+        taken = namespace(across).matrix_transpose(across) @ base.weight / self.scaling
+        return p | {"deft_R": astype(taken, new.dtype)}
+
+    def directions(self, p: Params) -> tuple[Array, Array]:
+        """Q and ρ (n_out, r)."""
+        known: tuple[Array, Array] | None = p.get("directions")
+        if known is not None:
+            return known
+        a = p["deft_P"]
+        xp = namespace(a)
+        if self.decomposition_method == "relu":
+            return a, xp.where(a > 0, a, xp.zeros_like(a))
+        q, _ = xp.linalg.qr(a)
+        return q, q
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Decompose once, and project the base once."""
+        q, across = self.directions(p)
+        taken = namespace(across).matrix_transpose(across) @ base.weight
+        return {**p, "directions": (q, across), "taken": taken}
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W − Q·(ρᵀ·W − s·R)."""
+        (q, across), w = self.directions(p), base.weight
+        taken = namespace(w).matrix_transpose(across) @ w
+        if not self.para:
+            taken = taken - self.scaling * p["deft_R"]
+        return base.replace(weight=w - q @ taken)
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """base(x) − Q·((ρᵀ·W − s·R)·x)."""
+        return self._applied(p, x, x, base)
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Thin the input of R alone."""
+        return self._applied(p, x, noise.at("input").thinned(x, self.deft_dropout), base)
+
+    def _applied(self, p: Params, x: Array, thin: Array, base: Layer) -> Array:
+        (q, across), xp = self.directions(p), namespace(x)
+        y = base(x)
+        if "taken" in p:
+            less = linear(x, p["taken"])
+        else:
+            plain = y if base.bias is None else y - base.bias
+            less = plain @ across
+        if not self.para:
+            less = less - self.scaling * linear(thin, p["deft_R"])
+        applied: Array = y - less @ xp.matrix_transpose(q)
+        return applied

@@ -1,0 +1,74 @@
+"""FourierFT: a sparse spectrum of the weight's change. Gao et al. 2024, https://arxiv.org/abs/2405.03003."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.checks import check_fields
+from peft_any.errors import ShapeError
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive, Tuner
+from peft_any.rng import Fresh
+from peft_any.spectra import random_places, real_inverse_transform
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
+    """ΔW = s·Re(F⁻¹), the inverse Fourier transform of F (n_out, n_in), zero but at K places.
+
+    `fourierft_spectrum` (K,) holds F's values there; the places are the first K of torch's random
+    permutation of all n_out·n_in with the seed `random_loc_seed`, and are in no file.
+
+    n_frequency: K. n_frequency_pattern: K by site. scaling: s.
+    init_weights: true (zero) or false (standard normal).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "n_frequency", bias="fourierft")
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the pattern, and check that there are as many places."""
+        count, most = self.n_frequency, site.n_in * site.n_out
+        for key, value in self.n_frequency_pattern.items():
+            if re.match(
+                rf".*\.{key}$", site.name
+            ):  # HF asks for a dot: "fc" is not matched by "fc"
+                count = value
+                break
+        if count > most:
+            raise ShapeError(f"{site.name}: n_frequency={count} cannot be placed in {most} entries")
+        return replace(self, n_frequency=count)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The spectrum's values."""
+        return {"fourierft_spectrum": (self.n_frequency,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Standard normal, unless `init_weights`."""
+        draw = new.zeros if self.init_weights else new.normal
+        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The transform; of real values it needs half of the spectrum."""
+        shape = (site.n_out, site.n_in)
+        places = random_places(self.random_loc_seed, site.n_out * site.n_in, self.n_frequency)
+        return self.scaling * real_inverse_transform(p["fourierft_spectrum"], places, shape)
+
+    # One product with the merged weight costs less than two.
+    forward = Tuner.forward

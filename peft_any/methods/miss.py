@@ -1,0 +1,137 @@
+"""MiSS: matrix shard sharing, once named Bone. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import creation_device, inv, namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.dropout import Noise
+from peft_any.errors import ShapeError
+from peft_any.layer import Dense, Kind, Layer, Site
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
+    """W′ = W + Mᵀ·[I I …], that is ΔW[o, j] = M[j mod r, o], with `miss_block` M (r, n_out).
+
+    init_weights: true (M = 0), false (M uniform), or another form of the same idea:
+        "mini": M is `miss_block` (r, mini_r), repeated along the outputs (mini_r divides n_out);
+        "bat": each tile T (r, r) of W becomes T + T·Mᵢ + Mᵢ, with one block Mᵢ of `miss_block`
+        (n_out/r, r, r) for each row of tiles (r divides n_in and n_out).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    init_weights: bool | str = True
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", "mini_r", bias="miss")
+        known = self.init_weights in (True, False, "bat", "mini")
+        refuse(self, init_weights=(known, 'true, false, "bat" or "mini"'))
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the form
+        """Only the tiles' unmerging inverts matrices."""
+        return ("linalg",) if self.init_weights == "bat" else ()
+
+    def per_site(self, site: Site) -> Self:
+        """Check that shards and tiles fit."""
+        n, m, r = site.n_in, site.n_out, self.r
+        if r > n:
+            raise ShapeError(f"{site.name}: r={r} cannot shard {n} inputs: give at most {n}")
+        if self.init_weights == "bat" and (n % r or m % r):
+            raise ShapeError(
+                f"{site.name}: r={r} cannot tile {n} inputs and {m} outputs: give a divisor of both"
+            )
+        if self.init_weights == "mini" and m % self.mini_r:
+            raise ShapeError(f"{site.name}: mini_r={self.mini_r} cannot divide {m} outputs")
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """M, or its repeated part, or the blocks of the tiles."""
+        r, m = self.r, site.n_out
+        forms: dict[bool | str, Shape] = {"bat": (m // r, r, r), "mini": (r, self.mini_r)}
+        return {"miss_block": forms.get(self.init_weights, (r, m))}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """All zero."""
+        draw = new.zeros if self.init_weights else new.kaiming
+        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+
+    def shards(self, p: Params, site: Site) -> Array:
+        """M (r, n_out)."""
+        m: Array = p["miss_block"]
+        if self.init_weights == "mini":
+            m = namespace(m).tile(m, (1, site.n_out // self.mini_r))
+        return m
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """Add M to every shard, or turn every tile."""
+        w, site = base.weight, base.site
+        if self.init_weights == "bat":
+            turned = self._tiles(w) @ p["miss_block"][:, None, :, :]
+            return base.replace(weight=w + self._whole(turned + p["miss_block"][:, None, :, :], w))
+        return base.replace(weight=w + self._repeated(p, site))
+
+    def _repeated(self, p: Params, site: Site) -> Array:
+        m = namespace(p["miss_block"]).matrix_transpose(self.shards(p, site))
+        repeated: Array = namespace(m).tile(m, (1, -(-site.n_in // self.r)))[:, : site.n_in]
+        return repeated
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """base(x) + (the sum of x's shards)·M; tiles are merged."""
+        if self.init_weights == "bat":
+            return super().forward(p, x, base)
+        return base(x) + self._added(p, x, base.site)
+
+    def _added(self, p: Params, x: Array, site: Site) -> Array:
+        xp, lead, over = namespace(x), tuple(x.shape[:-1]), -site.n_in % self.r
+        if over:
+            none = xp.zeros((*lead, over), dtype=x.dtype, device=creation_device(x))
+            x = xp.concat([x, none], axis=-1)
+        shards = xp.reshape(x, (prod(lead), (site.n_in + over) // self.r, self.r))
+        y = xp.sum(shards, axis=1) @ self.shards(p, site)
+        added: Array = xp.reshape(y, (*lead, site.n_out))
+        return added
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Thin what is sharded; tiles are never thinned, as in HF."""
+        if self.init_weights == "bat":
+            return self.forward(p, x, base)
+        thin = noise.at("input").thinned(x, self.miss_dropout)
+        return base(x) + self._added(p, thin, base.site)
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """Subtract M from every shard; tiles are (T′ − Mᵢ)·(I + Mᵢ)⁻¹."""
+        w = merged.weight
+        if self.init_weights != "bat":
+            return merged.replace(weight=w - self._repeated(p, merged.site))
+        blocks = p["miss_block"]
+        eye = namespace(w).eye(self.r, dtype=w.dtype, device=creation_device(w))
+        tiles = (self._tiles(w) - blocks[:, None, :, :]) @ inv(eye + blocks)[:, None, :, :]
+        return merged.replace(weight=self._whole(tiles, w))
+
+    def _tiles(self, w: Array) -> Array:
+        """W as (rows of tiles, columns of tiles, r, r)."""
+        xp, (m, n), r = namespace(w), w.shape, self.r
+        tiles: Array = xp.permute_dims(xp.reshape(w, (m // r, r, n // r, r)), (0, 2, 1, 3))
+        return tiles
+
+    @staticmethod
+    def _whole(tiles: Array, like: Array) -> Array:
+        xp = namespace(tiles)
+        whole: Array = xp.reshape(xp.permute_dims(tiles, (0, 2, 1, 3)), like.shape)
+        return whole

@@ -1,0 +1,76 @@
+"""PEANuT: weight-aware neural tweakers. Zhong et al. 2024, https://arxiv.org/abs/2410.01870."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_any._typing import Params, Shape
+from peft_any.activations import ACTIVATIONS, activation
+from peft_any.backend import namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.layer import Dense, Kind, Site, linear
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
+    """W′ = W + s·(h(Wᵀ)·Bᵀ)ᵀ, where a small net h maps every column of the weight to r numbers.
+
+    H = f(Wᵀ·Aᵀ) (n_in, r), then `depth` encoders H = f(H·Eᵢᵀ), then as many decoders
+    H = f(H·Dᵢᵀ) + what the mirrored encoder got. `peanut_A.weight` A (r, n_out),
+    `peanut_B.weight` B (n_out, r), the Eᵢ and Dᵢ (r, r).
+
+    act_fn: f, by transformers' names. scaling: s.
+    init_weights: true (B = 0) or false (all uniform).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+    inner: ClassVar[str] = r"(\d+\.)?weight"
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r")
+        refuse(
+            self,
+            depth=(self.depth >= 0, "0 or more"),
+            act_fn=(self.act_fn in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
+        )
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """A, B, and the nets between them."""
+        r, m = self.r, site.n_out
+        shapes: dict[str, Shape] = {"peanut_A.weight": (r, m), "peanut_B.weight": (m, r)}
+        for net in ("encoders", "decoders"):
+            shapes |= {f"peanut_{net}.{i}.weight": (r, r) for i in range(self.depth)}
+        return shapes
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """B zero, all else uniform."""
+        shapes = self.shapes(site)
+        drawn = {name: new.kaiming(shape) for name, shape in shapes.items()}
+        if self.init_weights:
+            drawn["peanut_B.weight"] = new.zeros(shapes["peanut_B.weight"])
+        return drawn
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W + s·B·h(W)ᵀ."""
+        f, xp = activation(self.act_fn), namespace(base.weight)
+        h = f(linear(xp.matrix_transpose(base.original), p["peanut_A.weight"]))
+        seen = []
+        for i in range(self.depth):
+            seen.append(h)
+            h = f(linear(h, p[f"peanut_encoders.{i}.weight"]))
+        for i in range(self.depth):
+            h = f(linear(h, p[f"peanut_decoders.{i}.weight"])) + seen.pop()
+        change = p["peanut_B.weight"] @ xp.matrix_transpose(h)
+        return base.replace(weight=base.weight + self.scaling * change)

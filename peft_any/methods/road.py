@@ -1,0 +1,123 @@
+"""RoAd: 2D rotary adaptation. Liao & Monz 2024, https://arxiv.org/abs/2409.00119."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.errors import ShapeError
+from peft_any.layer import Dense, Kind, Layer, Site
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+_SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+"""Angles for each output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoadConfig(Tuner, peft_type="ROAD", prefix="road_"):
+    """y′ = R·y: each pair of outputs (u, v) becomes α·(u·cos θ − v·sin θ, v·cos θ + u·sin θ).
+
+    y is the base's output, bias included. Outputs form groups of `group_size` g; a group's first
+    half pairs with its second. `road_theta` θ and `road_alpha` α hold one number
+
+    variant: for each pair ("road_1"), each output ("road_2"), or each term of each output
+        ("road_4": within a group first those of the cosines, then those of the sines).
+    group_size: g, even, a divisor of n_out.
+    init_weights: true (θ = 0, α = 1) or false (off by a standard deviation of 0.5).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+
+    variant: str = "road_1"
+    group_size: int = 64
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, "group_size")
+        refuse(
+            self,
+            variant=(self.variant in _SIZES, f"one of {', '.join(_SIZES)}"),
+            group_size=(self.group_size % 2 == 0, "even"),
+        )
+
+    def per_site(self, site: Site) -> Self:
+        """Check that the groups fit."""
+        if site.n_out % self.group_size:
+            raise ShapeError(
+                f"{site.name}: group_size={self.group_size} cannot divide {site.n_out} outputs"
+            )
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """Angles and scales."""
+        size = (int(site.n_out * _SIZES[self.variant]),)
+        return {"road_theta": size, "road_alpha": size}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """No rotation, no scale."""
+        theta, alpha = self.shapes(site).values()
+        if self.init_weights:
+            return {"road_theta": new.zeros(theta), "road_alpha": new.ones(alpha)}
+        return {
+            "road_theta": new.normal(theta, 0.5),
+            "road_alpha": new.ones(alpha) + new.normal(alpha, 0.5),
+        }
+
+    def changes_bias(self, site: Site) -> bool:
+        """It turns with the outputs."""
+        return True
+
+    def terms(self, p: Params) -> tuple[Array, Array]:
+        """α·cos θ and α·sin θ, each (groups, 2 or 1, g/2)."""
+        xp, half = namespace(p["road_theta"]), self.group_size // 2
+        each = {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant]
+        theta, alpha = (xp.reshape(p[k], (-1, each, half)) for k in ("road_theta", "road_alpha"))
+        if each < 4:
+            return alpha * xp.cos(theta), alpha * xp.sin(theta)
+        cos = alpha[:, :2, :] * xp.cos(theta[:, :2, :])
+        return cos, alpha[:, 2:, :] * xp.sin(theta[:, 2:, :])
+
+    def turned(self, p: Params, y: Array) -> Array:
+        """R·y for vectors y (..., n_out)."""
+        xp, (cos, sin), half = namespace(y), self.terms(p), self.group_size // 2
+        pairs = xp.reshape(y, (prod(y.shape[:-1]), -1, 2, half))
+        across = xp.concat([-pairs[:, :, 1:, :], pairs[:, :, :1, :]], axis=2)
+        turned: Array = xp.reshape(pairs * cos + across * sin, y.shape)
+        return turned
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """R·base(x)."""
+        return self.turned(p, base(x))
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """R·W and R·b."""
+        return self._mapped(base, lambda y: self.turned(p, y))
+
+    def unmerge(self, p: Params, merged: Dense) -> Dense:
+        """R⁻¹·W′ and R⁻¹·b′, by the inverse of each pair's 2 × 2 matrix; NaN where it has none."""
+        (cos, sin), xp = self.terms(p), namespace(merged.weight)
+        own, other = ((t[:, :1, :], t[:, -1:, :]) for t in (cos, sin))
+        # (u', v') = [[c0, -s0], [s1, c1]]·(u, v)
+        det = own[0] * own[1] + other[0] * other[1]
+
+        def back(y: Array) -> Array:
+            pairs = xp.reshape(y, (prod(y.shape[:-1]), -1, 2, self.group_size // 2))
+            u, v = pairs[:, :, :1, :], pairs[:, :, 1:, :]
+            parts = [own[1] * u + other[0] * v, own[0] * v - other[1] * u]
+            found: Array = xp.reshape(xp.concat(parts, axis=2) / det, y.shape)
+            return found
+
+        return self._mapped(merged, back)
+
+    @staticmethod
+    def _mapped(layer: Dense, f: Callable[[Array], Array]) -> Dense:
+        """Apply a map of output vectors to the columns of the weight, and to the bias."""
+        xp = namespace(layer.weight)
+        weight = xp.matrix_transpose(f(xp.matrix_transpose(layer.weight)))
+        return layer.replace(weight=weight, bias=None if layer.bias is None else f(layer.bias))

@@ -1,0 +1,75 @@
+"""SHiRA: sparse high-rank adapters. Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.errors import ShapeError
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive, Tuner
+from peft_any.rng import Fresh
+from peft_any.spectra import scattered, sorted_places
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
+    """ΔW[iₖ, jₖ] = vₖ, elsewhere 0, with `shira_weight` v (K,) and K = r·(n_in + n_out).
+
+    `shira_indices` (2, K) holds the rows iₖ and columns jₖ, is saved and not trained.
+
+    mask_type: "random": the first K places of torch's random permutation, drawn with
+        `random_seed`, in the order of the weight's rows.
+    init_weights: true (v = 0) or false (standard normal).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
+
+    r: int = 32
+    mask_type: str = "random"
+    random_seed: int | None = None
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r")
+        refuse(self, mask_type=(self.mask_type == "random", '"random"'))
+
+    def per_site(self, site: Site) -> Self:
+        """Check that the weight has as many entries."""
+        if self.r * (site.n_in + site.n_out) > site.n_in * site.n_out:
+            raise ShapeError(
+                f"{site.name}: r={self.r} asks for {self.r * (site.n_in + site.n_out)} of "
+                f"{site.n_in * site.n_out} entries: give at most "
+                f"{site.n_in * site.n_out // (site.n_in + site.n_out)}"
+            )
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The values and their places."""
+        count = self.r * (site.n_in + site.n_out)
+        return {"shira_weight": (count,), "shira_indices": (2, count)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Zero, at random places."""
+        values, (_, count) = self.shapes(site).values()
+        shape = site.n_out, site.n_in
+        draw = new.zeros if self.init_weights else new.normal
+        places = sorted_places(new, shape, count, self.random_seed)
+        return {"shira_weight": draw(values), "shira_indices": places}
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The values at their places."""
+        places, (m, n) = p["shira_indices"], (site.n_out, site.n_in)
+        xp = namespace(places)
+        rows, columns = (xp.astype(places[i, :], xp.int64) for i in (0, 1))
+        flat = scattered(p["shira_weight"], rows * n + columns, m * n)
+        dense: Array = namespace(flat).reshape(flat, (m, n))
+        return dense
+
+    # One product with the merged weight costs less than two.
+    forward = Tuner.forward

@@ -1,0 +1,142 @@
+"""Super-Tuning: the largest weights, with Supra's low-rank part. https://arxiv.org/abs/2607.09287."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.dropout import Noise
+from peft_any.errors import ShapeError
+from peft_any.layer import Kind, Layer, Site, linear
+from peft_any.method import Additive, Tuner
+from peft_any.rng import Fresh
+from peft_any.spectra import extreme_places, scattered
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"):
+    """ΔW[iₖ] = vₖ at flat places iₖ, elsewhere 0; with `r`, ΔW += s·B·A and s = α/r ("Supra").
+
+    `supertuning_values` v (K,), K = ⌊n_out·n_in·(1 − sparsity)⌋; `supertuning_indices` (K,) are
+    the places of the base's K largest entries; `supertuning_lora_A.weight` A (r, n_in),
+    `supertuning_lora_B.weight` B (n_out, r).
+
+    select_top: false: the smallest entries.
+    lora_alpha: α, 2·r by default.
+    save_precomputed_indices: false: the file has no places; they are found again from the base.
+    init_weights: true (v = 0, B = 0) or false (v normal, B uniform).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"supertuning_indices"})
+    certain: ClassVar[bool] = True
+
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    save_precomputed_indices: bool = True
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse(
+            self,
+            sparsity=(0 <= self.sparsity < 1, "in [0, 1)"),
+            r=(self.r is None or self.r >= 1, "at least 1, or none"),
+            lora_alpha=(self.r is not None or self.lora_alpha is None, "none without r"),
+        )
+        if self.r is not None and self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2 * self.r)  # HF writes it out
+
+    def count(self, site: Site) -> int:
+        """How many entries are tuned."""
+        return int(site.n_out * site.n_in * (1 - self.sparsity))
+
+    def per_site(self, site: Site) -> Self:
+        """Check that an entry is left."""
+        if not self.count(site):
+            raise ShapeError(f"{site.name}: sparsity={self.sparsity} leaves no entry: give less")
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """Values, places, and the low-rank pair."""
+        k = self.count(site)
+        shapes: dict[str, Shape] = {"supertuning_values": (k,)}
+        if self.save_precomputed_indices:
+            shapes["supertuning_indices"] = (k,)
+        if self.r:
+            shapes["supertuning_lora_A.weight"] = (self.r, site.n_in)
+            shapes["supertuning_lora_B.weight"] = (site.n_out, self.r)
+        return shapes
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """All zero but A."""
+
+        def draw(name: str, shape: Shape) -> Any:
+            if self.init_weights and not name.endswith("A.weight"):
+                return new.zeros(shape)
+            return new.kaiming(shape) if len(shape) == 2 else new.normal(shape)
+
+        places = {"supertuning_indices": self._places(site, new)}
+        own = self.shapes(site).items()
+        return {k: draw(k, shape) for k, shape in own if k not in places} | places
+
+    def _places(self, site: Site, new: Fresh) -> Array:
+        """The places of the base's largest, or smallest, entries, in that order."""
+        weight = new.base_for(site.name, "supertuning_indices").weight
+        places: Array
+        places = extreme_places(new, weight, self.count(site), largest=self.select_top)
+        return places
+
+    def lacks(self, p: Params) -> str | None:
+        """The places, with `save_precomputed_indices` false."""
+        return None if "supertuning_indices" in p else "the places of the tuned entries"
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
+        """Find the places again."""
+        return {**p, "supertuning_indices": self._places(site, new)}
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Leave the places out, with `save_precomputed_indices` false."""
+        if self.save_precomputed_indices:
+            return self, dict(sites)
+        return self, {
+            site: {k: v for k, v in p.items() if k not in self.frozen} for site, p in sites.items()
+        }
+
+    def _sparse(self, p: Params, site: Site) -> Array:
+        """The values at their places (n_out, n_in)."""
+        places, (m, n) = p["supertuning_indices"], (site.n_out, site.n_in)
+        xp = namespace(places)
+        flat = scattered(p["supertuning_values"], xp.astype(places, xp.int64), m * n)
+        dense: Array = namespace(flat).reshape(flat, (m, n))
+        return dense
+
+    def _pair(self, p: Params) -> tuple[Array, Array] | None:
+        """s·B and A, if there are any."""
+        if self.r is None or self.lora_alpha is None:
+            return None
+        scale = self.lora_alpha / self.r
+        return scale * p["supertuning_lora_B.weight"], p["supertuning_lora_A.weight"]
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The sparse part, and s·B·A."""
+        sparse, pair = self._sparse(p, site), self._pair(p)
+        return sparse if pair is None else sparse + pair[0] @ pair[1]
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Thin the input of A alone."""
+        y, pair = base(x) + linear(x, self._sparse(p, base.site)), self._pair(p)
+        if pair is None:
+            return y
+        thin = noise.at("input").thinned(x, self.lora_dropout)
+        return y + linear(linear(thin, pair[1]), pair[0])
+
+    # One product with the merged weight costs less than two.
+    forward = Tuner.forward

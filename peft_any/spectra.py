@@ -1,0 +1,153 @@
+"""Dense matrices from few coefficients: sparse, Fourier and wavelet spectra."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_any._typing import Array
+from peft_any.backend import (
+    astype,
+    creation_device,
+    dtype_name,
+    from_numpy_like,
+    namespace,
+    to_numpy,
+)
+from peft_any.errors import ConfigError
+from peft_any.rng import Fresh, TorchGenerator
+
+Host = npt.NDArray[Any]
+
+
+def scattered(values: Array, places: Array, size: int) -> Array:
+    """Put values at places of a vector of zeros; the places differ from one another.
+
+    By a sort and a search instead of writing, so that it is differentiable, lazy and compiled
+    wherever arrays cannot be written to.
+
+    Parameters
+    ----------
+    values : array (k,)
+    places : array (k,) of integers, each once
+    size : int
+
+    Returns
+    -------
+    array (size,)
+
+    Examples
+    --------
+    >>> scattered(np.asarray([5.0, 7.0]), np.asarray([3, 1]), 4)
+    array([0., 7., 0., 5.])
+    """
+    xp, index = namespace(values), namespace(places)
+    order = index.argsort(places)
+    known = index.take(places, order)
+    every = index.arange(size, dtype=known.dtype, device=creation_device(places))
+    at = index.searchsorted(known, every)
+    at = index.where(at < known.shape[0], at, index.zeros_like(at))
+    found = xp.take(xp.take(values, order), at)
+    full: Array = xp.where(index.take(known, at) == every, found, xp.zeros_like(found))
+    return full
+
+
+@lru_cache(maxsize=64)
+def random_places(seed: int | None, size: int, count: int) -> Host:
+    """Give the first places of torch's random permutation of 0 … size − 1, on the host.
+
+    Examples
+    --------
+    >>> random_places(1, 9, 3).tolist()
+    [4, 0, 6]
+    """
+    if seed is None:
+        raise ConfigError("random_loc_seed=None: cannot place a spectrum: give a whole number")
+    places = TorchGenerator(seed).randperm(size, count)
+    places.setflags(write=False)
+    return places
+
+
+def sorted_places(new: Fresh, shape: tuple[int, int], count: int, seed: int | None) -> Any:
+    """Draw places of a matrix: rows and columns (2, count) of int32, in the order of its rows.
+
+    With a seed, by torch's permutation; else from `new`.
+    """
+    size = shape[0] * shape[1]
+    if seed is None:
+        flat = new.host.permutation(size)[:count]
+    else:
+        flat = new.torch(seed).randperm(size, count)
+    return new.array(np.stack(np.divmod(np.sort(flat), shape[1])).astype(np.int32))
+
+
+def extreme_places(new: Fresh, weight: Array, count: int, *, largest: bool) -> Any:
+    """Find the flat places (count,) of the entries of largest, or smallest, magnitude, as int32.
+
+    Of equal ones, the first.
+    """
+    size = np.abs(astype(to_numpy(weight), "float64")).reshape(-1)
+    order = np.argsort(-size if largest else size, kind="stable")
+    return new.array(order[:count].astype(np.int32))
+
+
+def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) -> Array:
+    """Real part of the inverse Fourier transform of a matrix that is zero but at few places.
+
+    It is the transform of the spectrum's Hermitian part, half of which says all; without the
+    extension ``fft``, cosines and sines of the places (m·n·k operations).
+
+    Parameters
+    ----------
+    values : array (k,)
+    places : host array (k,) of int
+        Flat, in the order of rows.
+    shape : (int, int)
+        (m, n).
+
+    Returns
+    -------
+    array (m, n)
+
+    Examples
+    --------
+    >>> real_inverse_transform(np.asarray([4.0]), np.asarray([1]), (2, 2))
+    array([[ 1., -1.],
+           [ 1., -1.]])
+    """
+    xp, (m, n) = namespace(values), shape
+    u, v = places // n, places % n
+    if not hasattr(xp, "fft"):
+        return _by_waves(values, u, v, shape)
+    width, half = n // 2 + 1, None
+    for rows, columns in ((u, v), (-u % m, -v % n)):
+        kept = np.nonzero(columns < width)[0]
+        if len(kept):
+            flat = from_numpy_like((rows * width + columns)[kept], values)
+            part = scattered(xp.take(values, from_numpy_like(kept, values)), flat, m * width)
+            half = part if half is None else half + part
+    assert half is not None  # noqa: S101 - of v and −v one is at most n/2
+    spectrum = xp.astype(0.5 * xp.reshape(half, (m, width)), _complex(xp, values))
+    out: Array = xp.fft.irfftn(spectrum, s=shape, axes=(0, 1))
+    return out
+
+
+def _complex(xp: Any, like: Array) -> Any:
+    return xp.result_type(like.dtype, xp.complex64)
+
+
+def _by_waves(values: Array, u: Host, v: Host, shape: tuple[int, int]) -> Array:
+    def waves(size: int, places: Host) -> tuple[Array, Array]:
+        turns = np.outer(np.arange(size), places) % size * (2.0 * np.pi / size)
+        name = dtype_name(values)
+        cos, sin = (from_numpy_like(astype(f(turns), name), values) for f in (np.cos, np.sin))
+        return cos, sin
+
+    xp, (m, n) = namespace(values), shape
+    (cos_m, sin_m), (cos_n, sin_n) = waves(m, u), waves(n, v)
+    real: Array = (cos_m * values) @ xp.matrix_transpose(cos_n)
+    real = real - (sin_m * values) @ xp.matrix_transpose(sin_n)
+    return real / (m * n)
