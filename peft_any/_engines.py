@@ -11,6 +11,7 @@ import numpy as np
 from peft_any._arrays import creation_device, namespace
 from peft_any._jaxpr import tried
 from peft_any._libraries import LIBRARIES, library_of
+from peft_any.errors import BackendError
 
 Pull: TypeAlias = Callable[[Sequence[Any]], list[Any]]
 """From the cotangents of the outputs to those of the inputs."""
@@ -62,6 +63,10 @@ class Engine:
     def remat(self, f: Callable[..., Any], arrays: list[Any]) -> Any:
         """Call `f(*arrays)`, keeping nothing of it but what it was given."""
         raise NotImplementedError
+
+    def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """Make one operation of a function of nests of arrays and numbers, if the library can."""
+        return f
 
 
 class _Jax(Engine):
@@ -120,6 +125,19 @@ class _Jax(Engine):
 
     def remat(self, f: Callable[..., Any], arrays: list[Any]) -> Any:
         return self.jax.checkpoint(f)(*arrays)
+
+    def compile(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        ways = [self.jax.jit(f)]
+
+        def call(*args: Any) -> Any:
+            if ways:
+                try:
+                    return ways[0](*args)
+                except (TypeError, IndexError, BackendError):
+                    ways.clear()  # it asks for values, or is given what is no array
+            return f(*args)
+
+        return call
 
 
 class _Torch(Engine):

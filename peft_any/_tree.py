@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, TypeAlias
 
+from peft_any._engines import ENGINES
+from peft_any._libraries import find_library
 from peft_any.backend import dtype_name, is_array
 
 Tree: TypeAlias = Any
@@ -87,6 +90,29 @@ def alike(tree: Tree, other: Tree) -> bool:
             and all(map(alike, tree, other))
         )
     return bool(getattr(tree, "shape", None) == getattr(other, "shape", None))
+
+
+def fused(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make one operation of a function of nests and numbers, where the arrays' library compiles.
+
+    Elsewhere, and where it cannot be compiled because it asks for values, it runs as it is written.
+
+    Examples
+    --------
+    >>> fused(lambda tree, factor: tree_map(lambda x: factor * x, tree))({"a": 2.0}, 3.0)
+    {'a': 6.0}
+    """
+    made: dict[str, Callable[..., Any]] = {}
+
+    @wraps(f)
+    def call(*args: Any) -> Any:
+        libraries = (find_library(x) for _, x in leaves(args))
+        name = next((library.name for library in libraries if library is not None), "")
+        if name not in made:
+            made[name] = ENGINES[name].compile(f) if name in ENGINES else f
+        return made[name](*args)
+
+    return call
 
 
 def named(path: Path) -> str:

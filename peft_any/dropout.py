@@ -148,3 +148,16 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
         change = (gain - 1.0) * linear(thin, base.weight) + gain * change
     y = y + change
     return y
+
+
+def drops(config: Any) -> bool:
+    """Tell whether a configuration drops anything in training: a rate, named for it, is not 0.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> drops(LoraConfig()), drops(LoraConfig(lora_dropout=0.1))
+    (False, True)
+    """
+    rates = (value for name, value in vars(config).items() if name.endswith("dropout"))
+    return any(rate is not None and rate > 0 for rate in rates)

@@ -15,7 +15,7 @@ import pytest
 
 from peft_any import train as opt
 from peft_any._tree import leaves, tree_map
-from peft_any.backend import from_numpy, is_array, namespace, resolve, to_numpy
+from peft_any.backend import from_numpy, is_array, move, namespace, resolve, to_numpy
 from peft_any.dropout import Noise
 from peft_any.errors import (
     BackendError,
@@ -186,6 +186,36 @@ def test_dropout_is_the_same_on_every_library(library: str, name: str) -> None:
         for lib in ("numpy", library)
     ]
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-10)
+
+
+def test_jax_compiles_a_step() -> None:
+    enable("jax")
+    calls: list[Any] = []
+
+    def counted(bound: Any, batch: Any) -> Any:
+        calls.append(batch[0].shape)
+        return loss(bound, batch)
+
+    def choosing(bound: Any, batch: Any) -> Any:
+        value = counted(bound, batch)
+        return value if float(batch[0].min()) < 0 else 2.0 * value
+
+    def named(bound: Any, batch: Any) -> Any:
+        return counted(bound, (batch["x"], batch["y"])) if batch["task"] == "fit" else None
+
+    x, y = data_of("jax")
+    given: dict[str, Any] = {"steps": 8, "shuffle": False, "optimizer": opt.adamw(0.05)}
+    data = [(x[:16], y[:16]), (x[16:], y[16:])]
+    compiled = fit(model_of(CONFIGS["lora"], "jax"), counted, data, **given)
+    assert calls == [(16, N_IN), (32, N_IN)]
+    calls.clear()
+    eager = fit(model_of(CONFIGS["lora"], "jax"), choosing, data, **given)
+    assert len(calls) >= 8
+    np.testing.assert_allclose(compiled.losses, eager.losses, rtol=1e-12)
+    words = [{"x": a, "y": b, "task": "fit"} for a, b in data]
+    assert fit(model_of(CONFIGS["lora"], "jax"), named, words, **given).losses == eager.losses
+    host = fit(model_of(CONFIGS["lora"]), loss, move(data, "numpy"), **given)
+    np.testing.assert_allclose(compiled.losses, host.losses, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", DROPPING)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from peft_any._tree import fused
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.autodiff import value_and_grad
@@ -219,7 +220,7 @@ def _train(
         mean: Array = namespace(gap).mean(gap * gap)
         return mean
 
-    rng, slopes = np.random.default_rng([2, seed]), value_and_grad(loss)
+    rng, slopes = np.random.default_rng([2, seed]), fused(value_and_grad(loss))
     optimizer = adamw(cosine(rate, steps, warmup=steps // 10), weight_decay=0.0)
     state, back = optimizer.init(trained), from_numpy(BACK, task.to)
     unseen = from_numpy(with_mirror_images(task.unseen), task.to)

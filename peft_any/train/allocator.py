@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from peft_any._tree import fused, tree_map
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy_like, namespace, to_numpy
@@ -133,23 +134,14 @@ class RankAllocator:
         return adapter.replace(config=config, sites=sites)
 
     def _scored(self, grads: Sites, state: State, own: Sites) -> State:
-        c = self.config
-        importance: dict[str, Params] = {}
-        uncertainty: dict[str, Params] = {}
-        for site, p in own.items():
-            importance[site], uncertainty[site] = {}, {}
-            for name in NAMES:
-                a, g = p[name], grads[site][name]
-                xp = namespace(a, g)
-                now = xp.abs(a * g)
-                i, u = state["importance"][site][name], state["uncertainty"][site][name]
-                smooth = c.beta1 * i + (1 - c.beta1) * now
-                importance[site][name] = smooth
-                uncertainty[site][name] = c.beta2 * u + (1 - c.beta2) * xp.abs(now - smooth)
-        return {**state, "importance": importance, "uncertainty": uncertainty}
+        betas = self.config.beta1, self.config.beta2
+        slopes = {site: {name: grads[site][name] for name in NAMES} for site in own}
+        found = _smoothed(own, slopes, state["importance"], state["uncertainty"], betas)
+        return {**state, "importance": found[0], "uncertainty": found[1]}
 
     def _mask(self, state: State, own: Sites, budget: int) -> dict[str, list[bool]]:
-        scores = {site: self._scores(state, site) for site in own}
+        found = _scores(state["importance"], state["uncertainty"])
+        scores = {site: np.asarray(to_numpy(found[site])) for site in own}
         every = np.concatenate([*scores.values()])
         drop = every.size - budget
         if faults := not_finite(scores):
@@ -159,13 +151,30 @@ class RankAllocator:
         threshold = np.partition(every, drop - 1)[drop - 1]
         return {site: [bool(k) for k in s > threshold] for site, s in scores.items()}
 
-    @staticmethod
-    def _scores(state: State, site: str) -> Any:
-        i, u = state["importance"][site], state["uncertainty"][site]
-        score = {name: i[name] * u[name] for name in NAMES}
-        xp = namespace(*score.values())
-        rows = xp.mean(score["lora_A"], axis=1) + xp.mean(score["lora_B"], axis=0)
-        return np.asarray(to_numpy(score["lora_E"][:, 0] + rows))
+
+@fused
+def _smoothed(
+    own: Sites, grads: Sites, importance: Sites, uncertainty: Sites, betas: tuple[float, float]
+) -> tuple[Sites, Sites]:
+    first, second = betas
+    now = tree_map(lambda p, g: namespace(p, g).abs(p * g), own, grads)
+    smooth = tree_map(lambda i, n: first * i + (1 - first) * n, importance, now)
+    return smooth, tree_map(
+        lambda u, n, i: second * u + (1 - second) * namespace(n).abs(n - i),
+        uncertainty,
+        now,
+        smooth,
+    )
+
+
+@fused
+def _scores(importance: Sites, uncertainty: Sites) -> dict[str, Array]:
+    found = {}
+    for site, i in importance.items():
+        a, e, b = (i[name] * uncertainty[site][name] for name in NAMES)
+        xp = namespace(a, e, b)
+        found[site] = e[:, 0] + (xp.mean(a, axis=1) + xp.mean(b, axis=0))
+    return found
 
 
 def triplets(sites: Sites) -> dict[str, Params]:

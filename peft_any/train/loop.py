@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import inf, isfinite
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
-from peft_any._tree import Tree, tree_map
+from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
 from peft_any.autodiff import value_and_grad
 from peft_any.backend import backend_of, to_numpy
 from peft_any.bound import Bound
+from peft_any.dropout import drops
 from peft_any.errors import ConfigError, TrainingError
 from peft_any.io._atomic import StrPath
 from peft_any.methods.adalora import AdaLoraConfig
@@ -24,6 +23,7 @@ from peft_any.model import PeftModel
 from peft_any.train.allocator import RankAllocator
 from peft_any.train.batches import Batches
 from peft_any.train.optimise import apply_updates, optimizer_for
+from peft_any.train.progress import bar
 from peft_any.train.resume import load_state, refuse_other, save_state
 from peft_any.train.transforms import Optimizer, clip_by_global_norm, global_norm, not_finite
 
@@ -94,7 +94,9 @@ def fit(
 
     The run is a function of its arguments: one seed gives one run, on every library, and a run
     that was killed and goes on from its checkpoint gives the same numbers as one that was not.
-    AdaLoRA's regulariser and allocator take part by themselves.
+    AdaLoRA's regulariser and allocator take part by themselves. On JAX a step is compiled, so that
+    `loss` runs as Python code only when shapes change; with dropout, whose masks are drawn on the
+    host, or if `loss` asks for values, it runs in every step.
 
     Parameters
     ----------
@@ -167,7 +169,7 @@ def fit(
     batches = Batches(data, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = _Job(model, loss, rule, batches, seed, accumulate, max_grad_norm, not_finite == "skip")
     run = job.start(None if checkpoint is None else Path(checkpoint))
-    with _bar(steps, progress) as show:
+    with bar(steps, progress) as show:
         while run.step < steps and not run.stopped:
             job.step(run)
             if held_out is not None and (run.step % every == 0 or run.step == steps):
@@ -238,7 +240,7 @@ class _Job:
             if isinstance(config, AdaLoraConfig) and config.rank_pattern is None
         }
 
-    def total(self, params: Tree, weights: Mapping[str, Any], batch: Any, at: Any) -> Array:
+    def total(self, at: Any, params: Tree, weights: Mapping[str, Any], batch: Any) -> Array:
         model = copy(self.model)
         model.weights = weights  # among the arguments, so that a tape knows them
         value = self.loss(model.bind(params, rng=at), batch)
@@ -247,15 +249,27 @@ class _Job:
             value = value + allocator.config.regularizer(own)
         return value
 
+    def slopes(self, at: Any, *given: Any) -> tuple[Array, Tree]:
+        found: tuple[Array, Tree] = value_and_grad(partial(self.total, at))(*given)
+        return found
+
+    @cached_property
+    def plain(self) -> Callable[..., tuple[Array, Tree]]:
+        """`slopes` where no masks are drawn: one operation, where the library compiles."""
+        return fused(partial(self.slopes, None))
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether masks are drawn, on the host, which no compiled function can."""
+        return any(drops(self.model[name].config) for name in self.model.active)
+
     def step(self, run: Run) -> None:
         losses: list[float] = []
         grads: Any = None
         for i in range(run.step * self.accumulate, (run.step + 1) * self.accumulate):
-            batch, at = self.batches[i], (self.seed, i)
-            value, g = value_and_grad(lambda p, w, b: self.total(p, w, b, at))(  # noqa: B023
-                run.params, dict(self.model.weights), batch
-            )
-            losses.append(float(to_numpy(value)))
+            given = run.params, dict(self.model.weights), self.batches[i]
+            one, g = self.slopes((self.seed, i), *given) if self.draws else self.plain(*given)
+            losses.append(float(to_numpy(one)))
             grads = g if grads is None else tree_map(lambda a, b: a + b, grads, g)
         if self.accumulate > 1:
             grads = tree_map(lambda a: a / self.accumulate, grads)
@@ -309,32 +323,3 @@ def _diagnosis(step: int, value: float, grads: Tree) -> str:
         f"step {step}: loss {value}, and no step can be made{which}: lower the learning rate, set "
         'max_grad_norm, or pass not_finite="skip" to leave such batches out'
     )
-
-
-@contextmanager
-def _bar(steps: int, progress: bool | None) -> Iterator[Callable[[Run], None]]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda run: None  # noqa: ARG005 - nobody looks
-        return
-    from rich.console import Console  # noqa: PLC0415 - slow to import
-    from rich.progress import (  # noqa: PLC0415  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    shown = TextColumn("{task.fields[shown]}", markup=False)
-    columns = "training", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), shown
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task, last = bars.add_task("training", total=steps, shown=""), [0.0]
-
-        def show(run: Run) -> None:
-            if perf_counter() - last[0] > 0.1 or run.step >= steps or run.stopped:
-                record, last[0] = run.history[-1], perf_counter()
-                text = f"loss {record['loss']:.4g}"
-                text += f", held out {record['held_out']:.4g}" if "held_out" in record else ""
-                bars.update(task, completed=run.step, shown=text)
-
-        yield show

@@ -10,9 +10,9 @@ Moments are kept in at least float32, updates are rounded to the parameters' dty
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from peft_any._tree import Tree, tree_map
+from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
 from peft_any.backend import astype, compute_dtype, dtype_name, namespace
 from peft_any.errors import ConfigError, nearest
@@ -74,6 +74,15 @@ def adamw(
         check_nests("adamw", params, grads=grads, m=m, v=v)
         t, rate = step + 1, _rate(learning_rate, step)
         size, root = rate / (1 - first**t), (1 - second**t) ** 0.5
+        numbers = size, root, rate * weight_decay
+        updates, m, v = moved(params, grads, m, v, numbers)
+        return updates, {"step": t, "m": m, "v": v}
+
+    @fused
+    def moved(
+        params: Tree, grads: Tree, m: Tree, v: Tree, numbers: tuple[float, float, float]
+    ) -> tuple[Tree, Tree, Tree]:
+        size, root, decay = numbers
         m = tree_map(lambda m, g: m + (1 - first) * (as_like(g, m) - m), m, grads)
         v = tree_map(
             lambda v, g: second * v + (1 - second) * (as_like(g, v) * as_like(g, v)), v, grads
@@ -81,9 +90,9 @@ def adamw(
 
         def change(p: Array, m: Array, v: Array) -> Array:
             way = -size * (m / (namespace(v).sqrt(v) / root + eps))
-            return as_like(way - rate * weight_decay * as_like(p, m), p)
+            return as_like(way - decay * as_like(p, m), p)
 
-        return tree_map(change, params, m, v), {"step": t, "m": m, "v": v}
+        return tree_map(change, params, m, v), m, v
 
     return Optimizer(init, update)
 
@@ -126,21 +135,25 @@ def sgd(
         names = ("step", "momentum") if momentum else ("step",)
         t, *moments = entries("sgd", state, *names)
         check_nests("sgd", params, grads=grads, **dict(zip(names[1:], moments, strict=True)))
-        rate = _rate(learning_rate, t)
+        share = 1 - dampening if t else 1.0
+        updates, kept = moved(params, grads, *moments, _rate(learning_rate, t), share)
+        return updates, {"step": t + 1} | ({"momentum": kept} if momentum else {})
+
+    @fused
+    def moved(params: Tree, grads: Tree, *rest: Any) -> tuple[Tree, Tree]:
+        *moments, rate, share = rest
 
         def slope(p: Array, g: Array) -> Array:
             wide = compute_dtype(p, g)
             g = astype(g, wide)
             return g + weight_decay * astype(p, wide) if weight_decay else g
 
-        slopes = tree_map(slope, params, grads)
-        if not momentum:
-            return tree_map(lambda p, g: as_like(-rate * g, p), params, slopes), {"step": t + 1}
-        share = 1 - dampening if t else 1.0
-        kept = tree_map(lambda b, g: momentum * b + share * g, moments[0], slopes)
-        steps = tree_map(lambda b, g: g + momentum * b, kept, slopes) if nesterov else kept
-        updates = tree_map(lambda p, s: as_like(-rate * s, p), params, steps)
-        return updates, {"step": t + 1, "momentum": kept}
+        steps = kept = slopes = tree_map(slope, params, grads)
+        if momentum:
+            steps = kept = tree_map(lambda b, g: momentum * b + share * g, moments[0], slopes)
+        if nesterov:
+            steps = tree_map(lambda b, g: g + momentum * b, kept, slopes)
+        return tree_map(lambda p, s: as_like(-rate * s, p), params, steps), kept
 
     return Optimizer(init, update)
 
@@ -166,15 +179,18 @@ def lion(
     def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         step, m = entries("lion", state, "step", "m")
         check_nests("lion", params, grads=grads, m=m)
-        rate = _rate(learning_rate, step)
+        updates, m = moved(params, grads, m, _rate(learning_rate, step))
+        return updates, {"step": step + 1, "m": m}
 
+    @fused
+    def moved(params: Tree, grads: Tree, m: Tree, rate: float) -> tuple[Tree, Tree]:
         def change(p: Array, m: Array, g: Array) -> Array:
             way = namespace(m).sign(first * m + (1 - first) * as_like(g, m))
             return as_like(-rate * (way + weight_decay * as_like(p, m)), p)
 
         updates = tree_map(change, params, m, grads)
         m = tree_map(lambda m, g: second * m + (1 - second) * as_like(g, m), m, grads)
-        return updates, {"step": step + 1, "m": m}
+        return updates, m
 
     return Optimizer(init, update)
 
@@ -182,6 +198,11 @@ def lion(
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Add updates to parameters; dtypes stay."""
     check_nests("apply_updates", params, updates=updates)
+    return _sum(params, updates)
+
+
+@fused
+def _sum(params: Tree, updates: Tree) -> Tree:
     return tree_map(lambda p, u: p + astype(u, dtype_name(p)), params, updates)
 
 

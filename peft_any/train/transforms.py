@@ -7,7 +7,7 @@ from itertools import islice
 from math import isfinite
 from typing import Any, NamedTuple, TypeAlias
 
-from peft_any._tree import Path, Tree, alike, leaves, map_with_path, named, tree_map
+from peft_any._tree import Path, Tree, alike, fused, leaves, map_with_path, named, tree_map
 from peft_any._typing import Array
 from peft_any.backend import (
     astype,
@@ -94,12 +94,15 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
     """
     check_from_zero("clip_by_global_norm", max_norm=max_norm)
 
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:  # noqa: ARG001
-        norm = global_norm(grads)
-        factor: Any = max_norm / (norm + 1e-6)
+    @fused
+    def shrunk(grads: Tree) -> Tree:
+        factor: Any = max_norm / (global_norm(grads) + 1e-6)
         xp = namespace(factor)
         factor = xp.where(factor < 1.0, factor, xp.ones_like(factor))
-        return tree_map(lambda g: as_like(as_like(g, factor) * factor, g), grads), state
+        return tree_map(lambda g: as_like(as_like(g, factor) * factor, g), grads)
+
+    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:  # noqa: ARG001
+        return shrunk(grads), state
 
     return Optimizer(lambda params: {}, update)  # noqa: ARG005 - the pair's signature
 
@@ -121,6 +124,12 @@ def global_norm(tree: Tree) -> Array:
     arrays = [leaf for _, leaf in leaves(tree)]
     if not arrays:
         raise ShapeError("global_norm: an empty nest has no norm: give at least one array")
+    norm: Array = _norm(arrays)
+    return norm
+
+
+@fused
+def _norm(arrays: list[Array]) -> Array:
     name = compute_dtype(*arrays)
     wide = [astype(a, name) for a in arrays]
     xp = namespace(*wide)
