@@ -122,10 +122,10 @@ def hf(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Try 10,000 mutated inputs; `nox -s fuzz -- --fuzz N` for another number."""
+    """Try 10,000 mutated inputs and kill 50 merges; `-- --fuzz N --kills N` for other numbers."""
     install(session, "test")
-    count = session.posargs or ["--fuzz", "10000"]
-    session.run("pytest", "tests/test_hostile.py", *count, env=ENV)
+    counts = session.posargs or ["--fuzz", "10000", "--kills", "50"]
+    session.run("pytest", "tests/test_hostile.py", "tests/test_faults.py", *counts, env=ENV)
 
 
 @nox.session

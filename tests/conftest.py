@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--backend`, which restricts the libraries, and `--fuzz`."""
     parser.addoption("--backend", action="append", choices=[*LIBRARIES], help="only this library")
     parser.addoption("--fuzz", type=int, default=200, help="how many mutated inputs are tried")
+    parser.addoption("--kills", type=int, default=4, help="how often a merge is killed")
 
 
 def installed(library: str) -> bool:
@@ -84,6 +85,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def fuzz(request: pytest.FixtureRequest) -> int:
     """How many mutated inputs to try."""
     return int(request.config.getoption("--fuzz"))
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often to kill a merge."""
+    return int(request.config.getoption("--kills"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs commands and kills them: a server that has everything imported and forks for each.
 
-A line of JSON on standard input, ``{"argv": [...], "after": seconds, "signal": number}``, is one
-command; the answer is its exit code, negative for a signal, with the seconds it took.
+A line of JSON on standard input, ``{"argv": [...], "signal": number, "after": seconds, "once":
+directory}``, is one command; the answer is its exit code, negative for a signal, and its seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,20 @@ class Killer:
         self.process = process
 
     def __call__(
-        self, *argv: object, after: float | None = None, number: int = 9
+        self,
+        *argv: object,
+        after: float | None = None,
+        once: Path | None = None,
+        number: int = 9,
     ) -> tuple[int, float]:
-        """Run a command, send it a signal after some seconds, and give its code and time."""
+        """Run a command, send it a signal in time, and give its exit code and the seconds it took.
+
+        The signal comes `after` some seconds, or `once` there is a journal in a directory.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        line = {"argv": [str(a) for a in argv], "after": after, "signal": number}
+        line: dict[str, Any] = {"argv": [str(a) for a in argv], "after": after, "signal": number}
+        line["once"] = None if once is None else str(once)
         self.process.stdin.write(json.dumps(line) + "\n")
         self.process.stdin.flush()
         code, seconds = json.loads(self.process.stdout.readline())
@@ -52,6 +60,11 @@ def killer() -> Iterator[Killer]:
         process.communicate()
 
 
+def ended(pid: int) -> bool:
+    """Whether a child is a zombie."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def serve() -> None:
     """Answer the lines of standard input."""
     import peft_any.cli.report
@@ -69,8 +82,11 @@ def serve() -> None:
             for handle in (0, 1) if os.environ.get("PEFT_ANY_SHOW") else (0, 1, 2):
                 os.dup2(null, handle)
             os._exit(app.run(task["argv"]))
-        if task["after"] is not None:
-            time.sleep(task["after"])
+        if task["after"] is not None or task["once"] is not None:
+            time.sleep(task["after"] or 0)
+            folder = Path(task["once"] or ".")
+            while task["once"] and not [*folder.glob(".*.journal")] and not ended(pid):
+                time.sleep(0.001)
             os.kill(pid, task["signal"])  # not waited for: it is there, if only as a zombie
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(json.dumps([code, time.perf_counter() - since]), flush=True)

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import cli
+from peft_any import cli, merge_checkpoint
+from peft_any.adapter import Adapter
+from peft_any.errors import StorageError, VerifyError
 from peft_any.io.safetensors import write_safetensors
 from peft_any.methods.lora import LoraConfig
 from peft_any.model import PeftModel
@@ -285,3 +287,220 @@ class TestSignals:
             left = [p.name for p in tmp_path.iterdir()]
             assert left == [] or code == -number  # before the program had taken the signal over
             assert [state(p) for p in inputs] == before
+
+    def test_a_resumed_merge_keeps_what_is_finished(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path, kill: Killer
+    ) -> None:
+        given = "merge", "--base", inputs[0], "--adapter", inputs[1], "--out", tmp_path / "out"
+        for _ in range(3):
+            code, _ = kill(*given, "--resume", once=tmp_path, number=signal.SIGTERM)
+            assert code in (128 + signal.SIGTERM, -signal.SIGTERM)
+            left = partial(tmp_path)
+            assert [name.rpartition(".")[2] for name in left] == ["journal", "partial"]
+        code, _ = kill(*given, "--resume")
+        assert code == 0
+        assert any("continued" in line for line in warnings_of(tmp_path / "out"))
+        assert contents(tmp_path / "out") == undisturbed
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
+    def test_killed_at_any_moment_and_resumed(
+        self,
+        *,
+        inputs: tuple[Path, Path],
+        undisturbed: dict[str, Any],
+        tmp_path: Path,
+        kill: Killer,
+        overwrite: bool,
+        kills: int,
+    ) -> None:
+        out, before = tmp_path / "out", [state(p) for p in inputs]
+        given = "merge", "--base", inputs[0], "--adapter", inputs[1], "--out", out
+        given = (*given, "--resume", *(["--overwrite"] if overwrite else []))
+        _, whole = kill(*given)
+        if overwrite:
+            make_previous(out)
+        else:
+            shutil.rmtree(out)
+        rng, done, resumed = random.Random(kills), 0, 0
+        while done < kills:
+            code, _ = kill(*given, after=rng.uniform(0, whole))
+            done += code == -9
+            assert code in (0, -9)
+            assert [state(p) for p in inputs] == before
+            finished = out.exists() and (out / "merge_receipt.json").exists()
+            if overwrite and not finished and out.exists():
+                assert (out / "previous.safetensors").exists()
+            if finished:
+                assert contents(out) == undisturbed
+                resumed += any("continued" in line for line in warnings_of(out))
+                if overwrite:
+                    make_previous(out)
+                else:
+                    shutil.rmtree(out)
+        assert kill(*given)[0] == 0
+        resumed += any("continued" in line for line in warnings_of(out))
+        assert contents(out) == undisturbed
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        assert resumed or kills < 20
+
+
+def warnings_of(out: Path) -> list[str]:
+    found = json.loads((out / "merge_receipt.json").read_text())["warnings"]
+    assert isinstance(found, list)
+    return found
+
+
+def make_previous(out: Path) -> None:
+    """Put an older output in an output's place."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    write_safetensors(out / "previous.safetensors", {})
+
+
+class Stop(BaseException):
+    """An end that nobody expects."""
+
+
+class TestResume:
+    """What may be continued, and what may not."""
+
+    def interrupted(
+        self, inputs: tuple[Path, Path], out: Path, shards: int, **options: Any
+    ) -> None:
+        """Merge so many shards, and die."""
+
+        def step(_: int, __: int, name: str) -> None:
+            if f"layers.{shards}." in name:
+                raise Stop
+
+        with pytest.raises(Stop):
+            merge_checkpoint(*inputs, out, progress=step, resume=True, **options)
+
+    def test_goes_on_at_the_shard_it_was_on(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path
+    ) -> None:
+        for shards in (2, 4):
+            self.interrupted(inputs, tmp_path / "out", shards)
+            (folder,) = (p for p in tmp_path.iterdir() if p.name.endswith(".partial"))
+            assert len(list(folder.glob("*.safetensors"))) >= shards
+        seen: list[int] = []
+        made = merge_checkpoint(
+            *inputs, tmp_path / "out", resume=True, progress=lambda done, *_: seen.append(done)
+        )
+        assert contents(tmp_path / "out") == undisturbed
+        assert json.loads(made.to_json())["changes"] == undisturbed["merge_receipt.json"]["changes"]
+        assert any("4 shards were finished before" in line for line in made.warnings)
+        assert seen == sorted(seen)
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_nothing_to_go_on_with(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path
+    ) -> None:
+        merge_checkpoint(*inputs, tmp_path / "out", resume=True)
+        assert contents(tmp_path / "out") == undisturbed
+
+    def test_without_the_option_it_begins_anew(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path
+    ) -> None:
+        self.interrupted(inputs, tmp_path / "out", 3)
+        with pytest.warns(UserWarning, match="which --resume would have continued"):
+            made = merge_checkpoint(*inputs, tmp_path / "out")
+        assert made.warnings == ()
+        assert contents(tmp_path / "out") == undisturbed
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_an_end_before_the_first_shard_leaves_nothing(
+        self, inputs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        self.interrupted(inputs, tmp_path / "out", 0)
+        assert [*tmp_path.iterdir()] == []
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"dtype": "float16"}, "options: dtype was None and is 'float16'"),
+            ({"weight": 0.5}, "adapters"),
+            ({"adapter": True}, "adapters"),
+            ({"touch": True}, r"base: model-00005-of-00006.safetensors was \["),
+            ({"journal": '{"form": 0}\n'}, "its journal is not this version's"),
+            ({"journal": "\x00\xff\n"}, "its journal is not this version's"),
+        ],
+    )
+    def test_another_merge_is_refused(
+        self, inputs: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], says: str
+    ) -> None:
+        base, adapter = (shutil.copytree(p, tmp_path / p.name) for p in inputs)
+        home = tmp_path / "home"
+        home.mkdir()
+        self.interrupted((base, adapter), home / "out", 3)
+        left = state(home)
+        options: dict[str, Any] = {"resume": True}
+        given: Any = adapter
+        if "touch" in change:
+            os.utime(base / "model-00005-of-00006.safetensors")
+        elif "adapter" in change:
+            config = json.loads((adapter / "adapter_config.json").read_text())
+            (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 9}))
+        elif "weight" in change:
+            given = {adapter: 0.5}
+        elif "journal" in change:
+            (journal,) = home.glob(".*.journal")
+            journal.write_text(change["journal"], encoding="latin-1")
+            left = state(home)
+        else:
+            options |= change
+        with pytest.raises(StorageError, match=says) as caught:
+            merge_checkpoint(base, given, home / "out", **options)
+        assert "leave --resume out" in str(caught.value)
+        now = state(home)
+        assert {k: v for k, v in now.items() if k != str(home)} == {
+            k: v for k, v in left.items() if k != str(home)
+        }
+
+    @pytest.mark.parametrize("damage", ["cut", "bytes", "gone", "journal cut", "other file"])
+    def test_damaged_parts_are_made_again(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path, damage: str
+    ) -> None:
+        self.interrupted(inputs, tmp_path / "out", 3)
+        (folder,) = tmp_path.glob(".*.partial")
+        (journal,) = tmp_path.glob(".*.journal")
+        shard = folder / "model-00002-of-00006.safetensors"
+        if damage == "cut":
+            os.truncate(shard, 1000)
+        elif damage == "bytes":
+            data = bytearray(shard.read_bytes())
+            data[-5] ^= 1
+            shard.write_bytes(data)
+        elif damage == "gone":
+            shard.unlink()
+        elif damage == "other file":
+            (folder / "config.json").write_text("{")
+        else:
+            os.truncate(journal, journal.stat().st_size - 40)
+        made = merge_checkpoint(*inputs, tmp_path / "out", resume=True)
+        whole = 3 if damage == "other file" else 2
+        assert any(f"{whole} shards were finished" in line for line in made.warnings)
+        assert contents(tmp_path / "out") == undisturbed
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_an_adapter_that_was_given_as_an_object(
+        self, inputs: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        base, path = inputs
+        adapter = Adapter.load(path)
+        self.interrupted((base, adapter), tmp_path / "out", 3)  # type: ignore[arg-type]
+        site = next(iter(adapter.sites))
+        other = adapter.replace(
+            sites={**adapter.sites, site: {k: -a for k, a in adapter.sites[site].items()}}
+        )
+        with pytest.raises(StorageError, match="adapters"):
+            merge_checkpoint(base, other, tmp_path / "out", resume=True)
+        made = merge_checkpoint(base, adapter, tmp_path / "out", resume=True)
+        assert any("3 shards were finished" in line for line in made.warnings)
+
+    def test_a_lower_demand_may_follow(self, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+        with pytest.raises(VerifyError):
+            merge_checkpoint(*inputs, tmp_path / "out", min_kept=1.0, dtype="bfloat16", resume=True)
+        made = merge_checkpoint(*inputs, tmp_path / "out", dtype="bfloat16", resume=True)
+        assert any(f"{SHARDS} shards were finished" in line for line in made.warnings)

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from peft_any.cli.app import Result, app, weighted
+from peft_any.cli.app import Result, app
 from peft_any.cli.console import waiting
-from peft_any.cli.options import AnyBase, AsJson, Backend, Debug, Quiet, Rederive
+from peft_any.cli.options import AnyBase, AsJson, Backend, Debug, Quiet, Rederive, weighted
 from peft_any.errors import UsageError
 
 Out = Annotated[str | None, typer.Option(help="The output: a directory.")]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -30,7 +28,9 @@ from peft_any.cli.options import (
     NoStrict,
     Quiet,
     Rederive,
+    Resume,
     fitting,
+    weighted,
 )
 from peft_any.errors import PeftError, UsageError, VerifyError
 from peft_any.receipt import SCHEMA_VERSION
@@ -86,6 +86,7 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace an existing output.")
     ] = False,
     any_base: AnyBase = False,
+    resume: Resume = False,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
     names: Map = None,
@@ -111,6 +112,7 @@ def merge(
             overwrite=overwrite,
             progress=step,
             any_base=any_base,
+            resume=resume,
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)
@@ -232,29 +234,6 @@ def demo(
     return Result(document, shown, as_json=as_json, quiet=quiet)
 
 
-def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:
-    """Split ``ADAPTER:WEIGHT``: a number after a colon is a weight, unless such a path exists.
-
-    Examples
-    --------
-    >>> weighted(["style:0.7", "subject", "c:/models/a"])
-    [('style', 0.7), ('subject', 1.0), ('c:/models/a', 1.0)]
-    """
-    pairs = []
-    for text in adapters:
-        path, _, tail = text.rpartition(":")
-        try:
-            weight = float(tail)
-        except ValueError:
-            path, weight = "", 1.0
-        if not path or os.path.lexists(text):
-            path, weight = text, 1.0
-        if not isfinite(weight):
-            raise UsageError(f"{text}: {tail} cannot be a weight: give a finite number")
-        pairs.append((path, weight))
-    return pairs
-
-
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code.
 
@@ -265,6 +244,7 @@ def run(args: Sequence[str] | None = None) -> int:
     """
     given = [*(sys.argv[1:] if args is None else args)]
     as_json, quiet = "--json" in given, bool({"-q", "--quiet"} & {*given})
+    resume = "--resume" in given
 
     def note(message: Any, *_: Any, **__: Any) -> None:
         if not quiet:
@@ -286,9 +266,9 @@ def run(args: Sequence[str] | None = None) -> int:
         except BaseException as error:  # noqa: BLE001 - all of them end in an exit code
             if "--debug" in given:
                 traceback.print_exc()
-            return failed(error, caught, as_json)
+            return failed(error, caught, as_json, resume)
         if caught:  # typer takes an interrupt for a command's regular end
-            return failed(KeyboardInterrupt(), caught, as_json)
+            return failed(KeyboardInterrupt(), caught, as_json, resume)
     return code if given else UsageError.exit_code
 
 
@@ -309,11 +289,12 @@ def show(result: Result) -> int:
     return error.exit_code
 
 
-def failed(error: BaseException, caught: Sequence[int], as_json: bool) -> int:
+def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: bool) -> int:
     """Say what went wrong, and give the exit code."""
     message = str(error)
     if caught:
-        code, message = 128 + caught[0], "interrupted: no partial output is left behind"
+        left = "the same command continues" if resume else "no partial output is left behind"
+        code, message = 128 + caught[0], f"interrupted: {left}"
     elif isinstance(error, PeftError):
         code = error.exit_code
     elif hasattr(error, "format_message"):  # typer's own

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from math import isfinite
 from typing import Annotated, Any
 
 import typer
+
+from peft_any.errors import UsageError
 
 Base = Annotated[
     str, typer.Option(help="The model: a safetensors file, or a directory, with shards or without.")
@@ -32,6 +37,9 @@ Rederive = Annotated[
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Accept a base that the adapter was not made on.")
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue what a killed run of the same merge left.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option(
@@ -56,3 +64,26 @@ def fitting(
         "names": names,
         "backend": backend,
     }
+
+
+def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:
+    """Split ``ADAPTER:WEIGHT``: a number after a colon is a weight, unless such a path exists.
+
+    Examples
+    --------
+    >>> weighted(["style:0.7", "subject", "c:/models/a"])
+    [('style', 0.7), ('subject', 1.0), ('c:/models/a', 1.0)]
+    """
+    pairs = []
+    for text in adapters:
+        path, _, tail = text.rpartition(":")
+        try:
+            weight = float(tail)
+        except ValueError:
+            path, weight = "", 1.0
+        if not path or os.path.lexists(text):
+            path, weight = text, 1.0
+        if not isfinite(weight):
+            raise UsageError(f"{text}: {tail} cannot be a weight: give a finite number")
+        pairs.append((path, weight))
+    return pairs

@@ -17,7 +17,9 @@ from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, ou
 from peft_any.io.safetensors import SafetensorsFile, StreamWriter
 from peft_any.receipt import Change, Receipt, peak_memory
 from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.journal import Finished, Journal, task_of
 from peft_any.surgery.plan import Plan
+from peft_any.surgery.sources import Kinds
 
 RECEIPT = "merge_receipt.json"
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -33,6 +35,8 @@ class Job:
     out: Path | None
     min_kept: float | None
     progress: Progress | None = None
+    resume: bool = False
+    kinds: Kinds = None
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -90,12 +94,20 @@ class Job:
     def _size(_: str, dtype: str, shape: tuple[int, ...]) -> int:
         return byte_size(dtype, shape) or 0
 
-    def run(self, folder: Path | None, names: dict[str, str] | None = None) -> None:
+    def run(
+        self,
+        folder: Path | None,
+        names: dict[str, str] | None = None,
+        journal: Journal | None = None,
+    ) -> None:
         """Compute everything, and write it into `folder` unless that is None."""
         every = {shard.path: self.specs(shard) for shard in self.base.shards}
         self.total = sum(self._size(*spec) for specs in every.values() for spec in specs)
         for shard in self.base.shards:
             specs = every[shard.path]
+            if journal is not None and (done := journal.finished.get(shard.path.name)):
+                self._take_over(done, specs)
+                continue
             if folder is None:
                 for name, dtype, shape in specs:
                     self._tensor(name, None, shard)
@@ -103,9 +115,19 @@ class Job:
                 continue
             path = folder / (names or {}).get(shard.path.name, shard.path.name)
             with StreamWriter(path, specs, shard.metadata) as writer:
+                before = len(self.changes), self.copied
                 for name, dtype, shape in specs:
                     self._tensor(name, writer, shard)
                     self._tick(name, self._size(name, dtype, shape))
+            if journal is not None:
+                journal.add(path, self.changes[before[0] :], self.copied - before[1])
+
+    def _take_over(self, done: Finished, specs: list[tuple[str, str, tuple[int, ...]]]) -> None:
+        """Count a shard that an earlier run finished."""
+        self.changes += done.changes
+        self.copied += done.copied
+        for spec in specs:
+            self._tick(spec[0], self._size(*spec))
 
     def _tensor(self, name: str, writer: StreamWriter | None, shard: SafetensorsFile) -> None:
         source = self.plan.source(name)
@@ -153,8 +175,11 @@ class Job:
                 done = self.finish(made, since, out)
                 text.write_text(done.to_json() + "\n", encoding="utf-8")
             return done
-        with output_directory(self.out, overwrite, inputs=inputs) as folder:
-            self.run(folder)
+        directory = output_directory(self.out, overwrite, inputs=inputs, resume=self.resume)
+        with directory as folder:
+            journal = Journal(folder, task_of(made, self.plan, self.kinds), str(self.out))
+            self.plan.warnings.extend(journal.notes)
+            self.run(folder, journal=journal)
             self._side_files(folder)
             with Checkpoint(folder) as written:
                 out = described(self.out, written)

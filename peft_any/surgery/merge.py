@@ -42,6 +42,7 @@ def merge_checkpoint(
     rederive: bool = False,
     names: Names = None,
     any_base: bool = False,
+    resume: bool = False,
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, one tensor at a time.
 
@@ -80,6 +81,10 @@ def merge_checkpoint(
     any_base : bool
         Whether adapters may go into another base than the one that their files say they were
         made on: it is warned of then.
+    resume : bool
+        Go on with what a killed run of the same merge left, shard by shard; and leave what is
+        finished for the next one, whatever ends this one. Without anything to go on with, a
+        merge begins as ever.
 
     Returns
     -------
@@ -129,7 +134,7 @@ def merge_checkpoint(
         job = Job(
             plan, Surgeon(plan, fit.backend, dtype), None if out is None else Path(out), min_kept
         )
-        job.progress = progress
+        job.progress, job.resume, job.kinds = progress, resume, kinds
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
         job.refuse_lone_file()
         made = Receipt(

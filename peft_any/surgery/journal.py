@@ -1,0 +1,204 @@
+"""A merge's journal: which shards are finished, so that a killed merge goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_any.backend import to_numpy
+from peft_any.errors import PeftError, StorageError
+from peft_any.io._atomic import reporting
+from peft_any.io._leftovers import discard, journal_of
+from peft_any.io.checkpoint import fingerprint
+from peft_any.io.config import config_to_json
+from peft_any.io.safetensors import SafetensorsFile
+from peft_any.receipt import Change, Receipt, plain
+from peft_any.surgery.plan import Plan
+from peft_any.surgery.sources import Given, Kinds
+
+_FORM = 1
+_FREE = {"min_kept", "dry_run"}
+"""Options that change no byte of the output."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that is complete and on the device.
+
+    Attributes
+    ----------
+    file : str
+        Its name.
+    fingerprint : str
+    changes : tuple of Change
+    copied : int
+        Tensors taken over byte for byte.
+    """
+
+    file: str
+    fingerprint: str
+    changes: tuple[Change, ...]
+    copied: int
+
+
+class Journal:
+    """The journal beside a partial output: a line on what is merged, and one for each shard.
+
+    Parameters
+    ----------
+    folder : Path
+        The partial output, as `output_directory` gives it.
+    task : mapping
+        What decides the output's bytes: `task_of`.
+    out : str
+        The output, for messages.
+
+    Attributes
+    ----------
+    finished : dict of str to Finished
+        By file name: what an earlier run finished and still stands there.
+
+    Raises
+    ------
+    StorageError
+        Where the journal is another merge's, naming what differs.
+    """
+
+    def __init__(self, folder: Path, task: Mapping[str, Any], out: str) -> None:
+        self.folder = folder
+        self.path = journal_of(folder)
+        self._out = out
+        self._task = plain({"form": _FORM, **task})
+        self.finished: dict[str, Finished] = {}
+        if self.path.exists():
+            self._go_on()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a receipt should say of it."""
+        count = len(self.finished)
+        return [f"{self._out}: continued; {count} shards were finished before"] if count else []
+
+    def add(self, path: Path, changes: Sequence[Change], copied: int) -> None:
+        """Write down that a shard is finished; its bytes are on the device already."""
+        with SafetensorsFile(path) as file:
+            done = Finished(path.name, fingerprint(file), tuple(changes), copied)
+        begun = self.path.exists() and self.path.stat().st_size
+        head = [] if begun else [self._task]
+        text = "".join(json.dumps(line) + "\n" for line in (*head, asdict(done)))
+        with reporting(self.path, "be written"), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished[done.file] = done
+
+    def _go_on(self) -> None:
+        with reporting(self.path, "be read"):
+            raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1  # what follows was cut off
+        lines = raw[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
+        if lines:
+            self._refuse_another(lines[0])
+        for line in lines[1:]:
+            done = _read(line)
+            if done is not None and self._stands(done):
+                self.finished[done.file] = done
+        with reporting(self.path, "be written"):
+            os.truncate(self.path, whole)
+            for found in self.folder.iterdir():
+                if found.name not in self.finished:
+                    discard(found)
+
+    def _refuse_another(self, head: str) -> None:
+        out = self._out
+        try:
+            before = json.loads(head)
+        except ValueError:
+            before = {}
+        faults = [*_differences(before, self._task)]
+        if faults:
+            raise StorageError(
+                "\n".join(f"{out}: the killed merge cannot be continued: {f}" for f in faults)
+                + "\ngive what was given then, or leave --resume out (resume=False), which removes "
+                "the partial output and begins anew"
+            )
+
+    def _stands(self, done: Finished) -> bool:
+        try:
+            with SafetensorsFile(self.folder / done.file) as file:
+                return fingerprint(file) == done.fingerprint
+        except PeftError:
+            return False
+
+
+def task_of(made: Receipt, plan: Plan, kinds: Kinds = None) -> dict[str, Any]:
+    """Say what decides a merge's output: the inputs' contents, the options and the versions.
+
+    Where inputs stand does not matter, nor what only decides whether the result is accepted.
+    """
+    stats = {shard.path.name: shard.path.stat() for shard in plan.base.shards}
+    return {
+        "base": {
+            "fingerprint": made.base["fingerprint"],
+            **{name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+        },
+        "adapters": [
+            [one.weight, one.source.peft_type, sorted(one.source.files.values()) or _digest(one)]
+            for one in plan.given
+        ],
+        "options": {k: v for k, v in made.options.items() if k not in _FREE},
+        "kinds": {name: str(kind) for name, kind in (kinds or {}).items()},
+        "versions": made.versions,
+    }
+
+
+def _digest(one: Given) -> list[str]:
+    """Describe an adapter that was given as an object."""
+    adapter = one.adapter
+    digest = hashlib.sha256(config_to_json(adapter.config, adapter.raw).encode())
+    parts = {**adapter.sites, "": {**adapter.shared, **adapter.extra, **adapter.tokens}}
+    for module, arrays in sorted(parts.items()):
+        for name, array in sorted(arrays.items()):
+            host = to_numpy(array)
+            digest.update(json.dumps([module, name, host.dtype.name, host.shape]).encode())
+            digest.update(np.ascontiguousarray(host).view(np.uint8).data)
+    return [f"sha256:{digest.hexdigest()}"]
+
+
+def _differences(before: Any, now: Mapping[str, Any]) -> Sequence[str]:
+    if not isinstance(before, dict) or set(before) != set(now):
+        return ["its journal is not this version's"]
+    said = []
+    for key, value in now.items():
+        if before[key] == value:
+            continue
+        if isinstance(value, dict) and isinstance(before[key], dict):
+            every = dict.fromkeys([*before[key], *value])
+            said += [
+                f"{key}: {name} was {before[key].get(name)!r:.80} and is {value.get(name)!r:.80}"
+                for name in every
+                if before[key].get(name) != value.get(name)
+            ]
+        else:
+            said.append(f"{key}: was {before[key]!r:.200} and is {value!r:.200}")
+    return said
+
+
+def _read(line: str) -> Finished | None:
+    try:
+        found: dict[str, Any] = json.loads(line)
+        changes = tuple(Change(**_lists_as_tuples(change)) for change in found.pop("changes"))
+        return Finished(changes=changes, **found)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _lists_as_tuples(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
