@@ -366,6 +366,16 @@ def test_dask_stays_lazy() -> None:
     )
 
 
+def test_rows_of_a_dask_array_may_repeat() -> None:
+    da = pytest.importorskip("dask.array")
+    x, rows = da.from_array(X, chunks=(2, 2)), np.asarray([0, 2, 0])
+    for key in (rows, da.from_array(rows), np.asarray([True, False, True])):
+        host = key if isinstance(key, np.ndarray) else rows
+        g = grad(lambda p, key=key: total(p[key] ** 2))(x)
+        assert type(g) is da.Array
+        np.testing.assert_allclose(g.compute(), grad(lambda p, k=host: total(p[k] ** 2))(X))
+
+
 def test_jax_gradients_can_be_compiled() -> None:
     jax = pytest.importorskip("jax")
     prepared("jax")
