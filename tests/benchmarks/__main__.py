@@ -21,6 +21,7 @@ from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
 from peft_any.method import Tuner
 from peft_any.parts import Part
+from tests.benchmarks.combinations import combinations
 from tests.benchmarks.rows import ROWS, adapted
 from tests.benchmarks.timing import SLOW, machine, on_one_thread, ratio
 
@@ -110,7 +111,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks", *sys.argv[1:]], clean)
     about = "Every figure is a ratio: two things timed in turn, the fastest of many rounds"
     lines = ["# Benchmarks", "", f"{about}; NumPy {np.__version__}, float32, on {machine()}."]
-    for table in (calls, training, merges, imports):
+    for table in (calls, training, merges, combinations, imports):
         lines += ["", *table()]
     page = "\n".join(lines) + "\n" + NOTES
     print(page)

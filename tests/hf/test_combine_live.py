@@ -152,6 +152,15 @@ def test_every_combination_is_hugging_faces(
 
 
 @dtypes
+def test_factors_of_patterns_are_summed_and_load(dtype: str, tmp_path: Path) -> None:
+    """Hugging Face PEFT forms these sums too, but does not load its own file of them."""
+    fields = {"rank_pattern": {"e_fc": 1}, "alpha_pattern": {"d_fc": 9}}
+    model, paths = adapted(tmp_path, dtype, [2, 2], **fields)
+    got, _ = ours(paths, tmp_path / "out", dtype, method="linear")
+    compare(got, added(model, 2, "linear"), dtype)
+
+
+@dtypes
 @pytest.mark.parametrize("method", ["cat", "svd", "exact"])
 def test_ranks_and_patterns_may_differ(method: str, dtype: str, tmp_path: Path) -> None:
     fields = {"rank_pattern": {"e_fc": 3, "b_conv": 1}, "alpha_pattern": {"d_fc": 9}}
