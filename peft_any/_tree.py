@@ -33,6 +33,22 @@ def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, tree
 
 
+def first(tree: Tree) -> Any:
+    """Give the first leaf of a nest; None if it has none.
+
+    Examples
+    --------
+    >>> first({"a": [None, (2.0, 3.0)]})
+    2.0
+    """
+    if not isinstance(tree, (dict, list, tuple)):
+        return tree
+    for value in tree.values() if isinstance(tree, dict) else tree:
+        if (found := first(value)) is not None:
+            return found
+    return None
+
+
 def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """Apply a function to every leaf, with those at the same place in other nests.
 
@@ -41,7 +57,11 @@ def tree_map(f: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     >>> tree_map(lambda a, b: a + b, {"a": (1, None)}, {"a": (2, None)})
     {'a': (3, None)}
     """
-    return map_with_path(lambda _, *found: f(*found), tree, *others)
+    if isinstance(tree, dict):
+        return {k: tree_map(f, v, *[o[k] for o in others]) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return _as(tree, [tree_map(f, v, *[o[i] for o in others]) for i, v in enumerate(tree)])
+    return None if tree is None else f(tree, *others)
 
 
 def map_with_path(f: Callable[..., Any], tree: Tree, *others: Tree, path: Path = ()) -> Tree:
@@ -62,10 +82,15 @@ def map_with_path(f: Callable[..., Any], tree: Tree, *others: Tree, path: Path =
             map_with_path(f, v, *(o[i] for o in others), path=(*path, i))
             for i, v in enumerate(tree)
         ]
-        if isinstance(tree, list):
-            return items
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+        return _as(tree, items)
     return None if tree is None else f(path, tree, *others)
+
+
+def _as(tree: Tree, items: list[Any]) -> Tree:
+    """Make a list, a tuple or a named tuple of items, as another one is."""
+    if isinstance(tree, list):
+        return items
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 def alike(tree: Tree, other: Tree) -> bool:
@@ -78,17 +103,13 @@ def alike(tree: Tree, other: Tree) -> bool:
     (True, False)
     """
     if isinstance(tree, dict):
-        return (
-            isinstance(other, dict)
-            and tree.keys() == other.keys()
-            and all(alike(value, other[key]) for key, value in tree.items())
-        )
+        if not isinstance(other, dict) or tree.keys() != other.keys():
+            return False
+        return all(map(alike, tree.values(), [other[key] for key in tree]))
     if isinstance(tree, (list, tuple)):
-        return (
-            isinstance(other, list | tuple)
-            and len(tree) == len(other)
-            and all(map(alike, tree, other))
-        )
+        if not isinstance(other, (list, tuple)) or len(tree) != len(other):
+            return False
+        return all(map(alike, tree, other))
     return bool(getattr(tree, "shape", None) == getattr(other, "shape", None))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from peft_any._typing import Array, Params
 from peft_any.backend import is_array, namespace
@@ -51,9 +51,11 @@ def ready(parts: Sequence[Part], base: Dense) -> tuple[list[Part], Dense]:
     arrays = [a for p in params for a in p.values() if is_array(a)]
     xp = namespace(base.weight, *arrays)
     if hasattr(xp, "lift"):
-        base = base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
-    pairs = zip(parts, params, strict=True)
-    return [replace(part, params=part.config.prepare(p, base)) for part, p in pairs], base
+        base = Dense(xp.lift(base.weight), xp.lift(base.bias), base.site, base.unadapted)
+    made = []
+    for part, p in zip(parts, params, strict=True):
+        made.append(Part(part.config, part.config.prepare(p, base), part.weight, part.noise))
+    return made, base
 
 
 def rounded(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense:

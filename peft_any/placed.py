@@ -200,4 +200,4 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
         extra={k: loose.get(k, a) for k, a in adapter.extra.items()},
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
     )
-    return replace(placed, adapter=changed)
+    return Placed(changed, placed.sites, placed.configs)

@@ -86,9 +86,10 @@ class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """l ⊙ base(x), or base(l ⊙ x)."""
-        gain, shift = self._gains(p, base.site)
-        if shift is not None:
-            return base(x) * shift
+        if not self.is_feedforward(base.site):
+            y: Array = base(x) * namespace(p["ia3_l"]).reshape(p["ia3_l"], (base.site.n_out,))
+            return y
+        gain, _ = self._gains(p, base.site)
         if base.site.groups > 1:  # every group reads inputs of its own
             return super().forward(p, x, base)
         return base(x * namespace(gain).reshape(gain, (base.site.width,)))

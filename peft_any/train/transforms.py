@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from math import isfinite
 from typing import Any, NamedTuple, TypeAlias
 
-from peft_any._tree import Path, Tree, alike, fused, leaves, map_with_path, named, tree_map
+from peft_any._tree import (
+    Path,
+    Tree,
+    alike,
+    first,
+    fused,
+    leaves,
+    map_with_path,
+    named,
+    tree_map,
+)
 from peft_any._typing import Array
 from peft_any.backend import (
     astype,
@@ -268,8 +277,7 @@ def check_nests(where: str, params: Tree, **others: Tree) -> None:
     ShapeError
         Naming the arrays.
     """
-    firsts = (islice(leaves(tree), 1) for tree in (params, *others.values()))
-    namespace(*(array for first in firsts for _, array in first))
+    namespace(*map(first, (params, *others.values())))
     for name, tree in others.items():
         if alike(tree, params):
             continue
