@@ -178,6 +178,23 @@ def test_a_product_with_itself_and_with_its_own_constant(engine: str) -> None:
         np.testing.assert_allclose(grads, slope, atol=1e-14)
 
 
+@every
+def test_a_number_stands_for_a_cotangent_that_is_the_same_everywhere(engine: str) -> None:
+    def both(p: Any, x: Any) -> Any:  # to q come a number, and an array
+        q = p * p
+        return total(q) + total(q * x)
+
+    def deep(p: Any, x: Any) -> Any:
+        return namespace(p).mean(namespace(p).exp(p) ** 2)
+
+    def plain(p: Any, x: Any) -> Any:
+        return total(p)
+
+    for f, slope in ((both, 2 * X + 2 * X**2), (deep, 2 * np.exp(X) ** 2 / X.size), (plain, 1.0)):
+        _, grads = gradients(engine, f, X, X)
+        np.testing.assert_allclose(grads, np.broadcast_to(slope, X.shape), rtol=1e-14)
+
+
 def test_nothing_is_kept_of_a_gradient() -> None:
     params = {"w": np.array(X), "rest": [np.array(W)]}
     kept = [weakref.ref(params["w"]), weakref.ref(params["rest"][0])]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from peft_any.errors import GradientError
-from peft_any.tape.rules import is_inexact
+from peft_any.tape.rules import EVEN, is_inexact
 from peft_any.tape.var import Node, Recording, Var
 
 _new = object.__new__
@@ -50,7 +50,7 @@ def _check(node: Node, recording: Recording, label: str) -> None:
 
 def recorded(space: Any, raw: Callable[..., Any], rule: Any, label: str) -> Callable[..., Any]:
     """Make the recording form of a function that has a rule."""
-    kind, below = space.kind, space.__dict__.get("main", space).raw
+    kind, below, even = space.kind, space.__dict__.get("main", space).raw, rule in EVEN
 
     def call(*args: Any, **kwargs: Any) -> Any:
         values, edges = edges_of(kind, args, label)
@@ -68,7 +68,7 @@ def recorded(space: Any, raw: Callable[..., Any], rule: Any, label: str) -> Call
         kept = [(n, p) for i, n in edges if (p := pulls[i] if i < len(pulls) else None)]
         var = _new(kind)
         var.value = out
-        var.node = Node(edges[0][1].recording, kept, out.shape, out.dtype)
+        var.node = Node(edges[0][1].recording, kept, out.shape, out.dtype, even=even)
         return var
 
     return call
@@ -98,7 +98,8 @@ def binary(
         recording = node.recording
         if not recording.open or not (n is None or n.recording is recording):
             raise GradientError(f"xp.{label}: {ESCAPED}")
-        if m is n and same is not None:
+        twice = m is n and same is not None
+        if twice:
             edges = [(m, *same(below, out, a))]
         else:
             pull, push = rule(below, out, a, b)
@@ -106,7 +107,7 @@ def binary(
             if n is not None and push is not None:
                 edges.append((n, push))
         var = _new(kind)
-        var.value, var.node = out, Node(recording, edges, out.shape, out.dtype)
+        var.value, var.node = out, Node(recording, edges, out.shape, out.dtype, even=twice)
         return var
 
     return call

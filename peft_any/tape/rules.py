@@ -86,8 +86,16 @@ _UNARY: dict[str, Callable[[Any, Any, Any], Any]] = {
     "atanh": lambda xp, x, y: 1.0 / (1.0 - x * x),
 }
 RULES |= {name: _slope(slope) for name, slope in _UNARY.items()}
-SAME = {"multiply": RULES["square"]}
-"""Rules of operators for twice the same array: one pass over it instead of two and their sum."""
+EVEN = {RULES[name] for name in _UNARY}
+"""Rules to whose ways back one number is as good as an array full of it."""
+
+
+def _square(xp: Any, y: Any, x: Any) -> Any:
+    return (lambda g: (2.0 * g) * conj(xp, x),)
+
+
+SAME = {"multiply": _square}
+"""Rules of operators for twice the same array: fewer passes over it; all are such as in `EVEN`."""
 
 
 @rule("abs")
@@ -163,7 +171,7 @@ def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
 def _(xp: Any, y: Any, x: Any, p: Any) -> Any:
     if type(p) in SCALARS:
         if p == 2:
-            return (lambda g: g * (2.0 * conj(xp, x))), None
+            return *_square(xp, y, x), None
         return (lambda g: g * conj(xp, p * x ** (p - 1)) if p != 0 else xp.zeros_like(y)), None
 
     def base(g: Any) -> Any:
@@ -253,17 +261,21 @@ def _kept(xp: Any, g: Any, x: Any, axis: Any) -> Any:
     return xp.reshape(g, tuple(1 if i in axes else n for i, n in enumerate(x.shape)))
 
 
+def _spread(xp: Any, g: Any, x: Any, axis: Any) -> Any:
+    """Repeat a cotangent over the axes of a reduction; that of all axes is one number."""
+    g = _kept(xp, g, x, axis)
+    return xp.broadcast_to(g, tuple(x.shape)) if g.ndim else g
+
+
 @rule("sum")
 def _(xp: Any, y: Any, x: Any, /, *, axis: Any = None, dtype: Any = None, keepdims: Any = 0) -> Any:
-    shape = tuple(x.shape)
-    return (lambda g: xp.broadcast_to(_kept(xp, g, x, axis), shape),)
+    return (lambda g: _spread(xp, g, x, axis),)
 
 
 @rule("mean")
 def _(xp: Any, y: Any, x: Any, /, *, axis: Any = None, keepdims: Any = False) -> Any:
-    shape = tuple(x.shape)
-    n = prod(shape) // max(prod(y.shape), 1)
-    return (lambda g: xp.broadcast_to(_kept(xp, g / n, x, axis), shape),)
+    n = prod(x.shape) // max(prod(y.shape), 1)
+    return (lambda g: _spread(xp, g / n, x, axis),)
 
 
 @rule("max", "min")

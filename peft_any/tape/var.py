@@ -27,12 +27,18 @@ class Recording:
 
 
 class Node:
-    """A recorded step: where its cotangents go, and how they become those of its operands."""
+    """A recorded step: where its cotangents go, and how they become those of its operands.
 
-    __slots__ = ("__weakref__", "dtype", "edges", "recording", "serial", "shape")
+    To an `even` one goes a single number where its cotangent is the same everywhere.
+    """
 
-    def __init__(self, recording: Recording, edges: Any, shape: Shape, dtype: Any) -> None:
+    __slots__ = ("__weakref__", "dtype", "edges", "even", "recording", "serial", "shape")
+
+    def __init__(
+        self, recording: Recording, edges: Any, shape: Shape, dtype: Any, *, even: bool = False
+    ) -> None:
         self.recording, self.edges, self.shape, self.dtype = recording, edges, shape, dtype
+        self.even = even
         self.serial = _serial()
 
 
@@ -161,7 +167,7 @@ def sweep(
 
     def give(node: Node, g: Any) -> None:
         if node.dtype is not None and (g.shape != node.shape or g.dtype != node.dtype):
-            g = settle(xp, g, node.shape, node.dtype)
+            g = settle(xp, g, () if node.even and g.ndim == 0 else node.shape, node.dtype)
         if node not in grads:
             grads[node] = g
             heappush(queue, (-node.serial, node))
@@ -200,7 +206,9 @@ def _apart(xp: Any, grads: list[Any]) -> list[Any]:
 
 def settle(xp: Any, g: Any, shape: Shape, dtype: Any) -> Any:
     """Bring a cotangent to the shape and dtype of its operand: the adjoint of broadcasting."""
-    if g.shape != shape:
+    if g.ndim == 0 and shape:
+        g = xp.broadcast_to(g, shape)
+    elif g.shape != shape:
         extra = len(g.shape) - len(shape)
         axes = tuple(range(extra)) + tuple(
             i + extra for i, n in enumerate(shape) if n == 1 and g.shape[i + extra] != 1
