@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """Read all that must not depend on when and where it was made."""
     found: dict[str, Any] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.name == "merge_receipt.json":
+        if path.name.endswith("_receipt.json"):
             receipt = json.loads(path.read_text())
             for key in ("seconds", "peak_memory", "warnings"):
                 del receipt[key]
@@ -343,6 +343,28 @@ class TestSignals:
         assert contents(out) == undisturbed
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
         assert resumed or kills < 20
+
+    def test_combine_killed_at_any_moment(
+        self, *, tmp_path: Path, kill: Killer, inputs: tuple[Path, Path], kills: int
+    ) -> None:
+        """It takes too little time to be continued: what is killed is done again."""
+        out, adapter = tmp_path / "out", inputs[1]
+        given = "combine", f"{adapter}:0.7", f"{adapter}:-0.3", "--rank", 3, "--out", out
+        _, whole = kill(*given)
+        want, before = contents(out), state(adapter)
+        shutil.rmtree(out)
+        rng, done = random.Random(kills), 0
+        while done < kills:
+            code, _ = kill(*given, after=rng.uniform(0, whole))
+            assert code in (0, -9)
+            done += code == -9
+            if out.exists():
+                assert contents(out) == want
+                shutil.rmtree(out)
+        assert kill(*given)[0] == 0
+        assert contents(out) == want
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        assert state(adapter) == before
 
 
 def warnings_of(out: Path) -> list[str]:

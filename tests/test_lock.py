@@ -188,6 +188,21 @@ class TestLeftovers:
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == ["model.safetensors"]
 
+    def test_outputs_within_outputs(self, tmp_path: Path) -> None:
+        code = (
+            "write_safetensors(partial / 'x', {})\n"
+            "    with output_directory(partial / '..' / partial.name, overwrite=True):\n"
+            "        os.kill(os.getpid(), 9)"
+        )
+        writer(tmp_path / "out", code).communicate(timeout=60)
+        assert len(names(tmp_path)) == 4
+        with (
+            pytest.warns(UserWarning, match="removed what a killed run left"),
+            output_directory(tmp_path / "out") as partial,
+        ):
+            (partial / "x").touch()
+        assert names(tmp_path) == ["out"]
+
     def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
         for name in (
             ".out.partial",

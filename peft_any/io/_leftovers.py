@@ -11,6 +11,8 @@ from pathlib import Path
 
 from peft_any.io._lock import hidden
 
+_RUN = r"\d+-[0-9a-f]{8}"
+
 
 def journal_of(partial: Path) -> Path:
     """Name the journal of a partial output: what is finished in it, so that it can be resumed."""
@@ -60,13 +62,17 @@ def recover(final: Path, resume: bool = False) -> Path | None:
     for found in leftovers(final, "journal"):
         if kept is None or found != journal_of(kept):
             discard(found)
+    # An output that was being written into a partial one had its own files beside that.
+    inner = re.compile(rf"\.{re.escape(hidden(final, '').name)}{_RUN}\.partial\..*")
+    for found in final.parent.iterdir():
+        if inner.fullmatch(found.name):
+            discard(found)
     return kept
 
 
 def leftovers(final: Path, *kinds: str) -> list[Path]:
     """List what runs that were killed left beside an output, the oldest first."""
-    stem = hidden(final, "").name
-    form = re.compile(re.escape(stem) + rf"\d+-[0-9a-f]{{8}}\.(?:{'|'.join(kinds)})")
+    form = re.compile(rf"{re.escape(hidden(final, '').name)}{_RUN}\.(?:{'|'.join(kinds)})")
     found = [p for p in final.parent.iterdir() if form.fullmatch(p.name)]
     return sorted(found, key=lambda p: p.lstat().st_mtime)
 
