@@ -17,7 +17,7 @@ LIBRARIES = "numpy", "numpy-oldest", "strict", "torch", "jax", "dask", "cupy"
 EXTRAS = {
     "strict": "strict",
     "torch": "torch",
-    "jax": "jax",
+    "jax": "optax",  # and JAX with it
     "dask": "dask",
     "cupy": "cupy-cuda12x",
 }
@@ -62,7 +62,7 @@ def has_cuda(session: nox.Session) -> bool:
 @nox.session(name="all")
 def everything(session: nox.Session) -> None:
     """Run the whole suite with every CPU library in one environment, with coverage."""
-    install(session, "test", "strict", "torch", "jax", "dask")
+    install(session, "test", "strict", "torch", "jax", "optax", "dask")
     session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
     report = ("--cov", "--cov-report=term", "--junitxml=build/junit.xml")
     session.run("pytest", *report, *session.posargs, env=ENV)

@@ -218,6 +218,51 @@ def test_jax_compiles_a_step() -> None:
     np.testing.assert_allclose(compiled.losses, host.losses, rtol=1e-12)
 
 
+STEPS, RATE = 40, 0.02
+
+
+def optax_steps(model: PeftModel, batch: Any) -> Any:
+    import jax
+    import optax
+
+    params, rule = dict(model.parameters), optax.adamw(RATE, weight_decay=0.01)
+    state = rule.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        grads = jax.grad(lambda p: loss(model.bind(p), batch))(params)
+        updates, state = rule.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return params
+
+
+def torch_steps(model: PeftModel, batch: Any) -> Any:
+    import torch
+
+    params = dict(model.parameters)
+    rule = torch.optim.AdamW([p.requires_grad_() for _, p in leaves(params)], lr=RATE)
+    for _ in range(STEPS):
+        rule.zero_grad()
+        loss(model.bind(params), batch).backward()
+        rule.step()
+    return params
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "oft"])
+@pytest.mark.parametrize("theirs", [optax_steps, torch_steps])
+def test_optimisers_of_optax_and_torch_take_the_same_parameters(theirs: Any, name: str) -> None:
+    library = "jax" if theirs is optax_steps else "torch"
+    pytest.importorskip("optax" if library == "jax" else "torch")
+    enable(library)
+    got = theirs(model_of(CONFIGS[name], library), data_of(library))
+    rule = opt.adamw(RATE, weight_decay=0.01)
+    run = fit(model_of(CONFIGS[name]), loss, [data_of()], steps=STEPS, optimizer=rule)
+    same(got, run.params, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_is_an_argument(name: str) -> None:
     config = DROPPING[name]
