@@ -456,6 +456,21 @@ class TestFingerprint:
         assert fingerprint(one) == fingerprint(two)
         assert re.fullmatch("sampled-sha256:[0-9a-f]{64}", fingerprint(one))
 
+    def test_all_bytes(self, tmp_path: Path) -> None:
+        large = weights(large=np.zeros(50_000, "uint8"))
+        changed = weights(large=np.zeros(50_000, "uint8"))
+        changed["large"][5_000] = 1  # between two samples
+        single(tmp_path / "a", large)
+        single(tmp_path / "b", changed)
+        with Checkpoint(tmp_path / "a") as a, Checkpoint(tmp_path / "b") as b:
+            assert fingerprint(a) == fingerprint(b)
+            assert fingerprint(a, full=True) != fingerprint(b, full=True)
+            digest = hashlib.sha256()
+            for name in sorted(large):
+                head = [name, large[name].dtype.name, [*large[name].shape]]
+                digest.update(json.dumps(head).encode() + b"\n" + large[name].tobytes())
+            assert fingerprint(a, full=True) == f"sha256:{digest.hexdigest()}"
+
     def test_as_documented(self, tmp_path: Path) -> None:
         a, b = np.arange(50_000, dtype=np.int32), np.ones(2)
         raw = a.tobytes()

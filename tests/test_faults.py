@@ -22,6 +22,7 @@ import pytest
 from peft_any import cli, merge_checkpoint
 from peft_any.adapter import Adapter
 from peft_any.errors import StorageError, VerifyError
+from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.io.safetensors import write_safetensors
 from peft_any.methods.lora import LoraConfig
 from peft_any.model import PeftModel
@@ -520,6 +521,14 @@ class TestResume:
             merge_checkpoint(base, other, tmp_path / "out", resume=True)
         made = merge_checkpoint(base, adapter, tmp_path / "out", resume=True)
         assert any("3 shards were finished" in line for line in made.warnings)
+
+    def test_digests_of_all_bytes(self, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+        self.interrupted(inputs, tmp_path / "out", 3)
+        made = merge_checkpoint(*inputs, tmp_path / "out", resume=True, full_hash=True)
+        for place, path in ((made.base, inputs[0]), (made.out, tmp_path / "out")):
+            with Checkpoint(path) as found:
+                assert place["sha256"] == fingerprint(found, full=True)
+        assert made.base["sha256"] != made.out["sha256"]
 
     def test_a_lower_demand_may_follow(self, inputs: tuple[Path, Path], tmp_path: Path) -> None:
         with pytest.raises(VerifyError):

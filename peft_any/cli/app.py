@@ -23,6 +23,7 @@ from peft_any.cli.options import (
     Backend,
     Base,
     Debug,
+    FullHash,
     Map,
     MinKept,
     NoStrict,
@@ -87,6 +88,7 @@ def merge(
     ] = False,
     any_base: AnyBase = False,
     resume: Resume = False,
+    full_hash: FullHash = False,
     no_strict: NoStrict = False,
     rederive: Rederive = False,
     names: Map = None,
@@ -113,6 +115,7 @@ def merge(
             progress=step,
             any_base=any_base,
             resume=resume,
+            full_hash=full_hash,
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)

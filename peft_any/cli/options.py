@@ -40,6 +40,9 @@ AnyBase = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue what a killed run of the same merge left.")
 ]
+FullHash = Annotated[
+    bool, typer.Option("--full-hash", help="Put digests of all bytes into the receipt too.")
+]
 Map = Annotated[
     list[str] | None,
     typer.Option(

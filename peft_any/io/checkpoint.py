@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -14,6 +12,7 @@ from typing import Any, Self
 
 from peft_any.errors import FormatError, StorageError, nearest
 from peft_any.io._atomic import StrPath, output_directory, output_file, reporting, storage_error
+from peft_any.io._fingerprint import fingerprint as fingerprint
 from peft_any.io._foreign import CONVERT, FOREIGN, disguise
 from peft_any.io._header import TensorInfo
 from peft_any.io._json import read_json
@@ -25,8 +24,6 @@ __all__ = ["Checkpoint", "fingerprint", "output_directory", "output_file"]
 INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SHARD_LIMIT = 10_000
-_PAGE = 4096
-_PAGES = 8
 
 
 class Checkpoint(Mapping[str, HostArray]):
@@ -205,6 +202,10 @@ class Checkpoint(Mapping[str, HostArray]):
         """Dtype, shape and byte range in its shard; `KeyError` where there is no such tensor."""
         return self._shard(name).info(name)
 
+    def raw(self, name: str) -> memoryview:
+        """A tensor's bytes, in place; `KeyError` where there is no such tensor."""
+        return self._shard(name).raw(name)
+
     def shard_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor; `KeyError` where there is none."""
         return self._shard(name)
@@ -293,47 +294,6 @@ class Checkpoint(Mapping[str, HostArray]):
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}: {len(self)} tensors, {len(self.shards)} files)"
-
-
-def fingerprint(checkpoint: Checkpoint | SafetensorsFile) -> str:
-    """A digest that recognises a base whatever its sharding, quickly.
-
-    SHA-256 over each tensor in the order of names: a line of JSON ``[name, dtype, shape]``, then
-    its bytes, in full up to 32 KiB, else eight pages of 4 KiB evenly spread from its first to
-    its last bytes (the i-th begins at ``i*(size - 4096)//7``). A change elsewhere goes unseen.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint or SafetensorsFile
-        What to describe.
-
-    Returns
-    -------
-    str
-        ``"sampled-sha256:"`` and 64 hexadecimal digits.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from peft_any.io.safetensors import write_safetensors
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_safetensors(f"{folder}/model.safetensors", {})
-    ...     fingerprint(Checkpoint(folder))[:23]
-    'sampled-sha256:e3b0c442'
-    """
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint):
-        info = checkpoint.info(name)
-        shard = checkpoint if isinstance(checkpoint, SafetensorsFile) else checkpoint.shard_of(name)
-        digest.update(json.dumps([name, info.dtype, list(info.shape)]).encode() + b"\n")
-        raw = shard.raw(name)
-        if len(raw) <= _PAGE * _PAGES:
-            digest.update(raw)
-            continue
-        for page in range(_PAGES):
-            start = page * (len(raw) - _PAGE) // (_PAGES - 1)
-            digest.update(raw[start : start + _PAGE])
-    return f"sampled-sha256:{digest.hexdigest()}"
 
 
 def _is_weights(name: str) -> bool:

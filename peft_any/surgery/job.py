@@ -36,6 +36,7 @@ class Job:
     min_kept: float | None
     progress: Progress | None = None
     resume: bool = False
+    full_hash: bool = False
     kinds: Kinds = None
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class Job:
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as partial:
                 self.run(partial.parent, {self.base.shards[0].path.name: partial.name})
                 with SafetensorsFile(partial) as written:
-                    out = described(self.out, written)
+                    out = described(self.out, written, self.full_hash)
                 done = self.finish(made, since, out)
                 text.write_text(done.to_json() + "\n", encoding="utf-8")
             return done
@@ -182,7 +183,7 @@ class Job:
             self.run(folder, journal=journal)
             self._side_files(folder)
             with Checkpoint(folder) as written:
-                out = described(self.out, written)
+                out = described(self.out, written, self.full_hash)
             done = self.finish(made, since, out)
             (folder / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
         return done
@@ -248,11 +249,14 @@ def receipt_path(out: Path) -> Path:
     return path
 
 
-def described(path: StrPath, written: Checkpoint | SafetensorsFile) -> dict[str, Any]:
-    """Say which checkpoint it is, and how large."""
-    return {
+def described(
+    path: StrPath, written: Checkpoint | SafetensorsFile, full: bool = False
+) -> dict[str, Any]:
+    """Say which checkpoint it is, and how large; with a digest of all its bytes if `full`."""
+    found = {
         "path": str(path),
         "fingerprint": fingerprint(written),
         "tensors": len(written),
         "bytes": sum(written.info(name).nbytes for name in written),
     }
+    return found | ({"sha256": fingerprint(written, full=True)} if full else {})

@@ -24,7 +24,7 @@ from peft_any.surgery.plan import Plan
 from peft_any.surgery.sources import Given, Kinds
 
 _FORM = 1
-_FREE = {"min_kept", "dry_run"}
+_FREE = {"min_kept", "dry_run", "full_hash"}
 """Options that change no byte of the output."""
 
 

@@ -43,6 +43,7 @@ def merge_checkpoint(
     names: Names = None,
     any_base: bool = False,
     resume: bool = False,
+    full_hash: bool = False,
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, one tensor at a time.
 
@@ -85,6 +86,9 @@ def merge_checkpoint(
         Go on with what a killed run of the same merge left, shard by shard; and leave what is
         finished for the next one, whatever ends this one. Without anything to go on with, a
         merge begins as ever.
+    full_hash : bool
+        Whether the receipt has digests of all bytes of base and output too (``sha256``), beside
+        the sampled ones.
 
     Returns
     -------
@@ -135,11 +139,12 @@ def merge_checkpoint(
             plan, Surgeon(plan, fit.backend, dtype), None if out is None else Path(out), min_kept
         )
         job.progress, job.resume, job.kinds = progress, resume, kinds
+        job.full_hash = full_hash
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
         job.refuse_lone_file()
         made = Receipt(
             "merge",
-            described(base, checkpoint),
+            described(base, checkpoint, full_hash),
             plan.sources,
             plan.uses,
             plan.targets,
