@@ -101,6 +101,10 @@ class Noise:
             return x
         return x * self.kept(tuple(x.shape), rate, x)
 
+    def normal(self, shape: Shape, like: Array) -> Array:
+        """Draw standard normal numbers."""
+        return self.array(self.host.standard_normal(shape), like)
+
     def chosen_in(self, rows: int, n: int, rate: float, like: Array) -> Array:
         """Choose int(rate·n) of the n places of one row: a mask (rows, n, 1, 1), 1 where chosen."""
         host, mask = self.host, np.zeros((rows, n, 1, 1))

@@ -30,6 +30,7 @@ from peft_any.methods.oft import OFTConfig
 from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
+from peft_any.methods.pvera import PveraConfig
 from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
@@ -564,6 +565,14 @@ CASES = [
         reverts=0,
     ),
     Case("peanut-random", PeanutConfig(r=4, init_weights=False), FC, RANDOM, reverts=0),
+    # PVeRA
+    Case("pvera", PveraConfig(r=5), FC),
+    Case("pvera-no-bias", PveraConfig(r=3, d_initial=0.5), Site("a.fc", 13, 7, bias=False)),
+    Case("pvera-regenerated", PveraConfig(r=4, save_projection=False, projection_prng_key=9), FC),
+    Case("pvera-random", PveraConfig(r=4, init_weights=False), FC, identity=RANDOM),
+    Case(
+        "pvera-conv1d-transposed", PveraConfig(r=4, fan_in_fan_out=True), Site("fc", 6, 9, "Conv1D")
+    ),
     # RoAd
     Case("road", RoadConfig(group_size=8), FC, reverts=100),
     Case("road-2", RoadConfig(variant="road_2", group_size=4), FC, reverts=400),

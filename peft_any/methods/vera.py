@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
-from peft_any.errors import ConfigError
 from peft_any.layer import Kind, Site, linear
 from peft_any.method import Additive
+from peft_any.projections import drawn, largest, own_part
 from peft_any.rng import Fresh
 
 
@@ -61,17 +60,12 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """A and B, as large as the largest of the sites needs."""
-        widest, tallest = max(s.n_in for s in sites), max(s.n_out for s in sites)
+        widest, tallest = largest(sites)
         return {"vera_A": (self.r, widest), "vera_B": (tallest, self.r)}
 
     def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
-        """Draw A, then B, as HF PEFT does: uniform within ±√(6/fan_in)."""
-        stream = new.torch(self.projection_prng_key)
-        drawn = {}
-        for name, shape in self.shared_shapes(sites).items():
-            bound = sqrt(3.0) * (sqrt(2.0) / sqrt(shape[1]))  # in torch's order of operations
-            drawn[name] = new.array(stream.uniform(shape, -bound, bound))
-        return drawn
+        """Draw A, then B, as HF PEFT does."""
+        return drawn(self.shared_shapes(sites), self.projection_prng_key, new)
 
     def delta(self, p: Params, site: Site) -> Array:
         """diag(b)·B·diag(d)·A."""
@@ -93,12 +87,4 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
 
     def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
         """The site's part of A (r, n_in) and B (n_out, r)."""
-        a, b = p["vera_A"], p["vera_B"]
-        missing = a.shape[1] < site.n_in or b.shape[0] < site.n_out
-        if missing or a.shape[0] != self.r or b.shape[1] != self.r:
-            raise ConfigError(
-                f"{site.name}: projections A {tuple(a.shape)} and B {tuple(b.shape)} cannot adapt "
-                f"it: A has r={self.r} rows and at least {site.n_in} columns, B at least "
-                f"{site.n_out} rows and {self.r} columns"
-            )
-        return a[:, : site.n_in], b[: site.n_out, :]
+        return own_part(p["vera_A"], p["vera_B"], site, self.r, self.r)

@@ -1,0 +1,105 @@
+"""PVeRA: probabilistic VeRA. Fillioux et al. 2025, https://arxiv.org/abs/2512.07703."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields
+from peft_any.dropout import Noise
+from peft_any.layer import Kind, Layer, Site, linear
+from peft_any.method import Additive
+from peft_any.projections import drawn, largest, own_part
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
+    """ΔW = diag(b)·B·diag(d₁)·A₁, the mean of what training draws; trained are b (n_out,), d (2r,).
+
+    All sites share the frozen A (2r, widest n_in) and B (widest n_out, r), each reading its first
+    columns of A and rows of B. (μ, log σ²) = d ⊙ A·x, r numbers each; in training
+    y = W·x + b ⊙ B·z with z ~ N(μ, σ²), else z = μ.
+
+    projection_prng_key: seed of A and B, uniform, drawn by torch's CPU generator.
+    save_projection: whether the file holds A and B; else they are drawn again, bit for bit.
+    d_initial: d's initial value; b = 0.
+    sample_at_inference, generator_seed: Hugging Face PEFT draws z when it applies the adapter,
+        too, never when it merges; here the mean is applied.
+    init_weights: false: d standard normal, b = 1.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"pvera_A", "pvera_B"})
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    sample_at_inference: bool = False
+    generator_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", bias="pvera")
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """d and b."""
+        return {"pvera_lambda_d": (2 * self.r,), "pvera_lambda_b": (site.n_out,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """d constant, b zero."""
+        d, b = self.shapes(site).values()
+        if not self.init_weights:
+            return {"pvera_lambda_d": new.normal(d), "pvera_lambda_b": new.ones(b)}
+        return {"pvera_lambda_d": new.full(d, self.d_initial), "pvera_lambda_b": new.zeros(b)}
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """A and B, as large as the largest of the sites needs."""
+        widest, tallest = largest(sites)
+        return {"pvera_A": (2 * self.r, widest), "pvera_B": (tallest, self.r)}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """Draw A, then B, as HF PEFT does."""
+        return drawn(self.shared_shapes(sites), self.projection_prng_key, new)
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """Give diag(b)·B (n_out, r) and diag(d₁)·A₁ (r, n_in)."""
+        a, b, r = *self._own(p, site), self.r
+        xp = namespace(a)
+        rows = xp.reshape(p["pvera_lambda_b"], (-1, 1)) * b
+        return rows, xp.reshape(p["pvera_lambda_d"][:r], (-1, 1)) * a[:r, :]
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The product of the factors."""
+        b, a = self.factors(p, site)
+        return b @ a
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """b ⊙ B·μ."""
+        a, b, r = *self._own(p, site), self.r
+        mean = linear(x, a[:r, :]) * p["pvera_lambda_d"][:r]
+        y: Array = linear(mean, b) * p["pvera_lambda_b"]
+        return y
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Draw z, from a thinned input."""
+        a, b = self._own(p, base.site)
+        thin = noise.at("input").thinned(x, self.pvera_dropout)
+        both = linear(thin, a) * p["pvera_lambda_d"]
+        mean, spread = both[..., : self.r], namespace(both).exp(0.5 * both[..., self.r :])
+        z = mean + spread * noise.at("latent").normal(tuple(mean.shape), mean)
+        y: Array = base(x) + linear(z, b) * p["pvera_lambda_b"]
+        return y
+
+    def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """The site's part of A (2r, n_in) and B (n_out, r)."""
+        return own_part(p["pvera_A"], p["pvera_B"], site, 2 * self.r, self.r)
