@@ -48,7 +48,9 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
-LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "array_api_compat"}
+LIBRARIES = {
+    "torch", "jax", "cupy", "dask", "distributed", "array_api_strict", "array_api_compat",
+}  # fmt: skip
 
 
 def modules() -> list[Path]:
@@ -89,7 +91,15 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=relative)
 def test_one_module_names_the_array_libraries(path: Path) -> None:
-    if path.stem in ("backend", "_arrays", "_libraries", "_dtypes", "_engines", "_jaxpr"):
+    if path.stem in (
+        "backend",
+        "_arrays",
+        "_libraries",
+        "_dtypes",
+        "_engines",
+        "_jaxpr",
+        "cluster",
+    ):
         pytest.skip("these are the modules that do")
     named = {m.split(".")[0] for m in imports(path)}
     assert not named & LIBRARIES
@@ -138,5 +148,6 @@ def test_importing_loads_no_method_and_no_other_library() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     roots = {m.split(".")[0] for m in loaded}
-    assert not roots & {"torch", "jax", "cupy", "dask", "typer", "rich", "transformers", "peft"}
+    heavy = LIBRARIES - {"array_api_compat"} | {"typer", "rich", "transformers", "peft"}
+    assert not roots & heavy
     assert not {m for m in loaded if m.startswith("peft_any.methods.")}

@@ -52,6 +52,16 @@ Map = Annotated[
         "qkv=q+k+v, or a .json file of such. Given again: one after the other.",
     ),
 ]
+Engine = Annotated[
+    str, typer.Option(metavar="local|dask", help="What computes: this process, or Dask's workers.")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Of Dask: tcp://host:8786, or a scheduler's .json file. Without: workers here.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -67,6 +77,13 @@ def fitting(
         "names": names,
         "backend": backend,
     }
+
+
+def engine_at(engine: str, scheduler: str | None) -> str:
+    """Join the two options that say what computes."""
+    if scheduler is not None and engine != "dask":
+        raise UsageError(f"--scheduler {scheduler}: is Dask's: give --engine dask with it")
+    return scheduler or engine
 
 
 def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:

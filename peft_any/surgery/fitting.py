@@ -47,6 +47,10 @@ class Fitting:
         """Take the options as the public functions have them."""
         return cls(strict, rederive, resolve(backend), kinds, read_rules(names), any_base)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process with the backend's name."""
+        return _again, ({**vars(self), "backend": str(self.backend)},)
+
     @property
     def recorded(self) -> Mapping[str, Any]:
         """What a receipt says of it."""
@@ -56,3 +60,7 @@ class Fitting:
             "backend": str(self.backend),
             "map": [*dict.fromkeys(rule.label for rule in self.rules)],
         }
+
+
+def _again(fields: dict[str, Any]) -> Fitting:
+    return Fitting(**{**fields, "backend": resolve(fields["backend"])})

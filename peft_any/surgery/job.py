@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,13 +18,29 @@ from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, ou
 from peft_any.io.safetensors import SafetensorsFile, StreamWriter
 from peft_any.receipt import Change, Receipt, peak_memory
 from peft_any.surgery.compute import Surgeon
-from peft_any.surgery.journal import Finished, Journal, task_of
+from peft_any.surgery.journal import Journal, task_of
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.sources import Kinds
 
 RECEIPT = "merge_receipt.json"
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with bytes done, all bytes, and the tensor at hand."""
+
+
+ShardItem: TypeAlias = tuple[str, Path | None]
+"""A shard's name, and where the new one goes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became of a shard: the touched tensors, and how many were copied."""
+
+    changes: tuple[Change, ...]
+    copied: int
+
+
+Elsewhere: TypeAlias = Callable[[list[ShardItem], Callable[[ShardItem, Piece], None]], None]
+"""Has other processes do shards, and calls back with each."""
 
 
 @dataclass
@@ -38,6 +55,7 @@ class Job:
     resume: bool = False
     full_hash: bool = False
     kinds: Kinds = None
+    elsewhere: Elsewhere | None = None
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -102,45 +120,70 @@ class Job:
         journal: Journal | None = None,
     ) -> None:
         """Compute everything, and write it into `folder` unless that is None."""
-        every = {shard.path: self.specs(shard) for shard in self.base.shards}
-        self.total = sum(self._size(*spec) for specs in every.values() for spec in specs)
-        for shard in self.base.shards:
-            specs = every[shard.path]
-            if journal is not None and (done := journal.finished.get(shard.path.name)):
-                self._take_over(done, specs)
-                continue
-            if folder is None:
-                for name, dtype, shape in specs:
-                    self._tensor(name, None, shard)
-                    self._tick(name, self._size(name, dtype, shape))
-                continue
-            path = folder / (names or {}).get(shard.path.name, shard.path.name)
-            with StreamWriter(path, specs, shard.metadata) as writer:
-                before = len(self.changes), self.copied
-                for name, dtype, shape in specs:
-                    self._tensor(name, writer, shard)
-                    self._tick(name, self._size(name, dtype, shape))
-            if journal is not None:
-                journal.add(path, self.changes[before[0] :], self.copied - before[1])
+        sizes = {
+            shard.path.name: sum(self._size(*spec) for spec in self.specs(shard))
+            for shard in self.base.shards
+        }
+        self.total = sum(sizes.values())
+        shards = [
+            (name, None if folder is None else folder.absolute() / (names or {}).get(name, name))
+            for name in sizes
+        ]
+        found: dict[str, Piece] = {} if journal is None else self._finished(journal, sizes)
 
-    def _take_over(self, done: Finished, specs: list[tuple[str, str, tuple[int, ...]]]) -> None:
-        """Count a shard that an earlier run finished."""
-        self.changes += done.changes
-        self.copied += done.copied
-        for spec in specs:
-            self._tick(spec[0], self._size(*spec))
+        def done(item: ShardItem, piece: Piece) -> None:
+            name, path = item
+            found[name] = piece
+            if journal is not None and path is not None:
+                journal.add(path, piece.changes, piece.copied)
 
-    def _tensor(self, name: str, writer: StreamWriter | None, shard: SafetensorsFile) -> None:
-        source = self.plan.source(name)
-        if source is not None:
-            value, change = self.surgeon.value(source)
-            self.changes.append(replace(change, tensor=name))
-            if writer is not None:
-                writer.write(name, value)
+        def ticked(item: ShardItem, piece: Piece) -> None:
+            done(item, piece)
+            self._tick(item[0], sizes[item[0]])
+
+        left = [item for item in shards if item[0] not in found]
+        if self.elsewhere is not None:
+            self.elsewhere(left, ticked)
         else:
-            self.copied += 1
+            for item in left:
+                done(item, self.piece(item))
+        for name in sizes:
+            self.changes += found[name].changes
+            self.copied += found[name].copied
+
+    def _finished(self, journal: Journal, sizes: dict[str, int]) -> dict[str, Piece]:
+        """Count the shards that an earlier run finished."""
+        found = {}
+        for name, size in sizes.items():
+            if (known := journal.finished.get(name)) is not None:
+                found[name] = Piece(known.changes, known.copied)
+                self._tick(name, size)
+        return found
+
+    def piece(self, item: ShardItem) -> Piece:
+        """Compute a shard, and write it unless its path is None."""
+        name, path = item
+        shard = next(shard for shard in self.base.shards if shard.path.name == name)
+        specs, changes = self.specs(shard), []
+        with nullcontext() if path is None else StreamWriter(path, specs, shard.metadata) as writer:
+            for tensor, dtype, shape in specs:
+                change = self._tensor(tensor, writer, shard)
+                changes += [] if change is None else [change]
+                self._tick(tensor, self._size(tensor, dtype, shape))
+        return Piece(tuple(changes), len(specs) - len(changes))
+
+    def _tensor(
+        self, name: str, writer: StreamWriter | None, shard: SafetensorsFile
+    ) -> Change | None:
+        source = self.plan.source(name)
+        if source is None:
             if writer is not None:
                 writer.copy(name, shard, self.plan.added.get(name, name))
+            return None
+        value, change = self.surgeon.value(source)
+        if writer is not None:
+            writer.write(name, value)
+        return replace(change, tensor=name)
 
     def _tick(self, name: str, size: int) -> None:
         self.done += size

@@ -14,10 +14,12 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, versions
 from peft_any.surgery.compute import Surgeon
+from peft_any.surgery.engines import EngineLike, Local, engine_of
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Job, Progress, described
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Adapters, Kinds
+from peft_any.surgery.tasks import merging
 from peft_any.surgery.ties import settle_ties
 
 _ALIASES = {
@@ -44,6 +46,7 @@ def merge_checkpoint(
     any_base: bool = False,
     resume: bool = False,
     full_hash: bool = False,
+    engine: EngineLike = "local",
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, one tensor at a time.
 
@@ -89,6 +92,9 @@ def merge_checkpoint(
     full_hash : bool
         Whether the receipt has digests of all bytes of base and output too (``sha256``), beside
         the sampled ones.
+    engine : str or Engine
+        What computes: ``"local"``, this process; ``"dask"``, workers, a task for each shard; or
+        a Dask scheduler's address. Workers must see all files under the same paths.
 
     Returns
     -------
@@ -132,6 +138,7 @@ def merge_checkpoint(
         names=names,
         any_base=any_base,
     )
+    work = engine_of(engine)
     with Checkpoint(base) as checkpoint:
         _refuse_existing(out, overwrite)
         plan = make_plan(checkpoint, adapter, fit)
@@ -140,6 +147,8 @@ def merge_checkpoint(
         )
         job.progress, job.resume, job.kinds = progress, resume, kinds
         job.full_hash = full_hash
+        if not isinstance(work, Local):
+            job.elsewhere = merging(work, job, adapter, fit)
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
         job.refuse_lone_file()
         made = Receipt(

@@ -78,7 +78,7 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
         If an adapter holds NaN or infinities.
     """
     found: list[Given] = []
-    for item, weight in _pairs(adapters):
+    for item, weight in pairs(adapters):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
             raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
         given = given_one(item, float(weight), strict=strict)
@@ -105,7 +105,8 @@ def _refuse_damaged(given: Given) -> None:
         raise FormatError(f"{given.label}: {error}") from error
 
 
-def _pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
+def pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
+    """Give each adapter with its weight, neither of them checked."""
     if isinstance(adapters, str | os.PathLike | Adapter):
         yield adapters, 1.0
     elif isinstance(adapters, Mapping):

@@ -1,0 +1,227 @@
+"""The Dask engine: real workers, each a process; the same files and receipts as without."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_any import Adapter, cli, merge_checkpoint, verify_checkpoint, write_safetensors
+from peft_any.errors import UsageError, VerifyError
+from peft_any.methods.lora import LoraConfig
+from peft_any.surgery.engines import Recipe, engine_of
+
+distributed = pytest.importorskip("distributed")
+
+pytestmark = [
+    pytest.mark.cluster,
+    # what Dask itself leaves open when workers are killed
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+SHARDS, ROWS, WIDTH = 6, 48, 32
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    """Two worker processes of one thread."""
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Write a sharded base in bfloat16, with a LoRA and a DoRA of it."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    base = tmp_path / "base"
+    base.mkdir()
+    weight_map, sites = {}, {}
+    for i in range(SHARDS):
+        shard = f"model-{i + 1:05}-of-{SHARDS:05}.safetensors"
+        names = [f"layers.{i}.{name}" for name in ("q", "v", "norm")]
+        tensors = {f"{n}.weight": rng.standard_normal((ROWS, WIDTH)) for n in names[:2]}
+        tensors[f"{names[2]}.weight"] = rng.standard_normal(WIDTH)
+        tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+        write_safetensors(base / shard, tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+        sites |= {
+            n: {
+                "lora_A.weight": rng.standard_normal((4, WIDTH)).astype("float32"),
+                "lora_B.weight": rng.standard_normal((ROWS, 4)).astype("float32"),
+            }
+            for n in names[:2]
+        }
+    index = {"metadata": {"total_size": 2 * SHARDS * (2 * ROWS + 1) * WIDTH}}
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({**index, "weight_map": weight_map})
+    )
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    Adapter(LoraConfig(r=4, target_modules=["q", "v"]), sites).save(tmp_path / "lora")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read every file but the receipt."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.name != "merge_receipt.json"
+    }
+
+
+def lasting(receipt: Any) -> dict[str, Any]:
+    """Give what a receipt says of the result, wherever and however fast it was made."""
+    found = receipt.to_dict()
+    del found["seconds"], found["peak_memory"]
+    found["out"].pop("path", None)
+    return found
+
+
+def test_the_files_and_the_receipt_are_those_of_one_process(client: Any, folder: Path) -> None:
+    asked = {"base": folder / "base", "adapter": [(folder / "lora", 0.5)]}
+    steps: list[tuple[int, int]] = []
+    here = merge_checkpoint(**asked, out=folder / "here")
+    there = merge_checkpoint(
+        **asked,
+        out=folder / "there",
+        engine="dask",
+        progress=lambda done, total, _: steps.append((done, total)),
+    )
+    assert contents(folder / "here") == contents(folder / "there")
+    assert lasting(here) == lasting(there)
+    assert len(steps) == SHARDS
+    assert steps[-1][0] == steps[-1][1]
+    one = verify_checkpoint(**asked, merged=folder / "there")
+    two = verify_checkpoint(**asked, merged=folder / "there", engine="dask")
+    assert lasting(one) == lasting(two)
+    dry = merge_checkpoint(**asked, dry_run=True, engine=client.scheduler.address)
+    assert dry.changes == here.changes
+
+
+@contextmanager
+def killing(client: Any, after: int) -> Iterator[Any]:
+    """Give a progress callback that kills a worker process after some shards."""
+    killed: list[int] = []
+
+    def step(done: int, total: int, name: str) -> None:
+        step.seen += 1  # type: ignore[attr-defined]
+        if step.seen == after and not killed:  # type: ignore[attr-defined]
+            _, pid = client.run(os.getpid).popitem()
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    step.seen = 0  # type: ignore[attr-defined]
+    yield step
+    assert killed
+    assert killed[0] not in client.run(os.getpid).values()
+
+
+@dataclass(frozen=True)
+class Slow(Recipe[int, int]):
+    """Squares that take a while and tell, in a file each, who began them."""
+
+    folder: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        yield self.work
+
+    def work(self, n: int) -> int:
+        with (self.folder / str(n)).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        return n * n
+
+
+def test_a_lost_workers_pieces_are_done_again(client: Any, tmp_path: Path) -> None:
+    found: dict[int, int] = {}
+    with killing(client, after=2) as step:
+
+        def done(n: int, result: int) -> None:
+            assert n not in found
+            found[n] = result
+            step(0, 0, "")
+
+        engine_of("dask").run(Slow(tmp_path), range(10), done)
+    assert found == {n: n * n for n in range(10)}
+    begun = {n: (tmp_path / str(n)).read_text().split() for n in range(10)}
+    assert max(map(len, begun.values())) >= 2, "the killed worker was at a piece"
+
+
+def slow_down() -> None:
+    """On a worker: take a while over each tensor, so that a shard is half written when it dies."""
+    from peft_any.surgery.job import Job
+
+    quick = Job._tensor
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.1)
+        return quick(*args)
+
+    Job._tensor = slow  # type: ignore[method-assign]
+
+
+def test_a_merge_outlives_a_killed_worker(client: Any, folder: Path) -> None:
+    here = merge_checkpoint(folder / "base", folder / "lora", folder / "here")
+    client.run(slow_down)
+    with killing(client, after=1) as step:
+        there = merge_checkpoint(
+            folder / "base", folder / "lora", folder / "there", engine="dask", progress=step
+        )
+    assert contents(folder / "here") == contents(folder / "there")
+    assert lasting(here) == lasting(there)
+
+
+def test_errors_of_workers_are_the_commands(client: Any, folder: Path) -> None:
+    with pytest.raises(VerifyError, match=r"kept .* of its change"):
+        merge_checkpoint(
+            folder / "base", [(folder / "lora", 1e-4)], folder / "out", engine="dask", min_kept=0.9
+        )
+    huge = Adapter.load(folder / "lora")
+    sites = {
+        site: {k: 1e20 * v.astype("float64") for k, v in p.items()}
+        for site, p in huge.sites.items()
+    }
+    huge.replace(sites=sites).save(folder / "huge")
+    with pytest.raises(VerifyError, match="overflow"):
+        merge_checkpoint(folder / "base", folder / "huge", folder / "out", engine="dask")
+    with pytest.raises(UsageError, match="in memory cannot be sent"):
+        merge_checkpoint(folder / "base", huge, folder / "out", engine="dask")
+    assert not (folder / "out").exists()
+    assert not [path for path in folder.iterdir() if "out" in path.name and path.is_dir()]
+
+
+def test_the_command_line_takes_an_engine(
+    client: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--base", folder / "base", "--adapter", folder / "lora"]
+    where = ["--engine", "dask", "--scheduler", client.scheduler.address, "-q"]
+
+    def run(*args: object) -> int:
+        return cli.run([str(arg) for arg in args])
+
+    assert run("merge", *asked, "--out", folder / "out", *where) == 0
+    assert run("verify", *asked, "--merged", folder / "out", *where) == 0
+    assert run("merge", *asked, "--out", folder / "x", "--scheduler", "tcp://here:1") == 2
+    assert "--engine dask" in capsys.readouterr().err
+    assert run("merge", *asked, "--out", folder / "x", "--engine", "spark") == 2
+    dead = ["--engine", "dask", "--scheduler", "tcp://127.0.0.1:9"]
+    assert run("merge", *asked, "--out", folder / "x", *dead) == 3
+    assert "no scheduler answers" in capsys.readouterr().err
