@@ -24,7 +24,7 @@ import pytest
 import peft_any
 from peft_any import cli
 from peft_any.adapter import Adapter
-from peft_any.cli import app, console
+from peft_any.cli import app, console, options
 from peft_any.errors import StorageError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.methods.lora import LoraConfig
@@ -238,7 +238,7 @@ def test_a_weight_is_a_number_after_a_colon_unless_such_a_path_exists(
     Path("a:1").mkdir()
     given = ["a:1", "a:2", "a", "b:x", "c:1:1e-3", ":1"]
     want = [("a:1", 1), ("a", 2), ("a", 1), ("b:x", 1), ("c:1", 1e-3), (":1", 1)]
-    assert app.weighted(given) == want
+    assert options.weighted(given) == want
 
 
 def test_the_same_adapter_may_be_given_twice(

@@ -209,7 +209,7 @@ def test_errors_of_workers_are_the_commands(client: Any, folder: Path) -> None:
 
 
 def test_the_command_line_takes_an_engine(
-    client: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    client: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["--base", folder / "base", "--adapter", folder / "lora"]
     where = ["--engine", "dask", "--scheduler", client.scheduler.address, "-q"]
@@ -222,6 +222,7 @@ def test_the_command_line_takes_an_engine(
     assert run("merge", *asked, "--out", folder / "x", "--scheduler", "tcp://here:1") == 2
     assert "--engine dask" in capsys.readouterr().err
     assert run("merge", *asked, "--out", folder / "x", "--engine", "spark") == 2
+    monkeypatch.setattr("peft_any.surgery.cluster._PATIENCE", "1s")
     dead = ["--engine", "dask", "--scheduler", "tcp://127.0.0.1:9"]
     assert run("merge", *asked, "--out", folder / "x", *dead) == 3
     assert "no scheduler answers" in capsys.readouterr().err

@@ -24,12 +24,15 @@ from peft_any.cli.options import (
     Base,
     Debug,
     FullHash,
+    Engine,
     Map,
     MinKept,
     NoStrict,
     Quiet,
     Rederive,
     Resume,
+    Scheduler,
+    engine_at,
     fitting,
     weighted,
 )
@@ -93,6 +96,8 @@ def merge(
     rederive: Rederive = False,
     names: Map = None,
     backend: Backend = "auto",
+    engine: Engine = "local",
+    scheduler: Scheduler = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
@@ -116,6 +121,7 @@ def merge(
             any_base=any_base,
             resume=resume,
             full_hash=full_hash,
+            engine=engine_at(engine, scheduler),
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)
@@ -132,6 +138,8 @@ def verify(
     rederive: Rederive = False,
     names: Map = None,
     backend: Backend = "auto",
+    engine: Engine = "local",
+    scheduler: Scheduler = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
@@ -148,6 +156,7 @@ def verify(
             min_kept=min_kept,
             check=False,
             progress=step,
+            engine=engine_at(engine, scheduler),
             **fitting(no_strict, rederive, names, backend),
         )
     error = None
