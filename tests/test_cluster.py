@@ -189,6 +189,22 @@ def test_a_merge_outlives_a_killed_worker(client: Any, folder: Path) -> None:
     assert lasting(here) == lasting(there)
 
 
+def test_what_workers_finished_is_not_done_again(client: Any, folder: Path) -> None:
+    asked = {"base": folder / "base", "adapter": folder / "lora", "out": folder / "out"}
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(**asked, engine="dask", resume=True, progress=stop)
+    assert not (folder / "out").exists()
+    receipt = merge_checkpoint(**asked, engine="dask", resume=True)
+    assert any("continued" in note for note in receipt.warnings)
+    merge_checkpoint(folder / "base", folder / "lora", folder / "here")
+    assert contents(folder / "here") == contents(folder / "out")
+
+
 def test_errors_of_workers_are_the_commands(client: Any, folder: Path) -> None:
     with pytest.raises(VerifyError, match=r"kept .* of its change"):
         merge_checkpoint(
