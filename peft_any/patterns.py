@@ -1,12 +1,32 @@
-"""Numbers by name: `rank_pattern` and its kin."""
+"""Regular expressions in configurations: numbers by name, and expressions that never end."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from math import comb
 from typing import Any
 
 from peft_any.errors import ConfigError
+
+_PATIENCE = 5.0
+_STEPS = 10**8
+"""What is tried in the process itself: so many steps take the matcher a second or two."""
+_TRIAL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    try:
+        for name in names:
+            re.match(pattern, name), re.fullmatch(pattern, name)
+    except (re.error, OverflowError, RecursionError):
+        pass  # it is refused where it is used
+    print(flush=True)
+"""
 
 
 def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -24,8 +44,78 @@ def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     for key, value in (pattern or {}).items():
         try:
             found = re.match(rf"(.*\.)?({key})$", name)
-        except re.error as error:
-            raise ConfigError(f"pattern {key!r}: not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(f"pattern {key!r:.80}: not a regular expression: {error}") from None
         if found:
             return value
     return default
+
+
+def refuse_endless(config: Any, names: Iterable[str]) -> None:
+    r"""Refuse expressions that would be tried on these names until the end of days.
+
+    Python's matcher cannot be stopped. So those that could take long (repetitions of
+    repetitions, or many of them) are first tried by a process that can.
+
+    Raises
+    ------
+    ConfigError
+        Naming the field and the expression.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> refuse_endless(LoraConfig(target_modules=r".*\.q_proj"), ["layers.0.q_proj"])
+    """
+    known = tuple(dict.fromkeys(names))
+    longest = max(map(len, known), default=0)
+    found = [
+        (field, given, tried)
+        for field, given, tried in _expressions(config)
+        if _may_take_long(tried, longest, len(known))
+    ]
+    done = _tried(tuple(tried for *_, tried in found), known) if found else 0
+    if done < len(found):
+        field, given, _ = found[done]
+        raise ConfigError(
+            f"{config.where}: {field}: {given!r:.80} cannot be used: trying it on the names of the "
+            "modules takes too long; write it without repetitions within repetitions"
+        )
+
+
+def _expressions(config: Any) -> Iterator[tuple[str, str, str]]:
+    """Give the field, the expression as it stands there, and as it is tried."""
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        value = getattr(config, field, None)
+        if isinstance(value, str):
+            yield field, value, value
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or ():
+            yield field, key, rf"(.*\.)?({key})$"
+    for field in ("layers_pattern", "modules_to_save"):
+        value = getattr(config, field, None) or ()
+        for entry in [value] if isinstance(value, str) else value:
+            yield field, entry, rf"(?:^|.*?\.){entry}"
+
+
+def _may_take_long(pattern: str, longest: int, count: int) -> bool:
+    repeats = len(re.findall(r"[*+]|\{\d*,", pattern))
+    steps = comb(longest, min(repeats, longest // 2))
+    nested = re.search(r"\)[*+{]", pattern) is not None
+    return nested or pattern.count("?") > 12 or steps * count > _STEPS
+
+
+@lru_cache(64)
+def _tried(patterns: tuple[str, ...], names: tuple[str, ...]) -> int:
+    """Count the expressions that were tried in time."""
+    command = [sys.executable or "python", "-I", "-S", "-c", _TRIAL]
+    task = json.dumps([patterns, names])
+    try:
+        subprocess.run(  # noqa: S603 - our own program, given data
+            command, input=task, capture_output=True, text=True, timeout=_PATIENCE, check=True
+        )
+    except subprocess.TimeoutExpired as cause:
+        return len(cause.stdout or b"")
+    except (OSError, subprocess.SubprocessError):  # no processes here
+        return len(patterns)
+    return len(patterns)

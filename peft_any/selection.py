@@ -224,8 +224,10 @@ def _ends(name: str, entries: Iterable[str]) -> bool:
 def _compiled(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: {pattern!r:.80} is not a regular expression: {error}"
+        ) from None
 
 
 def _near(entry: str, names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.layer import CONVOLUTIONS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
+from peft_any.patterns import refuse_endless
 from peft_any.selection import Rules, saved_whole, select
 
 __all__ = ["configured", "layout", "place", "saved_whole", "select", "site_of", "sites_of_params"]
@@ -35,6 +36,7 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
     [8, 2]
     """
     out: dict[str, Tuner] = {}
+    refuse_endless(config, sites)
     for name, site in sites.items():
         owner = _alias(site, sites)
         own = config.at(owner)
@@ -87,6 +89,7 @@ def sites_of_params(
         Naming every parameter that is missing, extra or misshapen.
     """
     base = layout(weights, kinds, config)
+    refuse_endless(config, base)
     missing = [name for name in params if name not in base]
     if missing:
         hint = _prefix_hint(missing, base)

@@ -383,6 +383,14 @@ CONFIGS: dict[str, bytes] = {
     "an expression without end": b'{"peft_type":"LORA","target_modules":"(.*a){99999999}"}',
     "an archive": b"PK\x03\x04" + bytes(40),
 }
+SLOW: dict[str, Any] = {
+    "target_modules": "(a|[a-z_.0-9]+)+!",
+    "exclude_modules": "([a-z_.0-9]*)*!",
+    "rank_pattern": {"(.*.*)*!": 4},
+    "alpha_pattern": {"(.*.*.*){9}!": 4},
+    "modules_to_save": ["(.?.?.?.?.?.?.?.?.?.?.?.?)*!"],
+}
+"""Expressions that Python's matcher would try for longer than the universe has existed."""
 INDICES: dict[str, bytes] = {
     "nothing": b"",
     "no map": b'{"metadata": {}}',
@@ -441,6 +449,31 @@ class TestByDesign:
     def test_the_model_s_configuration(self, world: World, case: str) -> None:
         (world.root / "one/config.json").write_bytes(CONFIGS[case])
         assert "config.json" in world.merge("one/config.json")
+
+    @pytest.mark.parametrize("field", SLOW)
+    def test_expressions_that_never_end(
+        self, world: World, field: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("peft_any.patterns._PATIENCE", 0.5)
+        name = f"lora/{CONFIG}"
+        config = json.loads(world.files[name]) | {field: SLOW[field]}
+        (world.root / name).write_text(json.dumps(config))
+        said = world.merge(name)
+        assert field in said
+        assert "takes too long" in said
+
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            r"(?:\w+\.)*[qv]_proj",
+            r"^(?!.*vision)(?:.*?(?:layers|blocks)){1,2}.*?(?:self_attn)?.*?(?:q_proj|v_proj)$",
+        ],
+    )
+    def test_expressions_that_only_look_like_it(self, world: World, targets: str) -> None:
+        name = f"lora/{CONFIG}"
+        config = json.loads(world.files[name]) | {"target_modules": targets}
+        (world.root / name).write_text(json.dumps(config))
+        assert "error" not in world.merge(name)
 
     def test_an_archive_of_torch(self, world: World) -> None:
         with zipfile.ZipFile(world.root / "one/model.safetensors", "w") as archive:

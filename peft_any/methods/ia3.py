@@ -48,7 +48,7 @@ class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
         if isinstance(feed, str):
             try:
                 re.compile(feed)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(
                     f"{self.where}: feedforward_modules={feed!r} is no regular expression: {error}"
                 ) from None
