@@ -281,6 +281,7 @@ def test_numpy_spells_products_in_many_ways() -> None:
         (x @ w.transpose(), x @ full.T),
     ):
         np.testing.assert_allclose(got, want, atol=4e-6)
+    assert (np.ndim(w), np.shape(w.T), np.size(w)) == (2, (6, 8), 48)
     if hasattr(np, "matvec"):  # from NumPy 2.2 on
         np.testing.assert_allclose(np.matvec(w, x), x @ full.T, atol=4e-6)
         np.testing.assert_allclose(np.vecmat(x, w.T), x @ full.T, atol=4e-6)
@@ -326,16 +327,43 @@ def test_a_bias_that_has_no_entry_is_refused() -> None:
         host.bind().weights["fc1.weight"]
 
 
-def test_nested_names() -> None:
-    host, _ = adapted(mlp(), CONFIGS["lora"])
-    tree = host.bind().weights.nested()
+@pytest.mark.usefixtures("never_merged")
+def test_nested_names(lib: Lib) -> None:
+    host, model = adapted(mlp(), CONFIGS["dora"], lib)
+    tree = model.bind().weights.nested()
     assert {k: sorted(v) for k, v in tree.items()} == {
         "fc1": ["bias", "weight"],
         "fc2": ["bias", "weight"],
     }
-    x = draw(2, 6)
-    got = x @ tree["fc1"]["weight"].T + tree["fc1"]["bias"]
-    np.testing.assert_allclose(got, host.bind().layers["fc1"](x), atol=2e-6)
+
+    def apply(layers: Any, x: Any) -> Any:
+        for layer in layers.values():
+            x = x @ layer["weight"].T + layer["bias"]
+        return x
+
+    x, layers = draw(2, 6), host.bind().layers
+    lib.check(apply(tree, lib.array(x)), layers["fc2"](layers["fc1"](x)), rtol=2e-6)
+
+
+@pytest.mark.usefixtures("never_merged")
+def test_torch_s_functional_net_over_nested_dicts() -> None:
+    torch = pytest.importorskip("torch")
+    host, _ = adapted(mlp(), CONFIGS["oft"])
+    model = PeftModel({k: torch.from_numpy(v) for k, v in host.weights.items()})
+    model.add("a", host["a"])
+
+    def net(tree: Any, x: Any) -> Any:
+        x = torch.nn.functional.gelu(torch.nn.functional.linear(x, **tree["fc1"]))
+        return torch.nn.functional.linear(x, **tree["fc2"])
+
+    params = {"a": model["a"].trainable()}
+    x = torch.from_numpy(draw(5, 6))
+    loss = lambda p: net(model.bind(p).weights.nested(), x).square().sum()  # noqa: E731
+    grads = torch.func.grad(loss)(params)
+    merged = PeftModel({k: torch.from_numpy(v) for k, v in host.merge().items()})
+    want = net({k: dict(v) for k, v in merged.bind().weights.nested().items()}, x)
+    np.testing.assert_allclose(net(model.bind().weights.nested(), x), want, rtol=1e-4, atol=1e-5)
+    assert all(bool((g != 0).any()) for _, g in leaves(grads))
 
 
 def squares(model: PeftModel, how: str) -> Any:

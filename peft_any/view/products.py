@@ -193,9 +193,12 @@ OF_VIEWS: Mapping[str, Route] = {
     "dot": dot, "tensordot": tensordot, "inner": inner, "linear": linear, "vecdot": vecdot,
     "linalg_vecdot": vecdot, "matvec": matvec, "vecmat": vecmat,
 }  # fmt: skip
+_OPERANDS = ("input", "a", "x1", "weight", "other", "mat2", "vec", "b", "x2")
+"""Their operands by the names that libraries give them, the first ones first."""
 _OF_ONE: Mapping[str, Route] = {
     "take": take, "permute": transpose, "permute_dims": transpose, "t": exchange,
     "matrix_transpose": exchange, "swapaxes": exchange, "swapdims": exchange,
+    "ndim": lambda w: w.ndim, "shape": lambda w: w.shape, "size": lambda w: w.size,
 }  # fmt: skip
 
 
@@ -205,6 +208,8 @@ def call(
     """Call a library's function on arguments of which some stand for adapted weights."""
     name = name or getattr(func, "__name__", "")
     kwargs = {k: v for k, v in (kwargs or {}).items() if k != "out" or v is not None}
+    if name in OF_VIEWS or name == "embedding":
+        args = *args, *(kwargs.pop(k) for k in _OPERANDS if k in kwargs)
     if name == "embedding" and len(args) > 1 and is_view(args[1]):
         route: Route | None = embedding
     elif name == "transpose" and args and is_view(args[0]):
