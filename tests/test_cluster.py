@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import Adapter, cli, merge_checkpoint, verify_checkpoint, write_safetensors
+from peft_any import Adapter, cli, combine, merge_checkpoint, verify_checkpoint, write_safetensors
 from peft_any.errors import UsageError, VerifyError
+from peft_any.io.checkpoint import Checkpoint
 from peft_any.methods.lora import LoraConfig
 from peft_any.surgery.engines import Recipe, engine_of
 
@@ -242,3 +244,49 @@ def test_the_command_line_takes_an_engine(
     dead = ["--engine", "dask", "--scheduler", "tcp://127.0.0.1:9"]
     assert run("merge", *asked, "--out", folder / "x", *dead) == 3
     assert "no scheduler answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"rank": 3},
+        {"method": "ties_svd", "density": 0.5},
+        {"method": "dare_linear", "density": 0.5},
+    ],
+    ids=["exact", "rank", "ties", "dare"],
+)
+def test_adapters_are_combined_to_the_same(client: Any, folder: Path, how: Any) -> None:
+    other = Adapter.load(folder / "lora")
+    config = dataclasses.replace(other.config, lora_alpha=3)
+    other.replace(config=config).save(folder / "other")
+    asked = [(folder / "lora", 0.7), (folder / "other", -0.3)]
+    _, here = combine(asked, folder / "here", **how)
+    _, there = combine(asked, folder / "there", engine="dask", **how)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / "here" / name).read_bytes() == (folder / "there" / name).read_bytes()
+    assert here.layers == there.layers
+    assert here.adapters == there.adapters
+
+
+def test_a_combination_that_reads_the_base_reads_it_on_the_workers(
+    client: Any, folder: Path
+) -> None:
+    lora = Adapter.load(folder / "lora")
+    config = dataclasses.replace(lora.config, use_dora=True)
+    sites = {
+        name: {**p, "lora_magnitude_vector": np.full(ROWS, 2, "float32")}
+        for name, p in lora.sites.items()
+    }
+    lora.replace(config=config, sites=sites).save(folder / "dora")
+    asked: dict[str, Any] = {"base": folder / "base", "rank": 4}
+    one, here = combine(folder / "dora", **asked)
+    two, there = combine(folder / "dora", engine="dask", **asked)
+    assert here.layers == there.layers
+    for name, p in one.sites.items():
+        for key, array in p.items():
+            np.testing.assert_array_equal(array, two.sites[name][key])
+    with Checkpoint(folder / "base") as base:
+        weights = {name: base[name].copy() for name in base}
+    with pytest.raises(UsageError, match="weights in memory"):
+        combine(folder / "dora", base=weights, rank=4, engine="dask")

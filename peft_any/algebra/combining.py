@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from peft_any.adapter import Adapter
@@ -14,14 +14,17 @@ from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord, Record
 from peft_any.algebra.sparse import Sign
 from peft_any.algebra.sums import ON_DELTA, Layer, Options, combine_layer
+from peft_any.algebra.tasks import Layers, Names
 from peft_any.algebra.terms import Base, opened, origin, placed, terms_by_layer
 from peft_any.algebra.written import Update, lora_adapter
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
 from peft_any.errors import ConfigError
 from peft_any.io._atomic import StrPath, output_directory
 from peft_any.io.checkpoint import fingerprint
+from peft_any.placed import Placed
 from peft_any.receipt import peak_memory, versions
 from peft_any.rng import TorchGenerator
+from peft_any.surgery.engines import Engine, EngineLike, Local, engine_of
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
 from peft_any.surgery.merge import storage_dtype
@@ -49,6 +52,7 @@ def combine(
     overwrite: bool = False,
     backend: str | Backend = "auto",
     progress: Progress | None = None,
+    engine: EngineLike = "local",
 ) -> Made:
     """Combine adapters into one that Hugging Face PEFT loads.
 
@@ -92,6 +96,9 @@ def combine(
         Where to compute; by default where the arrays of given `Adapter`s are.
     progress : callable, optional
         Called with layers done, all layers, and the layer's name.
+    engine : str or Engine
+        As for `merge_checkpoint`; a task for each layer, but for ``dare``, whose generator draws
+        layer after layer.
 
     Returns
     -------
@@ -122,7 +129,7 @@ def combine(
     cut = None if rank is None and energy is None else Cut(rank=rank, energy=energy)
     options = Options(method, cut, density, majority_sign_method, svd_clamp, seed)
     fit = Fitting(rederive=rederive, kinds=kinds, any_base=any_base)
-    job = Job("combine", options, fit, base, dtype, backend, progress)
+    job = Job("combine", options, fit, base, dtype, backend, progress, engine_of(engine))
     return finished(job, given_adapters(adapters), out, overwrite)
 
 
@@ -137,14 +144,15 @@ class Job:
     dtype: str | None = None
     backend: str | Backend = "auto"
     progress: Progress | None = None
+    engine: Engine = field(default_factory=Local)
 
     def run(self, given: Sequence[Given]) -> Made:
         """Combine adapters, without writing anything."""
-        to = library(given, self.backend)
-        options, warnings = self.options, [note for one in given for note in one.adapter.notes]
-        if len(given) == 1 and options.method not in ("exact", "cat"):
-            warnings.append(f"one adapter alone is only weighted: {options.method} does nothing")
-            options = replace(options, method="exact", density=None, clamp=None)
+        to, options = library(given, self.backend), self.settled(given)
+        warnings = [note for one in given for note in one.adapter.notes]
+        if options is not self.options:
+            method = self.options.method
+            warnings.append(f"one adapter alone is only weighted: {method} does nothing")
         with opened(self.base, [*given]) as view:
             copies = combined_copies(given, view, to)
             if all_gains(given) and options.cut is None:
@@ -172,6 +180,12 @@ class Job:
             warnings=tuple(warnings),
         )
 
+    def settled(self, given: Sequence[Given]) -> Options:
+        """Give the options, of which some act on several adapters alone."""
+        if len(given) > 1 or self.options.method in ("exact", "cat"):
+            return self.options
+        return replace(self.options, method="exact", density=None, clamp=None)
+
     def _plain(self, options: Options) -> bool:
         if options.method not in ("exact", "linear"):
             raise ConfigError(
@@ -184,20 +198,42 @@ class Job:
         self, given: Sequence[Given], view: Any, options: Options, to: Backend
     ) -> tuple[Adapter, list[LayerRecord]]:
         fits = placed(given, view, self.fit)
+        names, work = self.pieces(given, fits, view, options, to)
+        found: dict[str, tuple[Update, LayerRecord]] = {}
+
+        def done(item: Names, pairs: Sequence[tuple[Update, LayerRecord]]) -> None:
+            found.update(zip(item, pairs, strict=True))
+            if self.progress is not None:
+                self.progress(len(found), len(names), item[-1])
+
+        if isinstance(self.engine, Local):
+            for name in names:
+                done((name,), work((name,)))
+        else:
+            draws = options.rule is not None and options.rule.prune == "random"
+            items = [tuple(names)] if draws else [(name,) for name in names]
+            self.engine.run(Layers.of(self, given, view, to), items, done)
+        configs: list[Any] = [one.adapter.config for one in given]
+        made = lora_adapter([found[n][0] for n in names], configs, dtype=self._dtype(given))
+        made = made.replace(metadata={**made.metadata, **origin(given, fits)})
+        return made, [found[name][1] for name in names]
+
+    def pieces(
+        self,
+        given: Sequence[Given],
+        fits: Sequence[Placed],
+        view: Any,
+        options: Options,
+        to: Backend,
+    ) -> tuple[list[str], Callable[[Names], list[tuple[Update, LayerRecord]]]]:
+        """Name the layers, and give the function that combines some."""
         layers = terms_by_layer(given, fits, to)
         dtype, draws = self._dtype(given), TorchGenerator(options.seed)
         if options.method in ON_DELTA and options.cut is None:
             options = replace(options, cut=_largest_rank(given))
-        updates, records = [], []
-        for i, (name, terms) in enumerate(layers.items()):
-            update, record = self._layer(Layer(terms, view, to, draws), options, dtype)
-            updates.append(update)
-            records.append(record)
-            if self.progress is not None:
-                self.progress(i + 1, len(layers), name)
-        configs: list[Any] = [one.adapter.config for one in given]
-        made = lora_adapter(updates, configs, dtype=dtype)
-        return made.replace(metadata={**made.metadata, **origin(given, fits)}), records
+        return [*layers], lambda names: [
+            self._layer(Layer(layers[name], view, to, draws), options, dtype) for name in names
+        ]
 
     def _layer(self, layer: Layer, options: Options, dtype: str) -> tuple[Update, LayerRecord]:
         return combine_layer(layer, options, dtype=dtype)

@@ -8,7 +8,18 @@ import typer
 
 from peft_any.cli.app import Result, app
 from peft_any.cli.console import waiting
-from peft_any.cli.options import AnyBase, AsJson, Backend, Debug, Quiet, Rederive, weighted
+from peft_any.cli.options import (
+    AnyBase,
+    AsJson,
+    Backend,
+    Debug,
+    Engine,
+    Quiet,
+    Rederive,
+    Scheduler,
+    engine_at,
+    weighted,
+)
 from peft_any.errors import UsageError
 
 Out = Annotated[str | None, typer.Option(help="The output: a directory.")]
@@ -53,6 +64,8 @@ def combine(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     backend: Backend = "auto",
+    engine: Engine = "local",
+    scheduler: Scheduler = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
@@ -78,6 +91,7 @@ def combine(
             dtype=dtype,
             overwrite=overwrite,
             backend=backend,
+            engine=engine_at(engine, scheduler),
             progress=lambda _, __, layer: tell_layer(layer),
         )
     return _result(record, as_json, quiet)

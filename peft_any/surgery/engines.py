@@ -13,6 +13,7 @@ from peft_any.adapter import Adapter
 from peft_any.errors import UsageError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
+from peft_any.receipt import Source
 from peft_any.surgery.sources import pairs
 
 Item = TypeVar("Item")
@@ -136,6 +137,20 @@ def paths(adapters: Any) -> list[tuple[str, float]]:
             )
         found.append((str(absolute(item)), weight))
     return found
+
+
+def same_files(found: Source, expected: Source) -> Source:
+    """Refuse an adapter that is another one here than where the command was given.
+
+    Raises
+    ------
+    UsageError
+    """
+    if found.files != expected.files:
+        raise UsageError(
+            f"{found.path}: is another adapter on this worker than where the command was given"
+        )
+    return expected
 
 
 def same_checkpoint(path: StrPath, checkpoint: Checkpoint, expected: str) -> None:

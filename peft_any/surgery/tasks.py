@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from peft_any.errors import UsageError
 from peft_any.io._atomic import reporting
 from peft_any.io.checkpoint import Checkpoint, fingerprint
+from peft_any.receipt import Source
 from peft_any.surgery import audit as audits
 from peft_any.surgery.audit import Audit, Finding, Names
 from peft_any.surgery.compute import Surgeon
-from peft_any.surgery.engines import Engine, Recipe, absolute, paths, same_checkpoint
+from peft_any.surgery.engines import Engine, Recipe, absolute, paths, same_checkpoint, same_files
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Elsewhere, Job, Piece, ShardItem
 from peft_any.surgery.plan import Plan, make_plan
@@ -37,8 +37,8 @@ class Planned:
     dtype : str or None
     fingerprint : str
         The base's, where the command was given.
-    files : tuple of dict
-        Digests of each adapter's files there.
+    sources : tuple of Source
+        The adapters as they are there.
     """
 
     base: str
@@ -46,7 +46,7 @@ class Planned:
     fit: Fitting
     dtype: str | None
     fingerprint: str
-    files: tuple[Mapping[str, str], ...]
+    sources: tuple[Source, ...]
 
     @classmethod
     def of(cls, plan: Plan, adapters: Any, fit: Fitting, dtype: str | None = None) -> Planned:
@@ -57,9 +57,8 @@ class Planned:
         UsageError
             If an adapter is an object of this process.
         """
-        files = tuple(source.files for source in plan.sources)
         base, mark = str(absolute(plan.base.path)), fingerprint(plan.base)
-        return cls(base, paths(adapters), fit, dtype, mark, files)
+        return cls(base, paths(adapters), fit, dtype, mark, plan.sources)
 
     @contextmanager
     def opened(self) -> Iterator[Surgeon]:
@@ -73,12 +72,8 @@ class Planned:
         with Checkpoint(self.base) as checkpoint:
             same_checkpoint(self.base, checkpoint, self.fingerprint)
             plan = make_plan(checkpoint, self.adapters, self.fit)
-            for source, files in zip(plan.sources, self.files, strict=True):
-                if source.files != files:
-                    raise UsageError(
-                        f"{source.path}: is another adapter on this worker than where the command "
-                        "was given"
-                    )
+            for found, expected in zip(plan.sources, self.sources, strict=True):
+                same_files(found, expected)
             surgeon = Surgeon(plan, self.fit.backend, self.dtype)
             settle_ties(plan, lambda name: surgeon.value(name)[0])
             yield surgeon
