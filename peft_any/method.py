@@ -15,6 +15,7 @@ from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.linalg import as_product
+from peft_any.prompt import Prompt as Prompt
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
 from peft_any.rng import Fresh
@@ -57,6 +58,10 @@ class Tuner(Config):
                 f"{', '.join(sorted(self.kinds))}; leave it out of target_modules"
             )
         return self.per_site(site)
+
+    def among(self, sites: Sequence[Site]) -> Self:  # noqa: ARG002
+        """Resolve, before `at`, what depends on all sites together; mostly nothing does."""
+        return self
 
     def per_site(self, site: Site) -> Self:  # noqa: ARG002 - a hook: most methods need no site
         """Give the configuration with this site's numbers; the default has none of its own."""
@@ -245,49 +250,6 @@ def _bias(base: Dense) -> Array:
             "apply the adapter without merging"
         )
     return base.bias
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt(Config):
-    """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
-
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
-
-    def size(self, field: str) -> int:
-        """Read a size that the maths needs.
-
-        Raises
-        ------
-        ConfigError
-            If the field is not set to a positive integer.
-        """
-        value = getattr(self, field)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self.where}: {field}={value!r} cannot size a prompt: give a positive integer"
-            )
-        return value
-
-    @property
-    def submodules(self) -> int:
-        """How many transformers take a prompt: an encoder-decoder's two, otherwise one."""
-        return self.num_transformer_submodules or 1 + (self.task_type == "SEQ_2_SEQ_LM")
-
-    @abc.abstractmethod
-    def shapes(self) -> dict[str, Shape]:
-        """Name the parameters of the file, with their shapes."""
-
-    @abc.abstractmethod
-    def init(self, new: Fresh) -> Params:
-        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
-
-    def portable(self, p: Params) -> Params:
-        """Give the parameters in the form that a file carries, `shapes`."""
-        return p
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ def scattered(values: Array, places: Array, size: int) -> Array:
     return full
 
 
+def placed_values(values: Array, places: Host, shape: tuple[int, int]) -> Array:
+    """Put values at flat places, known on the host, of a matrix of zeros."""
+    flat = scattered(values, from_numpy_like(places.copy(), values), shape[0] * shape[1])
+    matrix: Array = namespace(values).reshape(flat, shape)
+    return matrix
+
+
 @lru_cache(maxsize=64)
 def random_places(seed: int | None, size: int, count: int) -> Host:
     """Give the first places of torch's random permutation of 0 … size − 1, on the host.

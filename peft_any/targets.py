@@ -37,6 +37,7 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
     """
     out: dict[str, Tuner] = {}
     refuse_endless(config, sites)
+    config = config.among([*sites.values()])
     for name, site in sites.items():
         owner = _alias(site, sites)
         own = config.at(owner)
@@ -98,6 +99,7 @@ def sites_of_params(
         )
     sites, undecided, wrong = {}, [], []
     here = {name: base[name] for name in params}
+    config = config.among([*here.values()])
     for name, p in params.items():
         fits = [s for s in _candidates(base[name]) if not _misfit(config, p, s, here)]
         if not fits:

@@ -35,6 +35,7 @@ from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
 from peft_any.methods.vera import VeraConfig
+from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 
@@ -593,6 +594,24 @@ CASES = [
     Case("supertuning-alpha", SupertuningConfig(sparsity=0.9, r=2, lora_alpha=5), FC),
     Case(
         "supertuning-random", SupertuningConfig(sparsity=0.9, r=2, init_weights=False), FC, RANDOM
+    ),
+    # WaveFT
+    Case("waveft", WaveFTConfig(n_frequency=50), FC),
+    Case(
+        "waveft-odd",
+        WaveFTConfig(n_frequency=30, wavelet_family="db3", scaling=3.0, random_loc_seed=1),
+        Site("a.fc", 13, 7, bias=False),
+    ),
+    Case("waveft-sym", WaveFTConfig(n_frequency=60, wavelet_family="sym4"), FC),
+    Case("waveft-coif", WaveFTConfig(n_frequency=60, wavelet_family="coif2"), Site("fc", 9, 22)),
+    Case("waveft-sparse", WaveFTConfig(n_frequency=40, use_idwt=False), FC),
+    Case("waveft-pattern", WaveFTConfig(n_frequency_pattern={"fc": 9}), Site("a.fc", 13, 8)),
+    Case("waveft-share", WaveFTConfig(n_frequency=40, proportional_parameters=True), FC),
+    Case("waveft-random", WaveFTConfig(n_frequency=40, init_weights=False), FC, RANDOM),
+    Case(
+        "waveft-conv1d-transposed",
+        WaveFTConfig(n_frequency=20, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
     ),
 ]
 

@@ -214,6 +214,12 @@ MADE: dict[str, Made] = {
             sparsity=0.8, r=1, save_precomputed_indices=False, target_modules=PAIR
         ),
     ),
+    "waveft": (
+        make_net,
+        lambda: peft.WaveFTConfig(
+            n_frequency=10, proportional_parameters=True, target_modules=["q", "fc1", "c1d"]
+        ),
+    ),
     "adalora": (
         make_net,
         lambda: AdaLoraConfig(init_r=4, target_r=2, target_modules=["q", "fc1"], total_step=10),

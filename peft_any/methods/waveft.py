@@ -1,0 +1,100 @@
+"""WaveFT: wavelet fine-tuning. Bilican et al. 2025, https://arxiv.org/abs/2505.12532."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.checks import check_fields, refuse
+from peft_any.errors import ShapeError
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive, Tuner
+from peft_any.patterns import matching
+from peft_any.rng import Fresh
+from peft_any.spectra import placed_values, random_places
+from peft_any.wavelets import FILTERS, padded, synthesis
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
+    """ΔW = s·D(C), a step of wavelet synthesis of C (n_out, n_in), which is zero but at K places.
+
+    `waveft_spectrum` (K,) holds C's values there; the places are the first K of torch's random
+    permutation of all n_out·n_in with the seed `random_loc_seed`, and are in no file. C is padded
+    by what D takes away, and ΔW is D's middle.
+
+    n_frequency: K. n_frequency_pattern: K by site. scaling: s.
+    proportional_parameters: K by the sites' sizes, n_frequency on average.
+    wavelet_family: db1 … db10, sym2 … sym10 or coif1 … coif5.
+    use_idwt: false: ΔW = s·C.
+    init_weights: true (zero) or false (normal, σ = 0.01).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "n_frequency", bias="waveft")
+        known = not self.use_idwt or self.wavelet_family in FILTERS
+        refuse(self, wavelet_family=(known, f"one of {', '.join(FILTERS)}"))
+
+    def among(self, sites: Sequence[Site]) -> Self:
+        """Share the places out, with `proportional_parameters`."""
+        if not self.proportional_parameters:
+            return self
+        sizes = {site.name: site.n_in * site.n_out for site in sites}
+        each = self.n_frequency * len(sizes) / sum(sizes.values())
+        shares = {name: max(1, round(size * each)) for name, size in sizes.items()}
+        return replace(self, n_frequency_pattern=shares)
+
+    def per_site(self, site: Site) -> Self:
+        """Resolve the pattern, and check that there are as many places."""
+        count = matching(self.n_frequency_pattern, site.name, self.n_frequency)
+        if count > site.n_in * site.n_out:
+            raise ShapeError(
+                f"{site.name}: n_frequency={count} cannot be placed in {site.n_in * site.n_out} "
+                "entries"
+            )
+        return replace(self, n_frequency=count)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The values of C."""
+        return {"waveft_spectrum": (self.n_frequency,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Zero, unless `init_weights` is false."""
+        shape = (self.n_frequency,)
+        return {
+            "waveft_spectrum": new.zeros(shape) if self.init_weights else new.normal(shape, 0.01)
+        }
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """Place the values, and synthesise."""
+        values, (m, n) = p["waveft_spectrum"], (site.n_out, site.n_in)
+        places = random_places(self.random_loc_seed, m * n, self.n_frequency)
+        if not self.use_idwt:
+            return self.scaling * placed_values(values, places, (m, n))
+        lo = FILTERS[self.wavelet_family]
+        rows, columns = padded(m, lo), padded(n, lo)
+        at = (places // n + (rows - m) // 2) * columns + places % n + (columns - n) // 2
+        whole = synthesis(placed_values(values, at, (rows, columns)), lo)
+        up, left = ((have - want) // 2 for have, want in zip(whole.shape, (m, n), strict=True))
+        return self.scaling * whole[up : up + m, left : left + n]
+
+    # One product with the merged weight costs less than two.
+    forward = Tuner.forward

@@ -1,0 +1,54 @@
+"""The second, smaller contract: methods that make virtual tokens."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from peft_any._typing import Params, Shape
+from peft_any.errors import ConfigError
+from peft_any.registry import Config
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Config):
+    """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    def size(self, field: str) -> int:
+        """Read a size that the maths needs.
+
+        Raises
+        ------
+        ConfigError
+            If the field is not set to a positive integer.
+        """
+        value = getattr(self, field)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self.where}: {field}={value!r} cannot size a prompt: give a positive integer"
+            )
+        return value
+
+    @property
+    def submodules(self) -> int:
+        """How many transformers take a prompt: an encoder-decoder's two, otherwise one."""
+        return self.num_transformer_submodules or 1 + (self.task_type == "SEQ_2_SEQ_LM")
+
+    @abc.abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Name the parameters of the file, with their shapes."""
+
+    @abc.abstractmethod
+    def init(self, new: Fresh) -> Params:
+        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
+
+    def portable(self, p: Params) -> Params:
+        """Give the parameters in the form that a file carries, `shapes`."""
+        return p
