@@ -507,6 +507,26 @@ class TestResume:
         assert contents(tmp_path / "out") == undisturbed
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
+    def test_shards_in_directories_of_their_own(
+        self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path
+    ) -> None:
+        base = shutil.copytree(inputs[0], tmp_path / "base")
+        index = base / "model.safetensors.index.json"
+        found = json.loads(index.read_text())
+        moved = {
+            name: f"part{name[6:11]}/model.safetensors" for name in found["weight_map"].values()
+        }
+        for name, place in moved.items():
+            (base / place).parent.mkdir()
+            (base / name).rename(base / place)
+        found["weight_map"] = {k: moved[name] for k, name in found["weight_map"].items()}
+        index.write_text(json.dumps(found))
+        self.interrupted((base, inputs[1]), tmp_path / "out", 3)
+        made = merge_checkpoint(base, inputs[1], tmp_path / "out", resume=True)
+        assert any("3 shards were finished" in line for line in made.warnings)
+        for name, place in moved.items():
+            assert (tmp_path / "out" / place).read_bytes() == undisturbed[name]
+
     def test_an_adapter_that_was_given_as_an_object(
         self, inputs: tuple[Path, Path], tmp_path: Path
     ) -> None:

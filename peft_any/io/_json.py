@@ -59,7 +59,7 @@ def read_json(path: StrPath, *, limit: int = LIMIT, constants: bool = False) -> 
         raise FormatError(f"{path}: {size} bytes cannot be JSON of this kind: the limit is {limit}")
     try:
         with reading(path) as file:
-            raw = file.read(limit + 1)
+            raw = file.read(size)
     except OSError as cause:
         raise storage_error(path, "be read", cause) from cause
     return parse_object(raw, str(path), constants=constants)

@@ -210,6 +210,11 @@ class Checkpoint(Mapping[str, HostArray]):
         """The file that holds a tensor; `KeyError` where there is none."""
         return self._shard(name)
 
+    @cached_property
+    def named_shards(self) -> dict[str, SafetensorsFile]:
+        """The files by their names in the index, relative to `root`."""
+        return {shard.path.relative_to(self.root).as_posix(): shard for shard in self.shards}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from peft_any.errors import TargetError, UsageError
+from peft_any.errors import PeftError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._header import RANK, byte_size
+from peft_any.io._json import read_json
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile, StreamWriter
 from peft_any.receipt import Change, Receipt, peak_memory
@@ -121,8 +122,8 @@ class Job:
     ) -> None:
         """Compute everything, and write it into `folder` unless that is None."""
         sizes = {
-            shard.path.name: sum(self._size(*spec) for spec in self.specs(shard))
-            for shard in self.base.shards
+            name: sum(self._size(*spec) for spec in self.specs(shard))
+            for name, shard in self.base.named_shards.items()
         }
         self.total = sum(sizes.values())
         shards = [
@@ -163,8 +164,11 @@ class Job:
     def piece(self, item: ShardItem) -> Piece:
         """Compute a shard, and write it unless its path is None."""
         name, path = item
-        shard = next(shard for shard in self.base.shards if shard.path.name == name)
+        shard = self.base.named_shards[name]
         specs, changes = self.specs(shard), []
+        if path is not None:
+            with reporting(path, "be written"):
+                path.parent.mkdir(exist_ok=True, parents=True)
         with nullcontext() if path is None else StreamWriter(path, specs, shard.metadata) as writer:
             for tensor, dtype, shape in specs:
                 change = self._tensor(tensor, writer, shard)
@@ -213,7 +217,7 @@ class Job:
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as partial:
-                self.run(partial.parent, {self.base.shards[0].path.name: partial.name})
+                self.run(partial.parent, dict.fromkeys(self.base.named_shards, partial.name))
                 with SafetensorsFile(partial) as written:
                     out = described(self.out, written, self.full_hash)
                 done = self.finish(made, since, out)
@@ -284,8 +288,8 @@ def receipt_path(out: Path) -> Path:
     path = out.with_name(RECEIPT)
     if path.exists():
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))["out"]["path"]
-        except (OSError, ValueError, KeyError, TypeError):
+            known = read_json(path)["out"]["path"]
+        except (PeftError, KeyError, TypeError):
             known = None
         if known is None or Path(known).name != out.name:
             return out.with_name(f"{out.stem}.{RECEIPT}")

@@ -89,7 +89,7 @@ class Journal:
     def add(self, path: Path, changes: Sequence[Change], copied: int) -> None:
         """Write down that a shard is finished; its bytes are on the device already."""
         with SafetensorsFile(path) as file:
-            done = Finished(path.name, fingerprint(file), tuple(changes), copied)
+            done = Finished(self._name(path), fingerprint(file), tuple(changes), copied)
         begun = self.path.exists() and self.path.stat().st_size
         head = [] if begun else [self._task]
         text = "".join(json.dumps(line) + "\n" for line in (*head, asdict(done)))
@@ -98,6 +98,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.finished[done.file] = done
+
+    def _name(self, path: Path) -> str:
+        return path.absolute().relative_to(self.folder.absolute()).as_posix()
 
     def _go_on(self) -> None:
         with reporting(self.path, "be read"):
@@ -112,8 +115,8 @@ class Journal:
                 self.finished[done.file] = done
         with reporting(self.path, "be written"):
             os.truncate(self.path, whole)
-            for found in self.folder.iterdir():
-                if found.name not in self.finished:
+            for found in [*self.folder.rglob("*")]:
+                if found.is_file() and self._name(found) not in self.finished:
                     discard(found)
 
     def _refuse_another(self, head: str) -> None:
@@ -143,7 +146,7 @@ def task_of(made: Receipt, plan: Plan, kinds: Kinds = None) -> dict[str, Any]:
 
     Where inputs stand does not matter, nor what only decides whether the result is accepted.
     """
-    stats = {shard.path.name: shard.path.stat() for shard in plan.base.shards}
+    stats = {name: shard.path.stat() for name, shard in plan.base.named_shards.items()}
     return {
         "base": {
             "fingerprint": made.base["fingerprint"],
