@@ -293,8 +293,13 @@ class TestSignals:
         self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path, kill: Killer
     ) -> None:
         given = "merge", "--base", inputs[0], "--adapter", inputs[1], "--out", tmp_path / "out"
-        for _ in range(3):
+        interrupted = 0
+        while interrupted < 3:
             code, _ = kill(*given, "--resume", once=tmp_path, number=signal.SIGTERM)
+            if code == 0:  # it was quicker
+                shutil.rmtree(tmp_path / "out")
+                continue
+            interrupted += 1
             assert code in (128 + signal.SIGTERM, -signal.SIGTERM)
             left = partial(tmp_path)
             assert [name.rpartition(".")[2] for name in left] == ["journal", "partial"]

@@ -923,7 +923,7 @@ class TestTrouble:
         def denied(*_: Any, **__: Any) -> None:
             raise OSError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(shutil, "copyfile", denied)
+        monkeypatch.setattr(shutil, "copyfileobj", denied)
         text = self.stopped(
             StorageError, lambda: merge_checkpoint(model, tuned, tmp_path / "out"), tmp_path
         )

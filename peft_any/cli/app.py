@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 import warnings
@@ -254,7 +255,13 @@ def run(args: Sequence[str] | None = None) -> int:
     args : sequence of str, optional
         In place of the process's own.
     """
-    given = [*(sys.argv[1:] if args is None else args)]
+    try:
+        return _run([*(sys.argv[1:] if args is None else args)])
+    except KeyboardInterrupt as error:  # just before a command began, or after it had ended
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+
+
+def _run(given: list[str]) -> int:
     as_json, quiet = "--json" in given, bool({"-q", "--quiet"} & {*given})
     resume = "--resume" in given
 

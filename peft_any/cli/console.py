@@ -115,7 +115,7 @@ def signals() -> Iterator[list[int]]:
     def stop(number: int, _: Any) -> None:
         if not caught:
             caught.append(number)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
     known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     here = threading.current_thread() is threading.main_thread()
