@@ -112,6 +112,17 @@ def out_projection(attention: str) -> str:
     return f"{attention}.out_proj" if attention else "out_proj"
 
 
+def in_projection(part: str) -> str:
+    """Name the packed attention whose output half a module may be; else the module itself.
+
+    Examples
+    --------
+    >>> in_projection("h.0.attn.out_proj"), in_projection("fc")
+    ('h.0.attn', 'fc')
+    """
+    return part.removesuffix("out_proj").removesuffix(".")
+
+
 @dataclass(frozen=True)
 class Rules:
     """A configuration's target fields, ready to be asked about modules."""

@@ -15,7 +15,7 @@ from peft_any.layer import CONVOLUTIONS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
 from peft_any.patterns import refuse_endless
-from peft_any.selection import Rules, saved_whole, select
+from peft_any.selection import Rules, in_projection, saved_whole, select
 
 __all__ = ["configured", "layout", "place", "saved_whole", "select", "site_of", "sites_of_params"]
 
@@ -50,7 +50,7 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
 
 
 def _alias(site: Site, sites: Mapping[str, Any]) -> Site:
-    owner = site.name.removesuffix("out_proj").removesuffix(".")
+    owner = in_projection(site.name)
     whole = sites.get(owner) if owner != site.name else None
     packed = isinstance(whole, Site) and whole.kind == "MultiheadAttention"
     return replace(site, name=owner) if packed else site

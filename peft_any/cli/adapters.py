@@ -14,6 +14,8 @@ from peft_any.cli.options import (
     Backend,
     Debug,
     Engine,
+    Out,
+    Overwrite,
     Quiet,
     Rederive,
     Scheduler,
@@ -22,7 +24,6 @@ from peft_any.cli.options import (
 )
 from peft_any.errors import UsageError
 
-Out = Annotated[str | None, typer.Option(help="The output: a directory.")]
 Rank = Annotated[int | None, typer.Option(help="The rank: of every layer's result, at most.")]
 Energy = Annotated[
     float | None, typer.Option(help="Keep this share of every ‖ΔW‖², with the least rank.")
@@ -32,7 +33,6 @@ NeededBase = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Store the factors as fp32, fp16, bf16 ….")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.command()

@@ -66,7 +66,7 @@ class Result:
 def about(
     *, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
-    """Merge, verify, inspect, combine and resize fine-tuning adapters."""
+    """Merge, verify, inspect, combine, resize, extract and compare fine-tuning adapters."""
     if version:
         from peft_any import __version__
 

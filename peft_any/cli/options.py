@@ -25,6 +25,8 @@ Adapters = Annotated[
 MinKept = typer.Option(
     min=0.0, max=1.0, metavar="SHARE", help="The least of its change that a tensor must keep."
 )
+Out = Annotated[str | None, typer.Option(help="The output: a directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Backend = Annotated[
     str, typer.Option(metavar="LIBRARY[:DEVICE]", help="Where to compute: numpy, torch:cuda:0 …")
 ]

@@ -22,7 +22,7 @@ ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
 _NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
-_NUMBERS |= {"CL error", "CD error", "trainable", "seconds"}
+_NUMBERS |= {"CL error", "CD error", "trainable", "seconds", "‖Δ‖", "at best"}
 
 
 def table(*head: str) -> Table:

@@ -85,7 +85,7 @@ def measure(
             f"{None if wanted is None else wanted.shape} cannot be compared"
         )
     total = Moments()
-    for rows in _blocks(realised):
+    for rows in row_blocks(realised):
         after = _double(realised[rows])
         before = np.zeros_like(after)
         known = _double(base[rows][: len(after)])
@@ -116,10 +116,11 @@ def all_finite(array: Host) -> bool:
     (True, False)
     """
     table = array if array.ndim else array.reshape(1)
-    return all(bool(np.isfinite(_double(table[rows])).all()) for rows in _blocks(table))
+    return all(bool(np.isfinite(_double(table[rows])).all()) for rows in row_blocks(table))
 
 
-def _blocks(array: Host) -> Iterator[slice]:
+def row_blocks(array: Host) -> Iterator[slice]:
+    """Cut an array along its first axis into blocks that stay in the cache."""
     width = max(array.size // max(array.shape[0], 1), 1)
     step = max(_BLOCK // width, 1)
     for start in range(0, array.shape[0], step):

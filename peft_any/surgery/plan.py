@@ -20,7 +20,7 @@ from peft_any.surgery.mapping import mapped
 from peft_any.surgery.sources import Given, View, given_adapters, pruned, uses
 from peft_any.targets import configured, place
 
-_SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
+SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
 """Companions of a quantised weight, without which its numbers mean nothing."""
 
 
@@ -232,7 +232,7 @@ def _check_bases(plan: Plan) -> None:
             if not dtype.startswith(("float", "bfloat")) and _weighted(plan, how.copies):
                 faults.append(f"{name}: {dtype} values cannot be summed with weights")
             continue
-        scales = [s for s in _SCALES if f"{module}.{s}" in plan.base]
+        scales = [s for s in SCALES if f"{module}.{s}" in plan.base]
         if not dtype.startswith(("float", "bfloat")) or dtype.startswith("float4"):
             faults.append(f"{name}: {dtype} values cannot be merged into: the base is quantised")
         elif scales:

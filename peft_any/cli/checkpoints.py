@@ -1,0 +1,91 @@
+"""The commands that read two checkpoints or adapters: extract and diff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from peft_any.cli.app import Result, app
+from peft_any.cli.console import progress
+from peft_any.cli.options import AsJson, Backend, Base, Debug, NoStrict, Out, Overwrite, Quiet
+
+if TYPE_CHECKING:
+    from peft_any.surgery import Extraction
+
+
+@app.command()
+def extract(
+    *,
+    base: Base,
+    model: Annotated[str, typer.Option(help="The model that was fine-tuned from it.")],
+    out: Out = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of all factors; with --energy, the most.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of each layer's ‖Δ‖² that its factors must hold."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the factors: fp32, bf16 …")] = "float32",
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Factors for embeddings and heads, not copies.")
+    ] = False,
+    overwrite: Overwrite = False,
+    no_strict: NoStrict = False,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+) -> Result:
+    """Extract a LoRA from a model and its base, and tell how much of the change it holds."""
+    from peft_any import extract as extract_adapter
+
+    with progress("extracting", quiet) as step:
+        found = extract_adapter(
+            base,
+            model,
+            out,
+            rank=rank,
+            energy=energy,
+            dtype=dtype,
+            embeddings=embeddings,
+            overwrite=overwrite,
+            strict=not no_strict,
+            backend=backend,
+            progress=step,
+        )
+    return Result(found.to_dict(), extracted(found), as_json=as_json, quiet=quiet)
+
+
+def extracted(found: Extraction) -> list[RenderableType]:
+    """Show an extraction: the totals, and the layers that kept least."""
+    from peft_any.cli.report import ROWS, number, table
+
+    layers, copies = found.layers, found.copies
+    ranks = sorted({layer.rank for layer in layers})
+    lines = [f"{len(layers)} layers with factors, {len(copies)} tensors whole, {found.same} equal"]
+    if layers:
+        lines[0] += f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        lines.append(f"kept {number(found.kept)} of ‖Δ‖², ‖Δ − BA‖/‖Δ‖ {number(found.error)}")
+    worst = sorted(layers, key=lambda layer: layer.kept)
+    more = [f"… and {len(worst) - ROWS} more, which kept more"] if len(worst) > ROWS else []
+    shown: list[RenderableType] = [*map(Text, lines)]
+    if worst:
+        made = table("layer", "rank", "‖Δ‖", "kept", "error", "at best", "found by")
+        for layer in worst[:ROWS]:
+            best = layer.least / layer.delta_norm if layer.delta_norm else 0.0
+            made.add_row(
+                Text(layer.module),
+                str(layer.rank),
+                number(layer.delta_norm, ".4g"),
+                number(layer.kept),
+                number(layer.error),
+                number(best),
+                layer.way,
+            )
+        shown.append(made)
+    place = f"→ {found.out['path']}" if found.out else "nothing was written: give --out"
+    return [*shown, *map(Text, [*more, place])]

@@ -1,0 +1,64 @@
+"""What is extracted, Hugging Face PEFT loads; merged there into the base it gives the model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from peft_any import extract  # noqa: E402
+from tests.hf import test_models as models  # noqa: E402
+
+KNOWN = "fan_in_fan_out is set to"
+
+
+def tuned(make: Any, seed: int) -> tuple[Any, Any]:
+    """Make a model and another one, of which every number differs."""
+    torch.manual_seed(seed)
+    base, model = make(), make()
+    with torch.no_grad():
+        for one, two in zip(base.parameters(), model.parameters(), strict=True):
+            two.copy_(one + 0.1 * torch.randn_like(one))
+    return base, model
+
+
+@pytest.mark.parametrize("cut", [{"rank": 4}, {"energy": 0.9}], ids=["rank", "energy"])
+@pytest.mark.parametrize("embeddings", [False, True], ids=["copies", "factors"])
+@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert])
+def test_hugging_face_peft_gives_the_model_back(
+    make: Any, embeddings: bool, cut: dict[str, Any], tmp_path: Path
+) -> None:
+    base, model = tuned(make, 0)
+    base.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "model")
+    found = extract(
+        tmp_path / "base", tmp_path / "model", tmp_path / "out", embeddings=embeddings, **cut
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", KNOWN)  # one flag for layers of both orientations
+        # the copies of a tied tensor, which are equal
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = adapted.merge_and_unload().state_dict()
+    residuals = {layer.tensor: layer.residual for layer in found.layers}
+    assert residuals or "energy" in cut  # BERT's small layers of noise are saved whole
+    seen = set()
+    for name, want in model.state_dict().items():
+        away = float(torch.linalg.norm(merged[name].double() - want.double()))
+        if name in residuals:
+            seen.add(name)
+            assert away == pytest.approx(residuals[name], rel=1e-3, abs=1e-6)
+        else:
+            np.testing.assert_array_equal(merged[name].numpy(), want.numpy(), name)
+    assert seen == residuals.keys()
