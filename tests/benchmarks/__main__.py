@@ -89,10 +89,13 @@ Training is measured in a process of one BLAS thread, in the processor's time, s
 the machine matters little; all else by the clock, with as many threads as there are cores. Against
 torch a step is the loss and its gradients: on the tape, and by torch's autograd of the same
 method's formulas on torch's tensors. Against HF PEFT it is a whole step of training one wrapped
-linear layer (binding, loss, gradients, AdamW). Memory is the most that a step's arrays take at a
-time, as NumPy (`tracemalloc`) and torch (its profiler) count them: parameters, inputs and what the
-matrix products need for themselves stand on neither side. AdaLoRA's regulariser and allocator are
-left out; prefix and prompt tuning adapt no layer, so there is no step of theirs to compare.
+linear layer (binding, loss, gradients, AdamW), the loss a mean of squares, written alike in both.
+Memory is the most that a step's arrays take at a time, as NumPy (`tracemalloc`) and torch (its
+profiler) count them: parameters, inputs and what the matrix products need for themselves stand on
+neither side. AdaLoRA's regulariser and allocator are left out; prefix and prompt tuning adapt no
+layer, so there is no step of theirs to compare. OFT's large step and IA³'s small one are about as
+quick as HF PEFT's, not quicker: two matrix products are all but a tenth of the one, and the other
+is a few operations between Python's costs of binding and of AdamW.
 
 Where HF PEFT ÷ ours is below 1, as for IA³, the merge is a single multiplication of the weight, at
 NumPy's own speed: on one thread and into a new array, since the base is never changed; torch uses
@@ -109,8 +112,8 @@ def main() -> None:
     if any(name in os.environ for name in SLOW):
         clean = {k: v for k, v in os.environ.items() if k not in SLOW}
         os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks", *sys.argv[1:]], clean)
-    about = "Every figure is a ratio: two things timed in turn, the fastest of many rounds"
-    lines = ["# Benchmarks", "", f"{about}; NumPy {np.__version__}, float32, on {machine()}."]
+    about = "Every figure without a unit is a ratio: two things timed in turn, the fastest of"
+    lines = ["# Benchmarks", "", f"{about} many; NumPy {np.__version__}, float32, on {machine()}."]
     for table in (calls, training, merges, combinations, imports):
         lines += ["", *table()]
     page = "\n".join(lines) + "\n" + NOTES

@@ -60,7 +60,8 @@ def step_of(config: Tuner, base: Dense, x: Any, target: Any) -> Callable[[], obj
 
     def step() -> object:
         optimizer.zero_grad()
-        value = torch.nn.functional.mse_loss(layer(inputs), wanted)
+        gap = layer(inputs) - wanted
+        value = torch.mean(gap * gap)
         value.backward()
         optimizer.step()
         return value
