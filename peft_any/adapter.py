@@ -188,13 +188,14 @@ class Adapter:
         def key(part: Any, module: str, name: str = "") -> str:
             return write_key(config, Place(part, module, name), sites, self.tokens)
 
-        out = {key("site", site, name): a for site, p in sites.items() for name, a in p.items()}
-        shared = config.portable(self.shared) if isinstance(config, Prompt) else self.shared
-        if getattr(config, "save_projection", True):
-            out |= {key("shared", "", name): a for name, a in shared.items()}
+        saved = self.shared if getattr(config, "save_projection", True) else {}
+        shared = config.portable(saved) if isinstance(config, Prompt) else saved
+        again = {n: a for n, a in shared.items() if n in getattr(config, "copied", ())}
+        out = {key("site", s, n): a for s, p in sites.items() for n, a in (again | p).items()}
+        out |= {key("shared", "", name): a for name, a in shared.items()}
         out |= {key("copy", "", name): a for name, a in self.extra.items()}
         out |= {key("tokens", module): a for module, a in self.tokens.items()}
-        return out | {name: a for name, a in self.spare.items() if name not in out}
+        return self.spare | out
 
     def replace(self, **changes: Any) -> Self:
         """Copy with other fields."""
@@ -256,10 +257,7 @@ class Adapter:
         *,
         groups: int = 1,
     ) -> Self:
-        """Copy with parts fused, the inverse of `split`; LoRA and LoHa get the sum of their ranks.
-
-        Parts that the adapter leaves alone need `sizes`.
-        """
+        """Copy with parts fused, the inverse of `split`; parts without an adapter need `sizes`."""
         return regrouping.fused(self, whole, parts, sizes, groups)
 
     def trainable(self) -> dict[str, Params]:

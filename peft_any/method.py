@@ -35,6 +35,8 @@ class Tuner(Config):
     """Parameters that are kept beside the trained ones and never trained."""
     separable: ClassVar[bool] = False
     """Whether each row of the merged weight depends on no other row, of weight or parameters."""
+    copied: ClassVar[frozenset[str]] = frozenset()
+    """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
     thins: ClassVar[str] = ""
     """The field with the rate at which training thins the adapter's input, if there is one."""
     inner: ClassVar[str] = "(weight|bias)?"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
+from typing import Any
+
+import numpy as np
 
 from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype
 from peft_any.errors import ConfigError
 from peft_any.layer import Site
-from peft_any.rng import Fresh
+from peft_any.rng import Fresh, TorchGenerator
 
 
 def largest(sites: Sequence[Site]) -> tuple[int, int]:
@@ -49,3 +53,44 @@ def own_part(a: Array, b: Array, site: Site, rows: int, r: int) -> tuple[Array, 
             f"and r={r} columns"
         )
     return a[:, : site.n_in], b[: site.n_out, :]
+
+
+def random_bases(
+    of_a: Shape, of_b: Shape, seed: int, among: float | None, new: Fresh
+) -> tuple[Any, Any]:
+    """Draw RandLoRA's bases, each divided by its standard deviation.
+
+    Parameters
+    ----------
+    of_a, of_b : shape
+        (r, 1, d) and (D, q, r).
+    seed : int
+    among : float, optional
+        Entries are −1 or 1, one in 2·`among` of each, and else 0 (Achlioptas 2003,
+        https://doi.org/10.1016/S0022-0000(03)00025-4); without, uniform in bfloat16, as torch
+        draws them where the machine has it.
+    """
+    stream = new.torch(seed)
+    if among is None:
+        a = _uniform(stream, of_a)
+        size, count, r = of_b
+        b = np.concatenate([_uniform(stream, (size, 1, r)) for _ in range(count)], axis=1)
+    else:
+        a, b = (_ternary(stream.random(shape), 1 / (2 * among)) for shape in (of_a, of_b))
+    return new.array(_normalised(a)), new.array(_normalised(b))
+
+
+def _uniform(stream: TorchGenerator, shape: Shape) -> Any:
+    bound = sqrt(3.0) * (sqrt(2.0 / 6.0) / sqrt(shape[1] * shape[2]))
+    return stream.uniform(shape, -bound, bound, "bfloat16")
+
+
+def _ternary(host: Any, share: float) -> Any:
+    return ((host > 1 - share) * 1.0 - (host < share) * 1.0).astype(host.dtype)
+
+
+def _normalised(host: Any) -> Any:
+    """Divide by the standard deviation, rounded to the dtype before and after."""
+    spread = astype(np.std(host.astype(np.float64), ddof=1), host.dtype.name)
+    wide = host.astype(np.float32) / np.float32(spread)
+    return astype(astype(wide, host.dtype.name), "float32")

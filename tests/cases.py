@@ -31,6 +31,7 @@ from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.methods.pvera import PveraConfig
+from peft_any.methods.randlora import RandLoraConfig
 from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
@@ -573,6 +574,23 @@ CASES = [
     Case("pvera-random", PveraConfig(r=4, init_weights=False), FC, identity=RANDOM),
     Case(
         "pvera-conv1d-transposed", PveraConfig(r=4, fan_in_fan_out=True), Site("fc", 6, 9, "Conv1D")
+    ),
+    # RandLoRA
+    Case("randlora", RandLoraConfig(r=5, randlora_alpha=10), FC),
+    Case("randlora-wide", RandLoraConfig(r=4), Site("a.fc", 13, 7, bias=False)),
+    Case("randlora-rank-above-size", RandLoraConfig(r=9), Site("fc", 5, 3)),
+    Case(
+        "randlora-regenerated",
+        RandLoraConfig(r=4, save_projection=False, projection_prng_key=3, randlora_alpha=7),
+        FC,
+    ),
+    Case("randlora-sparse", RandLoraConfig(r=3, sparse=True, randlora_alpha=7), FC),
+    Case("randlora-very-sparse", RandLoraConfig(r=3, very_sparse=True, randlora_alpha=7), FC),
+    Case("randlora-random", RandLoraConfig(r=4, init_weights=False), FC, identity=RANDOM),
+    Case(
+        "randlora-conv1d-transposed",
+        RandLoraConfig(r=4, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
     ),
     # RoAd
     Case("road", RoadConfig(group_size=8), FC, reverts=100),

@@ -205,6 +205,7 @@ MADE: dict[str, Made] = {
     "miss-bat": (make_net, lambda: peft.MissConfig(r=2, init_weights="bat", target_modules=PAIR)),
     "peanut": (make_net, lambda: peft.PeanutConfig(r=2, depth=1, target_modules=PAIR)),
     "pvera": (make_net, lambda: peft.PveraConfig(r=2, target_modules=PAIR)),
+    "randlora": (make_net, lambda: peft.RandLoraConfig(r=2, target_modules=PAIR)),
     "road": (make_net, lambda: peft.RoadConfig(group_size=2, target_modules=PAIR)),
     "shira": (make_net, lambda: peft.ShiraConfig(r=1, random_seed=0, target_modules=PAIR)),
     "supertuning": (make_net, lambda: peft.SupertuningConfig(sparsity=0.8, target_modules=PAIR)),

@@ -103,8 +103,9 @@ def _default(f: Any) -> Any:
 
 
 def host(tensor: torch.Tensor) -> np.ndarray:
-    """Copy to NumPy."""
-    return np.array(tensor.detach().numpy())
+    """Copy to NumPy, which has no bfloat16 of its own."""
+    tensor = tensor.detach()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
 
 def state_of(model: nn.Module) -> dict[str, np.ndarray]:
@@ -139,7 +140,11 @@ class Result:
 def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name parameters as a file does."""
     own, saved = shapes_of(case), getattr(case.config, "save_projection", True)
-    return {
+    copies = {
+        f"{PREFIX}{case.site.name}.{k}": np.asarray(params[k])
+        for k in (case.config.copied if saved else ())
+    }
+    return copies | {
         (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
         for k, v in params.items()
         if k in own or saved

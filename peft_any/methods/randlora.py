@@ -1,0 +1,105 @@
+"""RandLoRA: full rank from random bases. Albert et al. 2025, https://arxiv.org/abs/2502.00987."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields
+from peft_any.errors import ConfigError
+from peft_any.layer import Kind, Site
+from peft_any.method import Additive, Tuner
+from peft_any.projections import largest, random_bases
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
+    """ΔW = s·B̂·Û, or its transpose where n_out < n_in, with s = α/r.
+
+    Let d and D be the smaller and the larger of n_in and n_out, and q = ⌈d/r⌉. Û (q·r, d) has the
+    rows λ[k, j]·A[k, 0, :d] ⊙ γ[j], in the order k·q + j, and B̂ (D, q·r) is B[:D, :q], flat, in
+    the order j·r + k: Hugging Face PEFT does not pair them as the paper does. Trained are
+    `randlora_lambda` λ (r, q) and `randlora_gamma` γ (q, d).
+
+    All sites share the frozen A (r, 1, largest d) and B (largest D, largest q, r), which a file
+    also holds once more for every site.
+
+    projection_prng_key: seed of A and B, each divided by its standard deviation.
+    save_projection: whether the file holds A and B; else they are drawn again. Hugging Face PEFT
+        draws B in bfloat16 or, on machines without it, float16: bfloat16 is taken here.
+    sparse, very_sparse: A and B of −1, 0 and 1, a sixth, or 1/(2·√d), of them of either sign.
+    randlora_alpha: α.
+    init_weights: true (λ = 0, γ = 1/max(q, d)) or false (λ normal, γ = 1/D).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"randlora_A", "randlora_B"})
+    copied: ClassVar[frozenset[str]] = frozen
+    thins: ClassVar[str] = "randlora_dropout"
+
+    r: int = 32
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    sparse: bool = False
+    very_sparse: bool = False
+    randlora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    randlora_alpha: float = 640
+    init_weights: bool = True
+    bias: str = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", bias="randlora")
+
+    def _sizes(self, n: int, m: int) -> tuple[int, int, int]:
+        """The smaller and the larger size, and how many bases the smaller needs."""
+        return min(n, m), max(n, m), -(-min(n, m) // self.r)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """λ and γ."""
+        d, _, q = self._sizes(site.n_in, site.n_out)
+        return {"randlora_lambda": (self.r, q), "randlora_gamma": (q, d)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """λ zero, γ constant."""
+        of_lambda, of_gamma = self.shapes(site).values()
+        draw = new.zeros if self.init_weights else new.normal
+        share = 1 / max(of_gamma if self.init_weights else (site.n_in, site.n_out))
+        return {"randlora_lambda": draw(of_lambda), "randlora_gamma": new.full(of_gamma, share)}
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """A and B, as large as the largest of the sites needs."""
+        d, most, q = self._sizes(*largest(sites))
+        return {"randlora_A": (self.r, 1, d), "randlora_B": (most, q, self.r)}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """Draw A, then B, as HF PEFT does."""
+        of_a, of_b = self.shared_shapes(sites).values()
+        among = sqrt(of_a[2]) if self.very_sparse else 3.0 if self.sparse else None
+        a, b = random_bases(of_a, of_b, self.projection_prng_key, among, new)
+        return {"randlora_A": a, "randlora_B": b}
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """s·B̂·Û, or its transpose."""
+        a, b, (d, most, q) = p["randlora_A"], p["randlora_B"], self._sizes(site.n_in, site.n_out)
+        if a.shape[2] < d or b.shape[0] < most or b.shape[1] < q or a.shape[0] != self.r:
+            raise ConfigError(
+                f"{site.name}: bases A {tuple(a.shape)} and B {tuple(b.shape)} cannot adapt it: "
+                f"A is ({self.r}, 1, {d} or more), B ({most} or more, {q} or more, {self.r})"
+            )
+        xp = namespace(a)
+        scaled = xp.reshape(p["randlora_lambda"], (self.r, q, 1)) * a[:, :, :d]
+        u = xp.reshape(scaled * p["randlora_gamma"], (self.r * q, d))
+        product = xp.reshape(b[:most, :q, :], (most, q * self.r)) @ u
+        whole: Array = product if site.n_in == d else xp.matrix_transpose(product)
+        return (self.randlora_alpha / self.r) * whole
+
+    # One product with the merged weight costs less than two as large.
+    forward = Tuner.forward
