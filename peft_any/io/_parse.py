@@ -13,7 +13,7 @@ from peft_any._typing import Shape
 from peft_any.errors import FormatError
 from peft_any.io._header import DTYPES, TensorInfo, byte_size
 
-MEMBER_LIMIT = 400_000
+MEMBER_LIMIT = 200_000
 """Tensors, or entries of ``__metadata__``: several times what any published model has."""
 MAX_DIMS = 64
 _MAX_INT = 2**63 - 1
