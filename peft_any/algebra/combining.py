@@ -93,7 +93,7 @@ def combine(
         Of the result; by default float32, or float64 where an adapter has it.
     overwrite : bool
     backend : str or Backend
-        Where to compute; by default where the arrays of given `Adapter`s are.
+        Where to compute; by default where the arrays of the given adapters are.
     progress : callable, optional
         Called with layers done, all layers, and the layer's name.
     engine : str or Engine
