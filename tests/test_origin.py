@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import merge_checkpoint
+from peft_any import combine, extract, merge_checkpoint
 from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import TargetError
@@ -106,6 +106,24 @@ class TestStamp:
         again.save(tmp_path / "b")
         assert read_metadata(tmp_path / "b" / "adapter_model.safetensors") == first.metadata
         assert PeftModel(weights(seed=7)).add("y", again).metadata == first.metadata
+
+    def test_an_extracted_adapter_knows_its_base(self, tmp_path: Path) -> None:
+        base, tuned = weights(), weights(seed=7)
+        write_safetensors(tmp_path / "tuned.safetensors", tuned)
+        given = stored(tmp_path, base), tmp_path / "tuned.safetensors", tmp_path / "a"
+        found = extract(*given, rank=1)
+        assert read_metadata(tmp_path / "a" / "adapter_model.safetensors") == found.adapter.metadata
+        merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", dry_run=True)
+        with pytest.raises(TargetError, match="made on another base"):
+            merge_checkpoint(tmp_path / "tuned.safetensors", tmp_path / "a", dry_run=True)
+
+    def test_combined_adapters_know_theirs(self, tmp_path: Path) -> None:
+        one = make(tmp_path, weights())
+        made, _ = combine([one, (one, 0.5)], tmp_path / "sum")
+        assert KEY in made.metadata
+        merge_checkpoint(stored(tmp_path, weights()), tmp_path / "sum", dry_run=True)
+        with pytest.raises(TargetError, match="made on another base"):
+            merge_checkpoint(stored(tmp_path, weights(seed=7)), tmp_path / "sum", dry_run=True)
 
     def test_an_adapter_without_layers_has_none(self) -> None:
         assert made_on(weights(), []) == {}

@@ -23,6 +23,7 @@ from peft_any.io.checkpoint import Checkpoint, output_directory
 from peft_any.io.config import TENSORS
 from peft_any.io.safetensors import SafetensorsFile
 from peft_any.layer import Dense, Site
+from peft_any.origin import made_on
 from peft_any.receipt import peak_memory, versions
 from peft_any.rng import Fresh
 from peft_any.selection import in_projection
@@ -116,6 +117,8 @@ def extract(
         writing = nullcontext() if out is None else output_directory(out, overwrite, inputs=inputs)
         with writing as folder:
             adapter = work.run()
+            origin = made_on(one, work.division.sites.values())
+            adapter = adapter.replace(metadata={**adapter.metadata, **origin})
             done = Extraction(
                 adapter,
                 described(base, one),
