@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from peft_any.oneshot import merge as merge
     from peft_any.oneshot import unmerge as unmerge
     from peft_any.registry import method_for as method_for
+    from peft_any.surgery import diff as diff
     from peft_any.surgery import extract as extract
     from peft_any.surgery import inspect_adapter as inspect_adapter
     from peft_any.surgery import merge_checkpoint as merge_checkpoint
@@ -74,7 +75,7 @@ _HOMES = {
     "oneshot": "merge unmerge",
     "registry": "method_for",
     "train": "fit",
-    "surgery": "extract inspect_adapter merge_checkpoint verify_checkpoint",
+    "surgery": "diff extract inspect_adapter merge_checkpoint verify_checkpoint",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

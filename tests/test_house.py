@@ -135,8 +135,8 @@ def test_a_method_is_documented_with_its_source(peft_type: str) -> None:
 
 
 def test_public_names_exist() -> None:
-    # 39 for adapters, 8 for derivatives and training, which are used where a model is written
-    assert len(peft_any.__all__) <= 47
+    # 40 for adapters, 8 for derivatives and training, which are used where a model is written
+    assert len(peft_any.__all__) <= 48
     for name in peft_any.__all__:
         assert getattr(peft_any, name) is not None
     assert peft_any.LoraConfig.peft_type == "LORA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,8 @@ from peft_any.cli.console import progress
 from peft_any.cli.options import AsJson, Backend, Base, Debug, NoStrict, Out, Overwrite, Quiet
 
 if TYPE_CHECKING:
-    from peft_any.surgery import Extraction
+    from peft_any.algebra.difference import AdapterDifference
+    from peft_any.surgery import CheckpointDifference, Extraction
 
 
 @app.command()
@@ -58,6 +60,63 @@ def extract(
             progress=step,
         )
     return Result(found.to_dict(), extracted(found), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def diff(
+    *,
+    one: Annotated[str, typer.Argument(metavar="A", help="An adapter, or a model.")],
+    two: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model of two adapters, where their changes need it.")
+    ] = None,
+    no_strict: NoStrict = False,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+) -> Result:
+    """Compare two adapters by what they add to each layer, or two models tensor by tensor."""
+    from peft_any import diff as compare
+
+    with progress("comparing", quiet) as step:
+        found = compare(one, two, base, strict=not no_strict, backend=backend, progress=step)
+    return Result(found.to_dict(), compared(found), as_json=as_json, quiet=quiet)
+
+
+def compared(found: AdapterDifference | CheckpointDifference) -> list[RenderableType]:
+    """Show a comparison: the totals, and every layer; of models, the tensors that differ most."""
+    from peft_any.cli.report import ROWS, number, table
+    from peft_any.surgery import CheckpointDifference
+
+    if isinstance(found, CheckpointDifference):
+        states = ", ".join(f"{count} {state}" for state, count in found.states.items())
+        rows = [one for one in found.tensors if one.state not in ("identical", "equal")]
+        rows.sort(key=lambda one: -(inf if one.relative is None else one.relative))
+        made = table("tensor", "state", "dtypes", "‖Δ‖/‖A‖", "largest", "cosine")
+        for one in rows[:ROWS]:
+            made.add_row(
+                Text(one.tensor),
+                one.state,
+                " → ".join(dict.fromkeys(d for d in one.dtype if d)),
+                number(one.relative, ".2e"),
+                number(one.most, ".2e"),
+                number(one.cosine),
+            )
+        more = [Text(f"… and {len(rows) - ROWS} more")] if len(rows) > ROWS else []
+        return [Text(states), *([made] if rows else []), *more]
+    lines = [f"A {found.a.peft_type} {found.a.label}", f"B {found.b.peft_type} {found.b.label}"]
+    lines += [f"{name}: {one!r} → {two!r}" for name, (one, two) in found.config.items()]
+    lines.append(f"cosine of the changes {number(found.cosine)}")
+    made = table("layer", "‖ΔA‖", "‖ΔB‖", "cosine", "‖ΔA−ΔB‖/‖ΔA‖", "writes alike", "reads alike")
+    for layer in found.layers:
+        made.add_row(
+            Text(layer.layer),
+            *(number(x, ".4g") for x in (layer.norm_a, layer.norm_b)),
+            *(number(x) for x in (layer.cosine, layer.distance, *layer.overlap)),
+        )
+    copies = [f"{name}: ‖A−B‖/‖A‖ {number(off, '.2e')}" for name, off in found.copies.items()]
+    return [*map(Text, lines), *([made] if found.layers else []), *map(Text, copies)]
 
 
 def extracted(found: Extraction) -> list[RenderableType]:

@@ -23,6 +23,8 @@ ROWS = 12
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
 _NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
 _NUMBERS |= {"CL error", "CD error", "trainable", "seconds", "‖Δ‖", "at best"}
+_NUMBERS |= {"‖ΔA‖", "‖ΔB‖", "cosine", "‖ΔA−ΔB‖/‖ΔA‖", "writes alike", "reads alike"}
+_NUMBERS |= {"‖Δ‖/‖A‖", "largest"}
 
 
 def table(*head: str) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft_any.surgery.comparison import CheckpointDifference as CheckpointDifference
+from peft_any.surgery.comparison import diff as diff
 from peft_any.surgery.extracted import Extraction as Extraction
 from peft_any.surgery.extraction import extract as extract
 from peft_any.surgery.inspection import Inspection as Inspection
