@@ -241,6 +241,23 @@ def test_full_copies_and_token_rows_take_part() -> None:
     np.testing.assert_allclose(half, want, atol=1e-6)
 
 
+def test_a_step_looks_for_no_layer_but_the_adapted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PeftModel(net())
+    model.add("a", LoraConfig(r=2, target_modules=["mlp.fc1"]))
+    looks: list[object] = []
+    found = peft_any.model.layout
+    monkeypatch.setattr(
+        "peft_any.model.layout", lambda *given: (looks.append(given), found(*given))[1]
+    )
+    layers = model.bind(model.parameters).layers
+    _ = layers["mlp.fc1"]
+    assert looks == []
+    assert "mlp.fc2" in layers
+    assert {"mlp.fc1", "mlp.fc2"} < {*layers}
+    _ = layers["mlp.fc2"], layers["conv"]
+    assert len(looks) == 1
+
+
 def test_full_copies_with_unlike_weights_are_summed() -> None:
     model = PeftModel(net())
     for name in ("a", "b"):
