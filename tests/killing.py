@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Killer:
     ) -> tuple[int, float]:
         """Run a command, send it a signal in time, and give its exit code and the seconds it took.
 
-        The signal comes `after` some seconds, or `once` there is a journal in a directory.
+        The signal comes `after` some seconds, or `once` a journal in a directory has lines.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -58,6 +58,13 @@ def killer() -> Iterator[Killer]:
         yield Killer(process)
     finally:
         process.communicate()
+
+
+def begun(folder: Path) -> bool:
+    """Whether something is finished according to a journal."""
+    with suppress(FileNotFoundError):
+        return any(path.stat().st_size for path in folder.glob(".*.journal"))
+    return False
 
 
 def ended(pid: int) -> bool:
@@ -85,7 +92,7 @@ def serve() -> None:
         if task["after"] is not None or task["once"] is not None:
             time.sleep(task["after"] or 0)
             folder = Path(task["once"] or ".")
-            while task["once"] and not [*folder.glob(".*.journal")] and not ended(pid):
+            while task["once"] and not begun(folder) and not ended(pid):
                 time.sleep(0.001)
             os.kill(pid, task["signal"])  # not waited for: it is there, if only as a zombie
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

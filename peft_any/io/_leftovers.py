@@ -42,39 +42,43 @@ def recover(final: Path, resume: bool = False) -> Path | None:
     UserWarning
         Of everything that was found.
     """
-    for found in leftovers(final, "old"):
+    left = leftovers(final)
+    for found in left["old"]:
         if not os.path.lexists(final):
             os.rename(found, final)
             warnings.warn(
                 f"{final}: a killed run had set it aside; it has its name again", stacklevel=5
             )
-    partial = leftovers(final, "partial")
-    journals = [p for p in partial if journal_of(p).exists()]
-    kept = journals[-1] if resume and journals else None
-    for found in (*partial, *leftovers(final, "old", "gone")):
-        if found != kept:
-            more = ", which --resume would have continued" if found in journals else ""
+    resumable = [p for p in left["partial"] if journal_of(p).exists()]
+    kept = resumable[-1] if resume and resumable else None
+    for found in (*left["partial"], *left["old"], *left["gone"]):
+        if found != kept and os.path.lexists(found):
+            more = ", which --resume would have continued" if found in resumable else ""
             discard(found)
             warnings.warn(
                 f"{final}: removed what a killed run left beside it: {found.name}{more}",
                 stacklevel=5,
             )
-    for found in leftovers(final, "journal"):
+    for found in (*left["journal"], *left["inner"]):
         if kept is None or found != journal_of(kept):
-            discard(found)
-    # An output that was being written into a partial one had its own files beside that.
-    inner = re.compile(rf"\.{re.escape(hidden(final, '').name)}{_RUN}\.partial\..*")
-    for found in final.parent.iterdir():
-        if inner.fullmatch(found.name):
             discard(found)
     return kept
 
 
-def leftovers(final: Path, *kinds: str) -> list[Path]:
-    """List what runs that were killed left beside an output, the oldest first."""
-    form = re.compile(rf"{re.escape(hidden(final, '').name)}{_RUN}\.(?:{'|'.join(kinds)})")
-    found = [p for p in final.parent.iterdir() if form.fullmatch(p.name)]
-    return sorted(found, key=lambda p: p.lstat().st_mtime)
+def leftovers(final: Path) -> dict[str, list[Path]]:
+    """List what runs that were killed left beside an output, by kind, the oldest first.
+
+    An output that was being written into a partial one had its own files beside that: ``inner``.
+    """
+    stem = re.escape(hidden(final, "").name)
+    form = re.compile(rf"{stem}{_RUN}\.(partial|journal|old|gone)|\.{stem}{_RUN}\.partial\..*")
+    found: dict[str, list[Path]] = {k: [] for k in ("partial", "journal", "old", "gone", "inner")}
+    for name in os.listdir(final.parent):
+        if match := form.fullmatch(name):
+            found[match[1] or "inner"].append(final.parent / name)
+    for paths in found.values():
+        paths.sort(key=lambda p: p.lstat().st_mtime)
+    return found
 
 
 def discard(path: Path) -> None:
