@@ -364,6 +364,8 @@ CONFIGS: dict[str, bytes] = {
     "deep JSON": DEEP,
     "deep objects": b'{"a":' * 100_000,
     "an endless number": b'{"r":' + b"9" * 10**6 + b"}",
+    "a scale that overflows": b'{"peft_type":"LORA","target_modules":["q_proj","v_proj"],'
+    b'"r":2,"lora_alpha":1e308,"rank_pattern":{"layers.1.q_proj":3}}',
     "a number of 4000 digits": b'{"peft_type":"LORA","r":' + b"9" * 4000 + b"}",
     "empty lists without end": b'{"a":[' + b"[]," * (PART_LIMIT + 1) + b"[]]}",
     "a key twice": b'{"peft_type":"LORA","r":8,"r":9}',

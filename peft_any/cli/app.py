@@ -272,6 +272,7 @@ def _run(given: list[str]) -> int:
     with signals() as caught, warnings.catch_warnings():
         warnings.showwarning = note
         warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # results are looked at for overflow
         prepare_streams()
         try:
             command = typer.main.get_command(app)
