@@ -62,7 +62,7 @@ def has_cuda(session: nox.Session) -> bool:
 @nox.session(name="all")
 def everything(session: nox.Session) -> None:
     """Run the whole suite with every CPU library in one environment, with coverage."""
-    install(session, "test", "strict", "torch", "jax", "optax", "dask")
+    install(session, "test", "strict", "torch", "jax", "optax", "dask", "plot")
     session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
     report = ("--cov", "--cov-report=term", "--junitxml=build/junit.xml")
     session.run("pytest", *report, *session.posargs, env=ENV)

@@ -170,35 +170,6 @@ def verify(
 
 
 @app.command()
-def inspect(
-    *,
-    adapter: Annotated[str, typer.Argument(help="An adapter's directory or tensor file.")],
-    base: Annotated[
-        str | None, typer.Option(help="A model: predict what it would keep of the adapter.")
-    ] = None,
-    no_strict: NoStrict = False,
-    rederive: Rederive = False,
-    names: Map = None,
-    backend: Backend = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
-) -> Result:
-    """Tell an adapter's method, layers, ranks and norms."""
-    from peft_any import inspect_adapter
-    from peft_any.cli.report import report
-
-    with progress("inspecting", quiet) as step:
-        found = inspect_adapter(
-            adapter,
-            base,
-            progress=step,
-            **fitting(no_strict, rederive, names, backend),
-        )
-    return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
-
-
-@app.command()
 def methods(
     *,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""The commands that read two checkpoints or adapters: extract and diff."""
+"""The commands that look into adapters and models: inspect, extract and diff."""
 
 from __future__ import annotations
 
@@ -11,11 +11,68 @@ from rich.text import Text
 
 from peft_any.cli.app import Result, app
 from peft_any.cli.console import progress
-from peft_any.cli.options import AsJson, Backend, Base, Debug, NoStrict, Out, Overwrite, Quiet
+from peft_any.cli.options import (
+    AsJson,
+    Backend,
+    Base,
+    Debug,
+    Map,
+    NoStrict,
+    Out,
+    Overwrite,
+    Quiet,
+    Rederive,
+    fitting,
+)
+
+Plot = Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw it.")]
 
 if TYPE_CHECKING:
     from peft_any.algebra.difference import AdapterDifference
     from peft_any.surgery import CheckpointDifference, Extraction
+    from peft_any.surgery.pictures import Drawable
+
+
+@app.command()
+def inspect(
+    *,
+    adapter: Annotated[str, typer.Argument(help="An adapter's directory or tensor file.")],
+    base: Annotated[
+        str | None, typer.Option(help="A model: predict what it would keep of the adapter.")
+    ] = None,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Find the singular values of every ΔW.")
+    ] = False,
+    plot: Plot = None,
+    no_strict: NoStrict = False,
+    rederive: Rederive = False,
+    names: Map = None,
+    backend: Backend = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+) -> Result:
+    """Tell an adapter's method, layers, ranks and norms."""
+    from peft_any import inspect_adapter
+    from peft_any.cli.report import report
+
+    with progress("inspecting", quiet) as step:
+        found = inspect_adapter(
+            adapter,
+            base,
+            spectra=spectra or plot is not None,
+            progress=step,
+            **fitting(no_strict, rederive, names, backend),
+        )
+    _draw(found, plot)
+    return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
+
+
+def _draw(found: Drawable, plot: str | None) -> None:
+    from peft_any.surgery.pictures import draw
+
+    if plot is not None:
+        draw(found, plot)
 
 
 @app.command()
@@ -70,6 +127,7 @@ def diff(
     base: Annotated[
         str | None, typer.Option(help="The model of two adapters, where their changes need it.")
     ] = None,
+    plot: Plot = None,
     no_strict: NoStrict = False,
     backend: Backend = "auto",
     as_json: AsJson = False,
@@ -81,6 +139,7 @@ def diff(
 
     with progress("comparing", quiet) as step:
         found = compare(one, two, base, strict=not no_strict, backend=backend, progress=step)
+    _draw(found, plot)
     return Result(found.to_dict(), compared(found), as_json=as_json, quiet=quiet)
 
 

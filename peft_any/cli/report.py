@@ -24,7 +24,7 @@ _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "erro
 _NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
 _NUMBERS |= {"CL error", "CD error", "trainable", "seconds", "‖Δ‖", "at best"}
 _NUMBERS |= {"‖ΔA‖", "‖ΔB‖", "cosine", "‖ΔA−ΔB‖/‖ΔA‖", "writes alike", "reads alike"}
-_NUMBERS |= {"‖Δ‖/‖A‖", "largest"}
+_NUMBERS |= {"‖Δ‖/‖A‖", "largest", "effective rank", "holds 99 %"}
 
 
 def table(*head: str) -> Table:
@@ -112,7 +112,9 @@ def report(found: Inspection) -> list[RenderableType]:
         ranks = (f"{rank} ({count}×)" for rank, count in found.ranks.items())
         lines[-1] += f", rank {', '.join(ranks)}"
     lines.append(", ".join(f"{key}={value!r}" for key, value in found.config.items()))
-    made = table("layer", "parameters", "rank", "‖ΔW‖", "arrays: shape, norm")
+    spectra = any(site.spectrum for site in found.sites)
+    more = ["effective rank", "holds 99 %"] if spectra else []
+    made = table("layer", "parameters", "rank", "‖ΔW‖", *more, "arrays: shape, norm")
     for site in found.sites:
         arrays = (
             f"{name}: {_shape(shape)}, {number(site.norms.get(name), '.4g')}"
@@ -120,7 +122,9 @@ def report(found: Inspection) -> list[RenderableType]:
         )
         rank = "–" if site.rank is None else str(site.rank)
         norm, text = number(site.delta_norm, ".4g"), Text("; ".join(arrays))
-        made.add_row(Text(site.name), f"{site.parameters:,}", rank, norm, text)
+        held = number(site.effective_rank, ".1f"), number(site.rank_for(0.99), "d")
+        cells = f"{site.parameters:,}", rank, norm, *(held if spectra else ())
+        made.add_row(Text(site.name), *cells, text)
     loose = [
         f"{what} {name}: {_shape(shape)}"
         for what, group in (("new", found.copies), ("rows of", found.rows), ("", found.shared))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from math import prod, sqrt
+from math import exp, log, prod, sqrt
 from typing import Any
 
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, astype, compute_dtype, is_floating
+from peft_any.algebra.lowrank import Cut, spectrum, widest
+from peft_any.backend import Backend, astype, compute_dtype, is_floating, to_numpy
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
@@ -28,6 +29,8 @@ from peft_any.surgery.sources import Given, Kinds, given_one
 from peft_any.surgery.ties import settle_ties
 from peft_any.targets import site_of
 
+_ENERGIES = (0.5, 0.9, 0.99, 0.999)
+"""Shares of ‖ΔW‖² for which an inspection says the rank."""
 _FORMED = 1 << 25
 """Elements up to which ΔW is formed to take its norm."""
 
@@ -47,6 +50,8 @@ class SiteReport:
         Frobenius norms of the parameters.
     delta_norm : float or None
         ‖ΔW‖, where it follows from the parameters alone.
+    spectrum : tuple of float
+        The singular values of ΔW, where they were asked for and follow from the parameters.
     """
 
     name: str
@@ -55,6 +60,24 @@ class SiteReport:
     shapes: dict[str, tuple[int, ...]]
     norms: dict[str, float]
     delta_norm: float | None
+    spectrum: tuple[float, ...] = ()
+
+    @property
+    def effective_rank(self) -> float | None:
+        """exp(−Σ p·ln p) with p = s/Σs (Roy & Vetterli 2007); None without a spectrum."""
+        total = sum(self.spectrum)
+        shares = [s / total for s in self.spectrum if s] if total else []
+        return exp(-sum(p * log(p) for p in shares)) if shares else None
+
+    def rank_for(self, energy: float) -> int | None:
+        """How many singular values hold this share of ‖ΔW‖²; None without a spectrum.
+
+        Examples
+        --------
+        >>> SiteReport("fc", 0, 2, {}, {}, 2.0, (3.0, 1.0)).rank_for(0.9)
+        1
+        """
+        return Cut(energy=energy).keep(self.spectrum) if self.spectrum else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,10 @@ class Inspection:
         found: dict[str, Any] = plain(head | asdict(self))
         for entry, change in zip(found["changes"], self.changes, strict=True):
             entry["relative"] = change.relative
+        for entry, site in zip(found["sites"], self.sites, strict=True):
+            if site.spectrum:
+                entry["effective_rank"] = site.effective_rank
+                entry["rank_for"] = {str(e): site.rank_for(e) for e in _ENERGIES}
         return found
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -120,6 +147,7 @@ def inspect_adapter(
     kinds: Kinds = None,
     rederive: bool = False,
     names: Names = None,
+    spectra: bool = False,
 ) -> Inspection:
     """Look into an adapter; with a base, predict what merging would leave of its changes.
 
@@ -130,6 +158,9 @@ def inspect_adapter(
         As for `merge_checkpoint`. The prediction is made by merging and rounding in memory.
     strict, progress, backend, kinds, rederive, names
         As for `merge_checkpoint`.
+    spectra : bool
+        Whether to find the singular values of every ΔW: from the factors, where the method has
+        small ones.
 
     Raises
     ------
@@ -149,7 +180,7 @@ def inspect_adapter(
     fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
     given = given_one(adapter, strict=strict)
     if base is None or isinstance(given.adapter.config, Prompt):
-        return _describe(*mapped([given], fit.rules, None))
+        return _describe(*mapped([given], fit.rules, None), spectra=spectra)
     with Checkpoint(base) as checkpoint:
         plan = make_plan(checkpoint, [given], fit)
         surgeon = Surgeon(plan, fit.backend)
@@ -159,7 +190,9 @@ def inspect_adapter(
             changes.append(surgeon.value(name)[1])
             if progress is not None:
                 progress(i + 1, len(plan.touched), name)
-        fields = vars(_describe(*mapped([given], fit.rules, checkpoint, kinds))) | {
+        fields = vars(
+            _describe(*mapped([given], fit.rules, checkpoint, kinds), spectra=spectra)
+        ) | {
             "base": {"path": str(base), "fingerprint": fingerprint(checkpoint)},
             "changes": tuple(changes),
             "notes": tuple(plan.warnings),
@@ -167,7 +200,7 @@ def inspect_adapter(
     return Inspection(**fields)
 
 
-def _describe(given: Given) -> Inspection:
+def _describe(given: Given, *, spectra: bool = False) -> Inspection:
     adapter = given.adapter
     config = adapter.config
     shown = {
@@ -181,7 +214,7 @@ def _describe(given: Given) -> Inspection:
         given.source.files,
         shown,
         adapter.num_parameters,
-        tuple(_site_reports(adapter)),
+        tuple(_site_reports(adapter, spectra)),
         {name: tuple(a.shape) for name, a in adapter.extra.items()},
         {name: tuple(a.shape) for name, a in adapter.tokens.items()},
         {name: tuple(a.shape) for name, a in adapter.shared.items()},
@@ -189,7 +222,7 @@ def _describe(given: Given) -> Inspection:
     )
 
 
-def _site_reports(adapter: Adapter) -> Iterator[SiteReport]:
+def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
     config: Any = adapter.config
     known: dict[Any, list[Site]] = {}
     for name, params in adapter.sites.items():
@@ -202,6 +235,7 @@ def _site_reports(adapter: Adapter) -> Iterator[SiteReport]:
             {k: tuple(a.shape) for k, a in params.items()},
             {k: _norm(a) for k, a in params.items() if is_floating(a)},
             None if found is None else _delta_norm(*found, {**adapter.shared, **params}),
+            _spectrum(*found, {**adapter.shared, **params}) if found and spectra else (),
         )
 
 
@@ -218,3 +252,14 @@ def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:
         return _norm(config.delta(wide, site))
     except (PeftError, KeyError):  # what the file leaves out: start values, projections
         return None
+
+
+def _spectrum(config: Tuner, site: Site, params: Params) -> tuple[float, ...]:
+    if not isinstance(config, Additive) or site.n_out * site.width > _FORMED * 16:
+        return ()
+    wide = {k: widest(a) if is_floating(a) else a for k, a in params.items()}
+    try:
+        u, v = config.factors(wide, site)
+    except (PeftError, KeyError):  # what the file leaves out
+        return ()
+    return tuple(float(s) for s in to_numpy(spectrum((u, v))))
