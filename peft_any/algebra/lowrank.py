@@ -67,9 +67,14 @@ class Cut:
                 raise ConfigError(f"{name}={value}: cannot be a share: give one in (0, 1]")
 
     @property
+    def selector(self) -> str | None:
+        """What besides `rank` is given."""
+        return next((k for k, v in vars(self).items() if k != "rank" and v is not None), None)
+
+    @property
     def reads_values(self) -> bool:
         """Whether the singular values themselves decide, and not their number alone."""
-        return any(v is not None for k, v in vars(self).items() if k != "rank")
+        return self.selector is not None
 
     def keep(self, s: Iterable[float], rounding: float = 0.0) -> int:
         """Count the values to keep: at least one, but none of a zero matrix.

@@ -129,15 +129,16 @@ class Resizing(Job):
     def _layer(self, layer: Layer, options: Options, dtype: str) -> tuple[Update, LayerRecord]:
         (whole,), shift = layer.effects()
         cut = options.cut or Cut(energy=1.0)
-        made, discarded = cut_to(whole, cut)
+        made, lost = cut_to(whole, cut, layer)
         scale, before = 1.0, int(whole[1].shape[0])
         if made[1].shape[0] >= before:
-            (made, scale), discarded = _untouched(layer, whole), 0.0
+            (made, scale), lost = _untouched(layer, whole), 0.0
         if not cut.reads_values and cut.rank is not None:
             made = lowrank.pad(made, cut.rank)
         stored = rounded_to(dtype, made, layer.site.name)
         update = Update(layer.site, stored, shift, scale)
-        record = measured(layer, update, [whole], whole=whole, wanted=whole, discarded=discarded)
+        scaled = (scale * lowrank.widest(made[0]), made[1])
+        record = measured(layer, update, [whole], whole=whole, made=scaled, wanted=whole, lost=lost)
         return update, record
 
     def _dtype(self, given: Sequence[Given]) -> str:

@@ -12,7 +12,10 @@ import numpy as np
 
 from peft_any._typing import Array
 from peft_any.algebra import lowrank
+from peft_any.algebra.blockwise import square
+from peft_any.algebra.distances import error_of, gap, length
 from peft_any.algebra.lowrank import Cut, Factors
+from peft_any.algebra.rangefinder import approximate
 from peft_any.algebra.record import LayerRecord
 from peft_any.algebra.sparse import Rows, Rule, Sign, combined
 from peft_any.algebra.terms import Term, base_layer, site_of_terms
@@ -21,6 +24,7 @@ from peft_any.backend import (
     Backend,
     astype,
     compute_dtype,
+    dtype_name,
     from_numpy_like,
     is_floating,
     namespace,
@@ -30,7 +34,7 @@ from peft_any.errors import ConfigError, UsageError, VerifyError, nearest
 from peft_any.extras import non_finite
 from peft_any.layer import Site, flat
 from peft_any.linalg import as_product
-from peft_any.rng import TorchGenerator
+from peft_any.rng import Fresh, TorchGenerator
 
 _PRUNING = {
     "ties": Rule("magnitude", elect=True),
@@ -145,21 +149,25 @@ def combine_layer(layer: Layer, options: Options, *, dtype: str) -> tuple[Update
     effects, shift = layer.effects()
     pairs = zip(layer.terms, effects, strict=True)
     whole = lowrank.total((term.weight, pair) for term, pair in pairs)
-    discarded, wanted = 0.0, whole
-    if options.method in ("exact", "cat"):
-        made, discarded = cut_to(whole, options.cut)
-    elif options.method in RULES:
+    wanted: Factors | Array = whole
+    if options.method in RULES:
         made = wanted = _apart(layer, options)
-    else:
+        lost = 0.0
+    elif options.method in ON_DELTA:
         rounded = [(_single(t.weight), f) for t, f in zip(layer.terms, effects, strict=True)]
         wanted = lowrank.total(rounded)
         if options.method != "svd":
-            wanted = as_product(_on_delta(layer, effects, options))
-        made, discarded = cut_to(wanted, options.cut)
+            wanted = _on_delta(layer, effects, options)
+        made, lost = cut_to(wanted, options.cut, layer)
         if options.clamp is not None:
             made = _clamped(made, options.clamp)
+            lost = (
+                length(gap(made, wanted if isinstance(wanted, tuple) else as_product(wanted))) ** 2
+            )
+    else:
+        made, lost = cut_to(whole, options.cut, layer)
     update = Update(layer.site, rounded_to(dtype, made, layer.site.name), shift)
-    record = measured(layer, update, effects, whole=whole, wanted=wanted, discarded=discarded)
+    record = measured(layer, update, effects, whole=whole, made=made, wanted=wanted, lost=lost)
     return update, record
 
 
@@ -169,24 +177,45 @@ def measured(
     effects: Sequence[Factors],
     *,
     whole: Factors,
-    wanted: Factors,
-    discarded: float,
+    made: Factors,
+    wanted: Factors | Array,
+    lost: float,
 ) -> LayerRecord:
-    """Measure what is stored against what was wanted, and against the exact sum."""
+    """Measure what is stored against what was wanted, and against the exact sum.
+
+    Parameters
+    ----------
+    layer, update, effects
+    whole : Factors
+        The exact sum.
+    made : Factors
+        What `update` holds, before it was rounded.
+    wanted : Factors, or array (n_out, width)
+        What `made` approximates.
+    lost : float
+        ‖made − wanted‖².
+    """
     u, v = map(lowrank.widest, update.factors)
     stored = (update.scale * u, v)
-    error = _distance(stored, wanted)
+    size = length(whole)
+    of = size if wanted is whole else _size(wanted)
+    error = error_of(stored, made, wanted, lost)
+    off = error if wanted is whole else length(gap(stored, whole)) / size if size else None
     return LayerRecord(
         layer.site.name,
         tuple(term.label for term in layer.terms),
         (layer.site.n_out, layer.site.width),
         tuple(int(v.shape[0]) for _, v in effects),
         max(int(v.shape[0]), 1),
-        _norm(whole),
-        discarded,
+        size,
+        lost / of**2 if of else 0.0,
         error,
-        error if wanted is whole else _distance(stored, whole),
+        off,
     )
+
+
+def _size(wanted: Factors | Array) -> float:
+    return length(wanted) if isinstance(wanted, tuple) else sqrt(square(wanted))
 
 
 def rounded_to(dtype: str, factors: Factors, name: str) -> Factors:
@@ -207,30 +236,30 @@ def rounded_to(dtype: str, factors: Factors, name: str) -> Factors:
     return u, v
 
 
-def cut_to(factors: Factors, cut: Cut | None) -> tuple[Factors, float]:
-    """Cut the rank, and give the share of ‖ΔW‖² left out; None: to what the matrix has room for."""
-    u, v = factors
-    if v.shape[0] == 0:
-        return lowrank.pad(factors, 1), 0.0
-    if cut is None and v.shape[0] < min(u.shape[0], v.shape[1]):
-        return factors, 0.0
-    best = lowrank.truncate(factors, cut or Cut(energy=1.0))
-    return lowrank.pad(best.factors, max(best.rank, 1)), 0.0 if cut is None else best.discarded
+def cut_to(wanted: Factors | Array, cut: Cut | None, layer: Layer) -> tuple[Factors, float]:
+    """Cut a rank, and give what is left out, ‖made − wanted‖².
 
-
-def _norm(factors: Factors) -> float:
-    size: Any = lowrank.norm(factors)
-    return float(size)
-
-
-def _distance(made: Factors, wanted: Factors) -> float | None:
-    """‖made − wanted‖/‖wanted‖."""
-    size = _norm(wanted)
-    if not size:
-        return None
-    wide = tuple(lowrank.widest(part) for part in wanted)
-    gap = lowrank.total([(1.0, made), (-1.0, (wide[0], wide[1]))])
-    return _norm(gap) / size
+    Parameters
+    ----------
+    wanted : Factors, or array (m, n)
+        Where factors are no smaller than the matrix, it is the matrix that is approximated.
+    cut : Cut, optional
+        None: cut to what the matrix has room for.
+    layer : Layer
+    """
+    if isinstance(wanted, tuple):
+        u, v = wanted
+        k, most = v.shape[0], min(u.shape[0], v.shape[1])
+        if k == 0 or (cut is None and k < most):
+            return lowrank.pad(wanted, max(k, 1)), 0.0
+        if cut is None or k < most or cut.selector not in (None, "energy"):
+            best = lowrank.truncate(wanted, cut or Cut(energy=1.0))
+            left = [float(s) for s in to_numpy(best.spectrum)[best.rank :]] if cut else []
+            return lowrank.pad(best.factors, max(best.rank, 1)), sum(s * s for s in left)
+        wanted = u @ v
+    new = Fresh(0, layer.backend, key=layer.site.name, dtype=dtype_name(wanted))
+    near = approximate(wanted, cut or Cut(energy=1.0), new)
+    return lowrank.pad(near.factors, max(near.rank, 1)), near.residual**2
 
 
 def _single(value: float) -> float:
