@@ -16,8 +16,8 @@ from peft_any.backend import backend as backend
 if TYPE_CHECKING:
     from peft_any._jaxpr import without_merging as without_merging
     from peft_any.adapter import Adapter as Adapter
-    from peft_any.algebra import combine as combine
-    from peft_any.algebra import resize as resize
+    from peft_any.algebra.combining import combine as combine
+    from peft_any.algebra.resizing import resize as resize
     from peft_any.autodiff import grad as grad
     from peft_any.autodiff import value_and_grad as value_and_grad
     from peft_any.autodiff import vjp as vjp
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from peft_any.oneshot import merge as merge
     from peft_any.oneshot import unmerge as unmerge
     from peft_any.registry import method_for as method_for
-    from peft_any.surgery import diff as diff
-    from peft_any.surgery import extract as extract
-    from peft_any.surgery import inspect_adapter as inspect_adapter
-    from peft_any.surgery import merge_checkpoint as merge_checkpoint
-    from peft_any.surgery import verify_checkpoint as verify_checkpoint
+    from peft_any.surgery.comparison import diff as diff
+    from peft_any.surgery.extraction import extract as extract
+    from peft_any.surgery.inspection import inspect_adapter as inspect_adapter
+    from peft_any.surgery.merge import merge_checkpoint as merge_checkpoint
+    from peft_any.surgery.verify import verify_checkpoint as verify_checkpoint
     from peft_any.train import fit as fit
 
 __version__ = "0.1.0"
@@ -61,7 +61,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "_jaxpr": "without_merging",
     "adapter": "Adapter",
-    "algebra": "combine resize",
+    "algebra.combining": "combine",
+    "algebra.resizing": "resize",
     "autodiff": "grad value_and_grad vjp",
     "backend": "Backend backend detach move resolve",
     "custom": "custom_vjp remat",
@@ -75,7 +76,11 @@ _HOMES = {
     "oneshot": "merge unmerge",
     "registry": "method_for",
     "train": "fit",
-    "surgery": "diff extract inspect_adapter merge_checkpoint verify_checkpoint",
+    "surgery.comparison": "diff",
+    "surgery.extraction": "extract",
+    "surgery.inspection": "inspect_adapter",
+    "surgery.merge": "merge_checkpoint",
+    "surgery.verify": "verify_checkpoint",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

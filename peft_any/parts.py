@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft_any._typing import Array, Params
 from peft_any.backend import is_array, namespace
@@ -61,6 +61,38 @@ def ready(parts: Sequence[Part], base: Dense) -> tuple[list[Part], Dense]:
 def rounded(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense:
     """Merge adapters into a layer, in the compute dtype, and round to the base's dtypes."""
     return narrow(merge(*ready(parts, base), stacked=stacked), base)
+
+
+def cut(part: Part, site: Site, rows: slice) -> Part | None:
+    """Restrict an adapter to some rows of the flat weight: it merges these as it merges all.
+
+    Parameters
+    ----------
+    part : Part
+    site : Site
+        Of the whole layer.
+    rows : slice
+        From a row to a row.
+
+    Returns
+    -------
+    Part or None
+        None where the method's rows need one another, or the layer's flat weight has other rows
+        than the stored one.
+    """
+    config = part.config
+    some = replace(site, n_out=rows.stop - rows.start)
+    if not config.separable or site.groups > 1 or site.kind in ("Conv1D", "Embedding"):
+        return None
+    params = dict(part.params)
+    if config.frozen & params.keys():
+        return None
+    fewer = config.shapes(some)
+    for name, whole in config.shapes(site).items():
+        for axis, (size, less) in enumerate(zip(whole, fewer[name], strict=True)):
+            if size != less:
+                params[name] = params[name][(slice(None),) * axis + (rows,)]
+    return replace(part, params=params)
 
 
 def effect(parts: Sequence[Part], base: Dense) -> tuple[Array, Array | None]:

@@ -614,7 +614,7 @@ def test_a_full_disk(
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     given = "--base", base, "--adapter", adapter, "--out", tmp_path / "out"
     shell.refused(5, "merge", *given, says=("no space", str(tmp_path / "out")))
 
@@ -633,11 +633,11 @@ def test_a_file_size_limit(base: Path, adapter: Path, tmp_path: Path) -> None:
 SLOW = """
 import time
 from peft_any.surgery.compute import Surgeon
-value = Surgeon.value
+patch = Surgeon.patch
 def slow(self, tensor):
     time.sleep(0.3)
-    return value(self, tensor)
-Surgeon.value = slow
+    return patch(self, tensor)
+Surgeon.patch = slow
 """
 
 

@@ -169,15 +169,15 @@ def test_a_lost_workers_pieces_are_done_again(client: Any, tmp_path: Path) -> No
 
 def slow_down() -> None:
     """On a worker: take a while over each tensor, so that a shard is half written when it dies."""
-    from peft_any.surgery.job import Job
+    from peft_any.surgery.compute import Surgeon
 
-    quick = Job._tensor
+    quick = Surgeon.patch
 
     def slow(*args: Any) -> Any:
         time.sleep(0.1)
         return quick(*args)
 
-    Job._tensor = slow  # type: ignore[method-assign]
+    Surgeon.patch = slow  # type: ignore[method-assign]
 
 
 def test_a_merge_outlives_a_killed_worker(client: Any, folder: Path) -> None:

@@ -18,8 +18,8 @@ from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import ShapeError, StorageError, TargetError, UsageError, VerifyError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
-from peft_any.surgery import Extraction
 from peft_any.surgery.division import shortened
+from peft_any.surgery.extracted import Extraction
 from tests.conftest import Lib
 
 RNG = np.random.default_rng(0)

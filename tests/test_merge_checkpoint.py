@@ -165,7 +165,7 @@ class TestWhatIsWritten:
         self, model: Path, tuned: Path, tmp_path: Path
     ) -> None:
         merge_checkpoint(model, tuned, tmp_path / "out", dtype="fp32")
-        exact = {k: v.astype("float32") for k, v in llama().items()}
+        exact = {k: v.astype("float64") for k, v in llama().items()}
         want = peft_any.merge(exact, Adapter.load(tuned))
         with Checkpoint(tmp_path / "out") as got:  # which warns of a wrong total_size
             for name in got:
@@ -174,7 +174,7 @@ class TestWhatIsWritten:
                 assert info.dtype == ("float32" if wide else "bfloat16")
                 assert info.start % got[name].dtype.itemsize == 0
                 if wide:
-                    np.testing.assert_array_equal(got[name], want[name])
+                    np.testing.assert_array_equal(got[name], want[name].astype("float32"))
 
     def test_a_dry_run_computes_all_and_writes_nothing(
         self, model: Path, tuned: Path, tmp_path: Path
@@ -464,7 +464,8 @@ class TestGrowth:
         made = made.replace(extra={"model.embed_tokens.weight": np.ones((13, 8), "float32")})
         made.save(tmp_path / "a")
         merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
-        want = peft_any.merge(large, made)["model.embed_tokens.weight"]
+        wide = {name: value.astype("float64") for name, value in large.items()}
+        want = peft_any.merge(wide, made)["model.embed_tokens.weight"]
         with Checkpoint(tmp_path / "out") as got:
             np.testing.assert_allclose(got["model.embed_tokens.weight"], want, rtol=1e-6)
 
@@ -888,15 +889,15 @@ class TestTrouble:
     ) -> None:
         base = single(tmp_path / "base", llama())
         out = tmp_path / "out.safetensors" if single_file else tmp_path / "out"
-        write, room = os.write, [2000]
+        write, room = os.pwrite, [2000]
 
-        def full(handle: int, data: Any) -> int:
+        def full(handle: int, data: Any, at: int) -> int:
             room[0] -= len(data)
             if room[0] < 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return write(handle, data)
+            return write(handle, data, at)
 
-        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "pwrite", full)
         monkeypatch.delattr(os, "copy_file_range", raising=False)
         text = self.stopped(StorageError, lambda: merge_checkpoint(base, tuned, out), tmp_path)
         assert "no space" in text

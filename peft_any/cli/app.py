@@ -33,6 +33,7 @@ from peft_any.cli.options import (
     Rederive,
     Resume,
     Scheduler,
+    Threads,
     engine_at,
     fitting,
     weighted,
@@ -99,6 +100,7 @@ def merge(
     backend: Backend = "auto",
     engine: Engine = "local",
     scheduler: Scheduler = None,
+    threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
@@ -123,6 +125,7 @@ def merge(
             resume=resume,
             full_hash=full_hash,
             engine=engine_at(engine, scheduler),
+            threads=threads,
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)

@@ -29,7 +29,8 @@ Plot = Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw it.")]
 
 if TYPE_CHECKING:
     from peft_any.algebra.difference import AdapterDifference
-    from peft_any.surgery import CheckpointDifference, Extraction
+    from peft_any.surgery.comparison import CheckpointDifference
+    from peft_any.surgery.extracted import Extraction
     from peft_any.surgery.pictures import Drawable
 
 
@@ -146,7 +147,7 @@ def diff(
 def compared(found: AdapterDifference | CheckpointDifference) -> list[RenderableType]:
     """Show a comparison: the totals, and every layer; of models, the tensors that differ most."""
     from peft_any.cli.report import ROWS, number, table
-    from peft_any.surgery import CheckpointDifference
+    from peft_any.surgery.comparison import CheckpointDifference
 
     if isinstance(found, CheckpointDifference):
         states = ", ".join(f"{count} {state}" for state, count in found.states.items())

@@ -64,6 +64,9 @@ Scheduler = Annotated[
         help="Of Dask: tcp://host:8786, or a scheduler's .json file. Without: workers here.",
     ),
 ]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads that compute; by default one a processor.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_any.algebra import Record
-from peft_any.demo.figure import spark_lines
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
 from peft_any.registry import method_for
-from peft_any.surgery import Inspection
+
+if TYPE_CHECKING:
+    from peft_any.algebra.record import Record
+    from peft_any.surgery.inspection import Inspection
 
 ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
@@ -210,6 +211,8 @@ def scores(
     rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[float]]
 ) -> list[RenderableType]:
     """Show what the demo's methods came to, and how they came to it."""
+    from peft_any.demo.figure import spark_lines
+
     lines = spark_lines(curves)
     made = table("method", "CL error", "CD error", "trainable", "seconds", "CL error in training")
     for row in rows:

@@ -26,7 +26,8 @@ from peft_any.io._atomic import StrPath
 from peft_any.io.safetensors import read_safetensors
 from peft_any.model import PeftModel
 from peft_any.receipt import SCHEMA_VERSION, Host, Receipt
-from peft_any.surgery import merge_checkpoint, verify_checkpoint
+from peft_any.surgery.merge import merge_checkpoint
+from peft_any.surgery.verify import verify_checkpoint
 
 ROUNDING = 1e-6
 """What weights may differ by, relative to the largest: eight units in float32's last place."""

@@ -1,4 +1,4 @@
-"""Carrying a planned merge out: every tensor in turn, the side files, and the receipt."""
+"""Carrying a planned merge out: every shard in turn, the side files, and the receipt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from peft_any._typing import Shape
 from peft_any.errors import PeftError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._header import RANK, byte_size
 from peft_any.io._json import read_json
+from peft_any.io._writer import PlacedWriter
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
-from peft_any.io.safetensors import SafetensorsFile, StreamWriter
+from peft_any.io.safetensors import SafetensorsFile
 from peft_any.receipt import Change, Receipt, peak_memory
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, task_of
+from peft_any.surgery.output import fill
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.sources import Kinds
 
@@ -57,6 +60,7 @@ class Job:
     full_hash: bool = False
     kinds: Kinds = None
     elsewhere: Elsewhere | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -165,29 +169,18 @@ class Job:
         """Compute a shard, and write it unless its path is None."""
         name, path = item
         shard = self.base.named_shards[name]
-        specs, changes = self.specs(shard), []
+        specs = self.specs(shard)
         if path is not None:
             with reporting(path, "be written"):
-                path.parent.mkdir(exist_ok=True, parents=True)
-        with nullcontext() if path is None else StreamWriter(path, specs, shard.metadata) as writer:
-            for tensor, dtype, shape in specs:
-                change = self._tensor(tensor, writer, shard)
-                changes += [] if change is None else [change]
-                self._tick(tensor, self._size(tensor, dtype, shape))
-        return Piece(tuple(changes), len(specs) - len(changes))
+                for folder in reversed(path.parents[: len(Path(name).parts) - 1]):
+                    folder.mkdir(exist_ok=True)  # and not the output's own, which may be gone
 
-    def _tensor(
-        self, name: str, writer: StreamWriter | None, shard: SafetensorsFile
-    ) -> Change | None:
-        source = self.plan.source(name)
-        if source is None:
-            if writer is not None:
-                writer.copy(name, shard, self.plan.added.get(name, name))
-            return None
-        value, change = self.surgeon.value(source)
-        if writer is not None:
-            writer.write(name, value)
-        return replace(change, tensor=name)
+        def tick(tensor: str, dtype: str, shape: Shape) -> None:
+            self._tick(tensor, self._size(tensor, dtype, shape))
+
+        with nullcontext() if path is None else PlacedWriter(path, specs, shard.metadata) as writer:
+            changes = fill(self.surgeon, specs, writer, self.threads, tick)
+        return Piece(changes, len(specs) - len(changes))
 
     def _tick(self, name: str, size: int) -> None:
         self.done += size

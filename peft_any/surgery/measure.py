@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from math import sqrt
+from math import isfinite, sqrt
 
 import numpy as np
 
+from peft_any._typing import Shape
 from peft_any.errors import ShapeError
 from peft_any.receipt import Change, Host
 
@@ -37,6 +38,11 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite: the values were, or nearly overflowed."""
+        return isfinite(self.base2 + self.delta2 + self.dot + self.miss2)
 
     @property
     def kept(self) -> float | None:
@@ -132,14 +138,14 @@ def _double(block: Host) -> Host:
 
 
 def change_of(
-    tensor: str, by: tuple[str, ...], base: Host, realised: Host, moments: Moments
+    tensor: str, by: tuple[str, ...], base: Host, moments: Moments, *, dtype: str, shape: Shape
 ) -> Change:
     """Put the numbers of one touched tensor together."""
     return Change(
         tensor,
         by,
-        realised.dtype.name,
-        tuple(realised.shape),
+        dtype,
+        shape,
         base.dtype.name,
         tuple(base.shape),
         sqrt(moments.base2),

@@ -1,4 +1,4 @@
-"""Merging adapters into a checkpoint, tensor by tensor."""
+"""Merging adapters into a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from peft_any.surgery.job import Job, Progress, described
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.tasks import merging
+from peft_any.surgery.threads import thread_count
 from peft_any.surgery.ties import settle_ties
 
 _ALIASES = {
@@ -47,12 +48,14 @@ def merge_checkpoint(
     resume: bool = False,
     full_hash: bool = False,
     engine: EngineLike = "local",
+    threads: int | None = None,
 ) -> Receipt:
-    """Merge adapters into a checkpoint on disk, one tensor at a time.
+    """Merge adapters into a checkpoint on disk, block by block.
 
-    Untouched tensors are copied byte for byte, touched ones computed in at least float32 and
-    rounded once. Configuration, tokenizer and other side files come along, and a receipt is
-    written as ``merge_receipt.json``. The output appears whole or not at all.
+    Untouched tensors are copied byte for byte. Touched ones are what double precision gives,
+    rounded once; with another library than NumPy, what at least single precision gives.
+    Configuration, tokenizer and other side files come along, and a receipt is written as
+    ``merge_receipt.json``. The output appears whole or not at all.
 
     Parameters
     ----------
@@ -95,6 +98,9 @@ def merge_checkpoint(
     engine : str or Engine
         What computes: ``"local"``, this process; ``"dask"``, workers, a task for each shard; or
         a Dask scheduler's address. Workers must see all files under the same paths.
+    threads : int, optional
+        How many work at once in this process: by default as many as it may use processors. The
+        result is the same with any number, bit for bit.
 
     Returns
     -------
@@ -146,7 +152,7 @@ def merge_checkpoint(
             plan, Surgeon(plan, fit.backend, dtype), None if out is None else Path(out), min_kept
         )
         job.progress, job.resume, job.kinds = progress, resume, kinds
-        job.full_hash = full_hash
+        job.full_hash, job.threads = full_hash, thread_count(threads)
         if not isinstance(work, Local):
             job.elsewhere = merging(work, job, adapter, fit)
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])

@@ -1,0 +1,158 @@
+"""Work on several processes that this one forks: NumPy's calls do not wait for one another there.
+
+On threads they do: each of the many short ones takes Python's lock again when it is done.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+_WORD = 8
+_OTHERS = {"torch", "jax", "cupy", "distributed"}
+"""Libraries that keep threads of their own, which a forked process would miss."""
+
+
+def may_fork() -> bool:
+    """Whether this process is one that can be forked: Linux, and no threads but daemons."""
+    threads = [t for t in threading.enumerate() if not t.daemon]
+    alone = threads == [threading.main_thread()] == [threading.current_thread()]
+    return sys.platform == "linux" and alone and not _OTHERS & sys.modules.keys()
+
+
+def forked(
+    tasks: Sequence[Callable[[], T]], workers: int, keep: Sequence[int] = ()
+) -> Generator[T]:
+    """Carry tasks out on forked processes, and give their results in the order of the tasks.
+
+    Parameters
+    ----------
+    tasks : sequence of callables
+        Their results and errors are pickled.
+    workers : int
+    keep : sequence of int
+        Descriptors that the tasks use; all others are closed, locks among them.
+
+    Examples
+    --------
+    >>> [*forked([lambda: 1, lambda: 2, lambda: 3], 2)] if may_fork() else [1, 2, 3]
+    [1, 2, 3]
+    """
+    turns, pipes = os.pipe(), {}
+    try:
+        os.write(turns[1], bytes(_WORD))
+        for _ in range(workers):
+            results = os.pipe()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see `may_fork`
+                pid = os.fork()
+            if not pid:
+                _work(tasks, turns, results[1], {*keep, *turns, results[1]})
+            os.close(results[1])
+            pipes[results[0]] = pid
+        yield from _gathered(len(tasks), pipes)
+    finally:
+        for handle, pid in pipes.items():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+            os.close(handle)
+        for handle in turns:
+            os.close(handle)
+
+
+def _gathered(count: int, pipes: dict[int, int]) -> Generator[Any]:
+    """Give results as their turn comes."""
+    found: dict[int, tuple[bool, Any]] = {}
+    heard = {handle: bytearray() for handle in pipes}
+    poll = select.poll()
+    for handle in pipes:
+        poll.register(handle, select.POLLIN)
+    for place in range(count):
+        while place not in found:
+            for handle, _ in poll.poll():
+                more = os.read(handle, 1 << 16)
+                heard[handle] += more
+                found |= _messages(heard[handle])
+                if not more:
+                    poll.unregister(handle)
+                    _refuse_killed(pipes[handle])
+        fine, result = found.pop(place)
+        if not fine:
+            raise result
+        yield result
+
+
+def _refuse_killed(pid: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise MemoryError("a process that worked for this one was killed: is memory short?")
+
+
+def _messages(heard: bytearray) -> dict[int, tuple[bool, Any]]:
+    """Take the complete messages out of what was heard."""
+    found = {}
+    while len(heard) >= _WORD:
+        end = _WORD + int.from_bytes(heard[:_WORD], "little")
+        if len(heard) < end:
+            break
+        place, fine, result = pickle.loads(bytes(heard[_WORD:end]))  # noqa: S301 - of our own
+        found[place] = fine, result
+        del heard[:end]
+    return found
+
+
+def _work(
+    tasks: Sequence[Callable[[], Any]], turns: tuple[int, int], to: int, keep: set[int]
+) -> NoReturn:
+    """Take one task after another, in turn with the others; never comes back."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        for path in [*Path("/proc/self/fd").iterdir()]:
+            if int(path.name) not in {0, 1, 2, *keep}:
+                with suppress(OSError):
+                    os.close(int(path.name))
+        while (place := _turn(turns)) < len(tasks):
+            try:
+                said = pickle.dumps((place, True, tasks[place]()))
+            except BaseException as error:  # noqa: BLE001 - the parent raises it
+                said = _error(place, error)
+            _send(to, len(said).to_bytes(_WORD, "little") + said)
+    except BaseException:  # noqa: BLE001 - the parent is gone
+        os._exit(1)
+    os._exit(0)
+
+
+def _turn(turns: tuple[int, int]) -> int:
+    """Take the number that goes round, and pass on the next."""
+    place = int.from_bytes(os.read(turns[0], _WORD), "little")
+    os.write(turns[1], (place + 1).to_bytes(_WORD, "little"))
+    return place
+
+
+def _send(to: int, said: bytes) -> None:
+    rest = memoryview(said)
+    while rest:
+        rest = rest[os.write(to, rest) :]
+
+
+def _error(place: int, error: BaseException) -> bytes:
+    try:
+        said = pickle.dumps((place, False, error))
+        pickle.loads(said)  # noqa: S301 - some can be written and not read
+    except Exception:  # noqa: BLE001 - whatever an exception's own code raises
+        said = pickle.dumps((place, False, RuntimeError(f"{type(error).__name__}: {error}")))
+    return said

@@ -1,0 +1,336 @@
+"""New values of one touched tensor by blocks of its rows, in double precision, rounded once."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from threading import local
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from peft_any import parts as several
+from peft_any._typing import Params
+from peft_any.backend import astype, is_floating, to_numpy
+from peft_any.errors import FormatError, VerifyError
+from peft_any.layer import Dense, Site, flat
+from peft_any.method import Additive
+from peft_any.parts import Part
+from peft_any.receipt import Host
+from peft_any.surgery.measure import Moments, all_finite, measure
+from peft_any.surgery.rounding import nearest, widened
+from peft_any.surgery.sums import Sums
+
+_BLOCK, _QUICK = 1 << 17, 1 << 19
+"""Elements of a block, in double precision and where single precision mostly does."""
+_FACTORS = 64
+"""The most columns of a product that is formed block by block, not as the method has it."""
+_SAMPLE = 1 << 16
+"""Elements that tell how large a tensor's weights are."""
+_own = local()
+Merged: TypeAlias = dict[str, tuple[Host, Host | None]]
+"""Tensors before rounding, and Δ where it is known better than W′ − W."""
+_RANGE = ("float32", "float64", "bfloat16")
+_WIDER = "give a dtype with a larger range (--dtype float32 or bfloat16)"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A tensor as full copies and new rows leave it, before any method.
+
+    Attributes
+    ----------
+    where : str
+        What the base calls it, for messages.
+    name : str
+    stored : array
+        The base's own, mapped.
+    shape : tuple of int
+        Of the result; more or fewer rows than stored where a vocabulary changes.
+    dtype : str
+        Of the result.
+    replaced : sequence of (weight, copy or None, {row: new value} as (rows, values) or None)
+    """
+
+    where: str
+    name: str
+    stored: Host
+    shape: tuple[int, ...]
+    dtype: str
+    replaced: tuple[tuple[float, Host | None, tuple[Host, Host] | None], ...] = ()
+
+    def rows(self, start: int, stop: int) -> Host:
+        """Give rows in double precision.
+
+        Raises
+        ------
+        FormatError
+            If the base has NaN or infinities there.
+        """
+        if not is_floating(self.stored):
+            return self._integers(start, stop)
+        base = widened(self.stored[start:stop] if self.stored.ndim else self.stored)
+        if not all_finite(base):
+            raise FormatError(
+                f"{self.where}: cannot be merged into: the base has NaN or infinite values there; "
+                "get an undamaged copy of it"
+            )
+        plain = [weight for weight, *_ in self.replaced] == [1.0]
+        made = base
+        for weight, copy, some in self.replaced:
+            new = base.copy() if copy is None else widened(copy[start:stop] if copy.ndim else copy)
+            if some is not None:
+                index, values = some
+                here = (index >= start) & (index < stop)
+                new[index[here] - start] = widened(values[here])
+            made = new if plain else made + weight * (new - base)
+        return made
+
+    def _integers(self, start: int, stop: int) -> Host:
+        (_, copy, _), *_ = self.replaced
+        whole = self.stored if copy is None else copy
+        return whole[start:stop] if whole.ndim else whole
+
+
+class Patch(abc.ABC):
+    """One touched tensor's new values, by blocks of rows."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+
+    def prepare(self) -> Any:
+        """Compute what all blocks have in common."""
+        return None
+
+    @property
+    def ready(self) -> Any:
+        """What `prepare` gave; every thread keeps that of its latest patch alone."""
+        if getattr(_own, "patch", None) is not self:
+            _own.prepared = None  # one at a time
+            _own.prepared, _own.patch = self.prepare(), self
+        return _own.prepared
+
+    @property
+    def step(self) -> int:
+        """Rows of a block."""
+        return max(_BLOCK // self.width, 1)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return max(prod(self.start.shape[1:]), 1)
+
+    @property
+    def blocks(self) -> Iterator[slice]:
+        """The blocks, which depend on the tensor alone."""
+        rows = self.start.shape[0] if self.start.shape else 1
+        for start in range(0, max(rows, 1), self.step):
+            yield slice(start, min(start + self.step, rows))
+
+    @abc.abstractmethod
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """Give the new values in double precision, and Δ where it is known better than W′ − W."""
+
+    def made(self, rows: slice) -> tuple[Host, Moments]:
+        """Give the new values, rounded, and what became of the change.
+
+        Raises
+        ------
+        FormatError
+            If the base has NaN or infinities there.
+        VerifyError
+            If the result has some: it does not fit the dtype.
+        """
+        exact, delta = self.exact(rows)
+        return self.checked(exact, delta, nearest(exact, self.start.dtype), rows)
+
+    def checked(
+        self, exact: Host, delta: Host | None, realised: Host, rows: slice
+    ) -> tuple[Host, Moments]:
+        """Refuse values that do not fit the dtype, and measure the rest."""
+        name = self.start.dtype
+        if is_floating(name) and not all_finite(realised):
+            raise VerifyError(
+                f"{self.start.name}: the merged values cannot be stored: they overflow {name}; "
+                + ("the adapter's effect is too large" if name in _RANGE else _WIDER)
+            )
+        return realised, self.moments(exact, delta, realised, rows)
+
+    def moments(self, exact: Host, delta: Host | None, realised: Host, rows: slice) -> Moments:
+        """Measure anybody's values of some rows."""
+        base = self.start.stored[rows] if self.start.shape else self.start.stored
+        return measure(base, realised, exact=None if delta is not None else exact, delta=delta)
+
+
+class Copied(Patch):
+    """A tensor that gets full copies or new rows alone."""
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """W′ of the adapters."""
+        return self.start.rows(rows.start, rows.stop), None
+
+
+class Product(Patch):
+    """W + u·v, in the layout of the checkpoint, with factors that are small."""
+
+    def __init__(self, start: Start, site: Site, parts: list[Part]) -> None:
+        super().__init__(start)
+        self.site, self.parts = site, parts
+
+    def prepare(self) -> tuple[Host, Host, Sums | None]:
+        """Give u, v, and how to sum in single precision, if that is possible."""
+        pair = product(self.parts, self.site)
+        if pair is None:
+            raise TypeError(f"{self.start.name}: has no small factors")
+        if not self._plain:
+            return *pair, None
+        base = self.start.stored
+        sample = base.reshape(base.shape[0], -1)[: max(_SAMPLE // self.width, 1)]
+        return *pair, Sums.of(*pair, sample)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether bfloat16 weights stay bfloat16: so many that single precision measures them."""
+        stored = self.start.stored
+        return (
+            not self.start.replaced
+            and stored.size >= _SAMPLE
+            and stored.dtype.name == self.start.dtype == "bfloat16"
+        )
+
+    @property
+    def step(self) -> int:
+        """Rows of a block."""
+        return max((_QUICK if self._plain else _BLOCK) // self.width, 1)
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """W + u·v."""
+        u, v, _ = self.ready
+        base = self.start.rows(rows.start, rows.stop)
+        delta = (u[rows] @ v).reshape(base.shape)
+        return base + delta, None if self.start.replaced else delta
+
+    def made(self, rows: slice) -> tuple[Host, Moments]:
+        """As any patch's, but in single precision where that gives the same."""
+        *_, sums = self.ready
+        if sums is not None:
+            base = self.start.stored[rows]
+            with np.errstate(over="ignore", invalid="ignore"):
+                realised, moments = sums.rounded(base.reshape(base.shape[0], -1), rows.start)
+            if moments.finite:
+                return realised.reshape(base.shape), moments
+        return super().made(rows)
+
+
+class Cut(Patch):
+    """A layer whose rows are merged block by block: every adapter is cut to them."""
+
+    def __init__(
+        self, start: Start, site: Site, parts: list[Part], layer: tuple[Start, ...]
+    ) -> None:
+        super().__init__(start)
+        self.site, self.parts, self.layer = site, parts, layer
+
+    @property
+    def step(self) -> int:
+        """Rows of a block of the weight, for its bias too."""
+        return max(_BLOCK // self.site.width, 1)
+
+    def prepare(self) -> list[Part]:
+        """Give the adapters in double precision, with what needs no base computed."""
+        wide = [replace(p, params=cast(p.params, "float64")) for p in self.parts]
+        return [replace(part, params=prepared(part, self.site)) for part in wide]
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """These rows of the merged layer."""
+        cut = [several.cut(part, self.site, rows) for part in self.ready]
+        site = replace(self.site, n_out=rows.stop - rows.start)
+        weight, *bias = (start.rows(rows.start, rows.stop) for start in self.layer)
+        layer = Dense(flat(weight), bias[0] if bias else None, site)
+        merged, dw, db = several.realise([c for c in cut if c is not None], layer)
+        exact: Any = merged.stored()
+        delta: Any = merged.replace(weight=dw).stored()
+        if self.start.name != self.layer[0].name:
+            exact, delta = merged.bias, db
+        return to_numpy(exact), None if self.start.replaced else to_numpy(delta)
+
+
+class Whole(Patch):
+    """A tensor whose rows need each other, or are merged by another library."""
+
+    def __init__(self, start: Start, compute: Callable[[], Merged]) -> None:
+        super().__init__(start)
+        self.compute = compute
+
+    @property
+    def step(self) -> int:
+        """All rows."""
+        return max(self.start.shape[0], 1) if self.start.shape else 1
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:  # noqa: ARG002 - they are all
+        """The merged tensor."""
+        return self.compute()[self.start.name]
+
+
+class _Read(Exception):  # noqa: N818 - says what happened, and is caught here
+    """The base was asked for."""
+
+
+class _Unread:
+    """A layer of which only the site is known."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.bias = site, None
+
+    @property
+    def weight(self) -> Host:
+        raise _Read
+
+    original = weight
+
+    def __call__(self, x: Any) -> Any:  # noqa: ARG002 - a layer's
+        raise _Read
+
+
+def prepared(part: Part, site: Site) -> Params:
+    """Compute once what depends on the parameters alone; what reads the base is left."""
+    try:
+        return part.config.prepare(part.params, _Unread(site))
+    except _Read:
+        return part.params
+
+
+def cast(params: Params, name: str) -> Params:
+    """Bring the floating parameters to a dtype."""
+    return {k: astype(a, name) if is_floating(a) else a for k, a in params.items()}
+
+
+def product(parts: list[Part], site: Site) -> tuple[Host, Host] | None:
+    """Give factors of the sum of what adapters add, in float64, where all do and they are small."""
+    pairs: list[tuple[Host, Host]] = []
+    for part in parts:
+        config = part.config
+        if not isinstance(config, Additive) or scales(part, site):
+            return None
+        if type(config).factors is Additive.factors:
+            return None
+        params = cast(part.params, "float64")
+        u, v = map(to_numpy, config.factors(params, site))
+        pairs.append((part.weight * u, v))
+        if sum(len(v) for _, v in pairs) > _FACTORS:
+            return None
+    u, v = (np.concatenate(some, axis=1 - i) for i, some in enumerate(zip(*pairs, strict=True)))
+    return (v.T, u.T) if site.kind in ("Conv1D", "Embedding") else (u, v)
+
+
+def scales(part: Part, site: Site) -> bool:
+    """Whether a method multiplies its rows by a gain."""
+    config = part.config
+    try:
+        return (
+            not isinstance(config, Additive) or config.gain(part.params, _Unread(site)) is not None
+        )
+    except _Read:
+        return True
