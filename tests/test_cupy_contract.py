@@ -11,11 +11,11 @@ import pytest
 import peft_any
 
 PACKAGE = Path(peft_any.__file__).parent
-TAPE = sorted(PACKAGE.glob("tape*.py"))
+TAPE = sorted((PACKAGE / "tape").glob("*.py"))
 # _libraries.py and _engines.py speak to each library in its own words, the tape to a namespace of
 # its own, which stands for a library's.
-APART = {"_libraries.py", "_engines.py", *(path.name for path in TAPE)}
-SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in APART]
+APART = {PACKAGE / "_libraries.py", PACKAGE / "_engines.py", *TAPE}
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path not in APART]
 
 
 def attributes(root: str, sources: list[Path]) -> set[str]:
@@ -33,7 +33,7 @@ def attributes(root: str, sources: list[Path]) -> set[str]:
 
 
 EXTENSIONS = ("", ".linalg", ".fft")
-OWN = {"depth", "lift", "lower", "raw", "wrap"}
+OWN = {"depth", "lift", "lower", "raw", "root", "wrap"}
 """What the tape's namespace has beyond the standard."""
 NAMES = sorted(attributes("xp", SOURCES) - OWN)
 RECORDED = sorted(
