@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,8 @@ LIBRARIES = {
 }
 """Rows of the fixture by the library they need; `--backend` takes a key."""
 
+ALONE = "PEFT_ANY_TESTED_ALONE"
+"""Set where a test that is marked `alone` runs in its own process."""
 MODULES = {"strict": "array_api_strict", "dask": "dask.array"}
 
 
@@ -79,6 +83,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     required = os.environ.get("PEFT_ANY_REQUIRE")
     if required and not installed(required):
         pytest.exit(f"PEFT_ANY_REQUIRE={required}, but {required} is not installed", returncode=3)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `alone` in a process that has loaded nothing else."""
+    if pyfuncitem.get_closest_marker("alone") is None or ALONE in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    root = pyfuncitem.config.rootpath
+    env = {**os.environ, ALONE: "1", "PYTEST_ADDOPTS": ""}
+    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.fail(run.stdout + run.stderr, pytrace=False)
+    return True
 
 
 @pytest.fixture

@@ -652,8 +652,9 @@ def test_an_interrupted_merge_leaves_nothing_behind(
     before = tree(tmp_path)
     number = getattr(signal, name)
     given = "--base", base, "--adapter", tmp_path / "many", "--out", tmp_path / "new" / "out"
-    # Jobs in the background may have inherited that interrupts are ignored.
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    # Jobs in the background may have inherited that signals are ignored.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    heard += "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     running = start("merge", *given, "--json", code=f"{heard}\n{SLOW}")
     for _ in range(600):
         if any(p.name.endswith(".partial") for p in tmp_path.rglob(".out.*")):

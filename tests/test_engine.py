@@ -280,11 +280,6 @@ class TestThreads:
         three = merge_checkpoint(*large, tmp_path / "three", threads=3)
         assert shards(tmp_path / "one") == shards(tmp_path / "three")
         assert one.changes == three.changes
-        if sys.platform == "linux":
-            monkeypatch.setattr("peft_any.surgery.threads.may_fork", lambda: True)
-            forked_ = merge_checkpoint(*large, tmp_path / "forked", threads=2)
-            assert shards(tmp_path / "one") == shards(tmp_path / "forked")
-            assert one.changes == forked_.changes
 
     def test_results_come_in_order_and_errors_in_their_turn(self) -> None:
         def fail() -> int:
@@ -316,6 +311,7 @@ class TestThreads:
 
 
 @linux
+@pytest.mark.alone
 class TestForked:
     """Processes in place of threads."""
 
@@ -330,6 +326,15 @@ class TestForked:
         assert [next(results) for _ in range(9)] == [i * i for i in range(9)]
         with pytest.raises(VerifyError, match="too little"):
             next(results)
+
+    def test_files_and_receipts_are_those_of_one_thread(
+        self, large: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        assert may_fork()
+        one = merge_checkpoint(*large, tmp_path / "one", threads=1)
+        two = merge_checkpoint(*large, tmp_path / "two", threads=2)
+        assert shards(tmp_path / "one") == shards(tmp_path / "two")
+        assert one.changes == two.changes
 
     def test_errors_that_cannot_be_sent_are_told(self) -> None:
         def fail() -> None:

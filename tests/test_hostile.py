@@ -71,6 +71,7 @@ def make_world(root: Path) -> None:
             target_modules=targets,
             rank_pattern={r"layers.1.q_proj": 3},
             modules_to_save=["embed_tokens"],
+            init_lora_weights=False,
         ),
         "dora": LoraConfig(r=2, target_modules=targets, use_dora=True, bias="none"),
         "oft": OFTConfig(oft_block_size=4, target_modules=r".*\.[qv]_proj"),
