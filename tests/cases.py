@@ -40,6 +40,9 @@ from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 
+SINGLE = {"C3A", "DEFT", "FOURIERFT"}
+"""Methods that Hugging Face PEFT computes in float32, whatever the dtypes."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -57,8 +60,6 @@ class Case:
         Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
     hf : str or None
         Why Hugging Face PEFT has no such case; None: it has, and a golden file holds its result.
-    single : bool
-        Whether Hugging Face PEFT computes it in float32, even where all is float64.
     """
 
     name: str
@@ -67,7 +68,11 @@ class Case:
     identity: str | None = None
     reverts: float = 20.0
     hf: str | None = None
-    single: bool = False
+
+    @property
+    def single(self) -> bool:
+        """Whether Hugging Face PEFT computes it in float32, even where all is float64."""
+        return self.config.peft_type in SINGLE
 
     def base(self, seed: int = 0, *, dtype: str = "float32", bias: bool | None = None) -> Dense:
         """Draw a base layer for the row, on the host."""
@@ -462,7 +467,7 @@ CASES = [
     Case("beft", BeftConfig(), FC),
     Case("beft-random", BeftConfig(init_weights=False), FC, identity=RANDOM),
     # C3A
-    Case("c3a", C3AConfig(block_size=4), FC, identity=DRAWN, single=True),
+    Case("c3a", C3AConfig(block_size=4), FC, identity=DRAWN),
     Case("c3a-zero", C3AConfig(block_size=2, init_weights=True), Site("a.fc", 14, 6, bias=False)),
     Case("c3a-odd", C3AConfig(block_size=3, init_weights="gaussian"), Site("fc", 12, 6), DRAWN),
     Case(
@@ -472,7 +477,7 @@ CASES = [
         identity=DRAWN,
     ),
     # DEFT; at sites where no entry of P is so near 0 that a difference crosses relu's kink
-    Case("deft", DeftConfig(r=4), UP, reverts=0, single=True),
+    Case("deft", DeftConfig(r=4), UP, reverts=0),
     Case("deft-alpha", DeftConfig(r=4, alpha=6), Site("a.fc", 13, 7, bias=False), reverts=0),
     Case("deft-qr", DeftConfig(r=3, decomposition_method="qr"), UP, reverts=0),
     Case("deft-rank-above-size", DeftConfig(r=9), Site("up", 12, 5), reverts=0),
@@ -494,7 +499,7 @@ CASES = [
     ),
     Case("delora-random", DeloraConfig(r=4, init_weights=False), FC, RANDOM, reverts=60),
     # FourierFT
-    Case("fourierft", FourierFTConfig(n_frequency=50), FC, identity=DRAWN, single=True),
+    Case("fourierft", FourierFTConfig(n_frequency=50), FC, identity=DRAWN),
     Case("fourierft-zero", FourierFTConfig(n_frequency=30, init_weights=True), Site("fc", 7, 9)),
     Case(
         "fourierft-pattern",

@@ -232,7 +232,7 @@ def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Resu
     if not case.site.is_conv and case.site.kind != "MultiheadAttention":
         result.x = inputs(case, dtype)
         leaf = model.base_model.model.get_submodule(case.site.name)
-        with torch.no_grad():
+        with quietly(), torch.no_grad():
             result.y = host(leaf(torch.tensor(result.x)))
     with quietly():
         result.merged = state_of(model.merge_and_unload())

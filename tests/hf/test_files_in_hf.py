@@ -31,6 +31,7 @@ KNOWN = {
     "": "fan_in_fan_out is set to",
     # the masks of a pruned AdaLoRA are no ranks of LoRA's
     "adalora": "The following rank_pattern keys did not match",
+    "supertuning-bare": "save_precomputed_indices=False: sparse-support indices will be recomputed",
     "vera-seeded": "Specified to not (save|load) vera_A and vera_B",
     # of the machine
     "boft": "(Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1)",
