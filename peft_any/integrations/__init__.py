@@ -1,0 +1,1 @@
+"""Adapters on the objects of other frameworks; nothing here is imported unasked."""

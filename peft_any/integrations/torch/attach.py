@@ -1,0 +1,337 @@
+"""Attaching adapters to a torch module, and taking them off or merging them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from peft_any._typing import Params
+from peft_any.adapter import Adapter
+from peft_any.errors import ConfigError, nearest
+from peft_any.extras import token_indices
+from peft_any.integrations.torch.slot import (
+    Share,
+    close_slot,
+    open_slot,
+    refuse_replaced,
+    slot_of,
+    tensor,
+)
+from peft_any.integrations.torch.tensors import Arrays, modules, names_of, sites, tensors
+from peft_any.io._atomic import StrPath
+from peft_any.method import Tuner
+from peft_any.placed import Placed, fitted, fresh, rederived, refuse_lacking
+from peft_any.registry import Config
+
+RECORD = "_peft_any"
+"""Attribute of a module with adapters that says which."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """An adapter on a torch module: what `attach` gives.
+
+    Attributes
+    ----------
+    module : nn.Module
+    name : str
+    """
+
+    module: nn.Module
+    name: str
+    _placed: Placed
+    _shared: Arrays
+    _shares: list[Share]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give what is trained, by the names of `Adapter.trainable`."""
+        seen: set[int] = set()
+        for share in self._shares:
+            where = "" if share.site is None else share.site.name
+            groups = (share.own, where), (share.shared, ""), (share.copies, share.owner)
+            for arrays, stem in (*groups, (share.rows, share.owner)):
+                for name, array in arrays.arrays().items():
+                    if isinstance(array, nn.Parameter) and id(array) not in seen:
+                        seen.add(id(array))
+                        yield f"{stem}.{name}" if stem else name, array
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give what is trained, for an optimiser."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it stands: copies of its arrays, where they are."""
+        own = self._placed.adapter
+        params: dict[str, Params] = {}
+        copies: Params = {}
+        rows: Params = {}
+        for share in self._shares:
+            if share.site is not None:
+                params[share.site.name] = share.own.snapshot()
+            copies |= {share.outside(k): v for k, v in share.copies.snapshot().items()}
+            rows |= {share.outside(k): v for k, v in share.rows.snapshot().items()}
+        return own.replace(
+            sites={name: params[name] for name in own.sites},
+            shared=self._shared.snapshot(),
+            extra={name: copies[name] for name in own.extra},
+            tokens={name: rows[f"{name}.weight"] for name in own.tokens},
+        )
+
+    def save(self, path: StrPath, *, overwrite: bool = False) -> None:
+        """Write it as Hugging Face PEFT lays it out: see `Adapter.save`."""
+        self.adapter.to("numpy").save(path, overwrite=overwrite)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let it not act within the block."""
+        for share in self._shares:
+            share.on = False
+        try:
+            yield
+        finally:
+            for share in self._shares:
+                share.on = True
+
+
+@dataclass
+class _Record:
+    """What a module must know to become what it was."""
+
+    adapters: dict[str, Attached] = field(default_factory=dict)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+
+
+def attach(
+    module: nn.Module,
+    adapter: Adapter | Config,
+    name: str = "default",
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    rederive: bool = False,
+) -> Attached:
+    """Put an adapter on a torch module, in place; several act one upon another.
+
+    The module's own parameters are frozen until all adapters are off again. Linear layers and
+    embeddings apply the adapter by its structure; layers of any other class (convolutions, torch's
+    attention, subclasses with a forward of their own) run on the merged weight.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any; transformers' models too.
+    adapter : Adapter or Config
+        A loaded adapter, checked against the module, or a configuration to start from.
+    name : str
+    seed, dtype
+        Of a fresh adapter's initial values.
+    rederive : bool
+        Redo the decomposition of the base that an unconverted PiSSA or OLoRA file assumes.
+
+    Returns
+    -------
+    Attached
+        Its `parameters` go to an optimiser; `adapter` and `save` give what was learnt.
+
+    Raises
+    ------
+    ConfigError, ShapeError, TargetError
+        If the name is taken, or the adapter does not fit; the module is then as before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from peft_any import LoraConfig
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> task = attach(net, LoraConfig(r=2, target_modules=["0", "2"]))
+    >>> optimizer = torch.optim.AdamW(task.parameters(), lr=0.01)
+    >>> net(torch.ones(3, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> list(net.state_dict())
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    >>> sorted(detach_adapter(net).sites)
+    ['0', '2']
+    """
+    record: _Record = vars(module).get(RECORD) or _Record()
+    if name in record.adapters:
+        raise ConfigError(f"adapter {name!r} is already there: detach it first, or rename")
+    base, kinds = tensors(module), sites(module)
+    if isinstance(adapter, Config):
+        placed = fresh(adapter, base, kinds, seed, dtype)
+    else:
+        placed = fitted(adapter, base, kinds)
+    if rederive:
+        placed = rederived(placed, base)
+    refuse_lacking(placed)
+    if not isinstance(placed.adapter.config, Tuner):
+        raise ConfigError(
+            f"{placed.adapter.config.where}: adapts no layer, so that it cannot be attached to a "
+            "module: call its own functions"
+        )
+    made = _shares(module, name, placed)
+    _refuse_conflicts(module, made)
+    for share in made:
+        open_slot(module.get_submodule(share.owner)).shares.append(share)
+    frozen = [p for _, m in modules(module) for p in m.parameters(recurse=False)]
+    new = [p for p in frozen if p.requires_grad]
+    for parameter in new:
+        parameter.requires_grad_(False)
+    shared = made[0].shared if made else Arrays({})
+    result = Attached(module, name, placed, shared, made)
+    record.adapters[name] = result
+    record.frozen += new
+    vars(module)[RECORD] = record
+    return result
+
+
+def attached(module: nn.Module) -> dict[str, Attached]:
+    """Give the adapters on a module, in the order they act."""
+    record: _Record | None = vars(module).get(RECORD)
+    return {} if record is None else dict(record.adapters)
+
+
+def detach_adapter(module: nn.Module, name: str = "default") -> Adapter:
+    """Take an adapter off a module, which is then as it was, and give it.
+
+    Raises
+    ------
+    ConfigError
+        If the module has no adapter of that name.
+    """
+    there = attached(module)
+    if name not in there:
+        raise ConfigError(f"adapter {name!r} is not on this module{nearest(name, there)}")
+    adapter = there[name].adapter
+    record: _Record = vars(module)[RECORD]
+    for owner in {share.owner: None for share in there[name]._shares}:  # noqa: SLF001
+        inner = module.get_submodule(owner)
+        slot = slot_of(inner)
+        if slot is not None:
+            slot.shares = nn.ModuleList(
+                share for share in slot.shares if getattr(share, "adapter", None) != name
+            )
+            close_slot(inner)
+    del record.adapters[name]
+    if not record.adapters:
+        for parameter in record.frozen:
+            parameter.requires_grad_(True)
+        del vars(module)[RECORD]
+    return adapter
+
+
+def merge_into(module: nn.Module) -> nn.Module:
+    """Merge all adapters that are on a module into its weights, in place, and take them off.
+
+    Weights are computed in at least float32 and rounded once. A weight that another layer shares
+    is set apart first, so that no other layer changes; where the module has a transformers'
+    configuration, its ``tie_word_embeddings`` then becomes False.
+
+    Returns
+    -------
+    nn.Module
+        The same.
+
+    Raises
+    ------
+    ConfigError
+        If a method cannot be merged; nothing has changed then.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from peft_any import LoraConfig
+    >>> net, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+    >>> _ = attach(net, LoraConfig(r=2, target_modules=[""], init_lora_weights=False))
+    >>> adapted = net(x)
+    >>> torch.allclose(merge_into(net)(x), adapted, atol=1e-6)
+    True
+    """
+    merged: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for owner, inner in modules(module):
+            slot = slot_of(inner)
+            for name, value in {} if slot is None else slot.merged(inner).items():
+                merged[f"{owner}.{name}" if owner else name] = value
+    for name in attached(module):
+        detach_adapter(module, name)
+    aliases = names_of(module)
+    untied = False
+    for name, value in merged.items():
+        old = tensor(module, name)
+        if set(aliases[id(old)]) <= {name}:
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            path, _, last = name.rpartition(".")
+            new = nn.Parameter(value, requires_grad=old.requires_grad)
+            setattr(module.get_submodule(path), last, new)
+            untied = True
+    if untied and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        module.config.tie_word_embeddings = False
+    return module
+
+
+def _shares(root: nn.Module, name: str, placed: Placed) -> list[Share]:
+    """Deal an adapter out to the modules that carry it."""
+    adapter, config = placed.adapter, placed.adapter.config
+    trained = adapter.trainable()
+    loose = trained.get("", {})
+    shared = Arrays(adapter.shared, loose)
+    made: list[Share] = []
+    at: dict[str, Share] = {}
+    for key, site in placed.sites.items():
+        owner = _owner(root, key)
+        share = Share(name, owner, placed.configs[key], site)
+        like = tensor(root, site.weight)
+        share.own = Arrays(adapter.sites[key], trained.get(key, {})).to(like.device)
+        share.shared = shared
+        made.append(share)
+        at.setdefault(owner, share)
+
+    def of(full: str) -> Share:
+        owner = _owner(root, full.rpartition(".")[0])
+        if owner not in at:
+            at[owner] = Share(name, owner)
+            made.append(at[owner])
+        return at[owner]
+
+    for full, value in adapter.extra.items():
+        share = of(full)
+        within = share.within(full)
+        kept = share.copies.arrays() | {within: value}
+        share.copies = Arrays(kept, [k for k in kept if share.outside(k) in loose])
+    aliases = names_of(root)
+    for table, rows in adapter.tokens.items():
+        held = Arrays({"weight": rows}, ["weight"])
+        for full in aliases[id(tensor(root, f"{table}.weight"))]:
+            share = of(full)
+            share.rows, within = held, share.within(full)
+            share.indices[within] = token_indices(config, table)
+    return made
+
+
+def _owner(root: nn.Module, name: str) -> str:
+    """Name the module whose forward reads a layer's tensors: mostly the layer itself."""
+    parent = name.rpartition(".")[0]
+    inside = name and isinstance(root.get_submodule(parent), nn.MultiheadAttention)
+    return parent if inside else name
+
+
+def _refuse_conflicts(root: nn.Module, shares: list[Share]) -> None:
+    """Refuse a replaced forward, and a second full copy of one tensor, of which one would act."""
+    for share in shares:
+        refuse_replaced(root.get_submodule(share.owner), share.owner)
+        slot = slot_of(root.get_submodule(share.owner))
+        there = [] if slot is None else [s for s in slot.shares if isinstance(s, Share)]
+        for other in there:
+            both = [*(share.copies.arrays().keys() & other.copies.arrays().keys())]
+            if both:
+                raise ConfigError(
+                    f"{share.outside(both[0])}: adapters {other.adapter!r} and {share.adapter!r} "
+                    "each carry a full copy of it and cannot act together: detach one"
+                )

@@ -1,0 +1,440 @@
+"""Adapters on torch modules: what they compute, how they train, and that they leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.errors import ConfigError, TargetError  # noqa: E402
+from peft_any.integrations.torch import (  # noqa: E402
+    attach,
+    attached,
+    detach_adapter,
+    merge_into,
+)
+from peft_any.methods.ia3 import IA3Config  # noqa: E402
+from peft_any.methods.lora import LoraConfig  # noqa: E402
+from peft_any.methods.oft import OFTConfig  # noqa: E402
+from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
+from peft_any.methods.vera import VeraConfig  # noqa: E402
+from peft_any.model import PeftModel  # noqa: E402
+from tests.cases import CASES, Case  # noqa: E402
+from tests.torch_layers import Net, input_of, layer_of  # noqa: E402
+
+rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+RTOL = 1e-10
+
+
+def net_of(case: Case, seed: int = 0) -> Net:
+    """Make a module of a row's layer, in float64."""
+    return Net(case.site.name, layer_of(case.base(seed, dtype="float64")))
+
+
+def config_of(case: Case) -> Any:
+    """Let a row's configuration target its layer."""
+    alone = getattr(case.config, "feedforward_modules", None)  # wants its names among a list's
+    name = case.site.name
+    return replace(case.config, target_modules=name if alone else [name])
+
+
+def adapter_of(case: Case, net: Net, seed: int = 0) -> Adapter:
+    """Make an adapter as training leaves it."""
+    weights = {name: p.detach() for name, p in net.state_dict().items()}
+    model = PeftModel(weights, kinds={case.site.name: case.site})
+    fresh = model.add("a", config_of(case), seed=seed, dtype="float64")
+    new = torch.Generator().manual_seed(seed)
+    trained = fresh.trainable()
+    noise = lambda a: a + 0.2 * torch.randn(a.shape, generator=new, dtype=a.dtype)  # noqa: E731
+    model.update({"a": {s: {k: noise(v) for k, v in p.items()} for s, p in trained.items()}})
+    return model["a"]
+
+
+def merged_net(case: Case, net: Net, adapter: Adapter) -> Net:
+    """Load the weights that a PeftModel merges into a copy of the module."""
+    twin = copy.deepcopy(net)
+    model = PeftModel(dict(net.state_dict()), kinds={case.site.name: case.site})
+    model.add("a", adapter)
+    twin.load_state_dict(model.merge())
+    return twin
+
+
+def close(got: Any, want: Any, rtol: float = RTOL) -> None:
+    size = float(want.detach().abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=rtol * max(size, 1e-30))
+
+
+@rows
+def test_a_module_with_an_adapter_is_the_merged_module(case: Case) -> None:
+    net = net_of(case)
+    x = input_of(case.site, torch.float64)
+    adapter = adapter_of(case, net)
+    want = merged_net(case, net, adapter)(x)
+    before, keys = net(x), {k: v.clone() for k, v in net.state_dict().items()}
+    trace = {name: {*vars(m)} for name, m in net.named_modules()}
+    held = attach(net, adapter)
+    close(net(x), want)
+    assert net.state_dict().keys() == keys.keys()
+    with held.disabled():
+        close(net(x), before, 1e-15)
+    back = detach_adapter(net)
+    assert {name: {*vars(m)} for name, m in net.named_modules()} == trace
+    assert all(p.requires_grad for p in net.parameters())
+    close(net(x), before, 0.0)
+    for site, p in adapter.sites.items():
+        for name, array in p.items():
+            assert torch.equal(back.sites[site][name], array)
+    attach(net, adapter)
+    close(merge_into(net)(x), want)
+    assert {name: {*vars(m)} for name, m in net.named_modules()} == trace
+
+
+@rows
+def test_gradients_are_those_of_the_bound_model(case: Case) -> None:
+    net = net_of(case)
+    x = input_of(case.site, torch.float64)
+    adapter = adapter_of(case, net)
+    layer = copy.deepcopy(net.get_submodule(case.site.name))
+    held = attach(net, adapter)
+    y = net(x)
+    shape = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    trained = dict(held.named_parameters())
+    if not y.requires_grad:
+        assert case.name in {"oft-prime", "oft-1-term", "adalora-emptied"}  # nothing to train
+        return
+    got = torch.autograd.grad((y * shape).sum(), [*trained.values()], allow_unused=True)
+
+    model = PeftModel(dict(net.state_dict()), kinds={case.site.name: case.site})
+    own = model.add("a", adapter)
+    params = {
+        s: {k: v.detach().clone().requires_grad_() for k, v in p.items()}
+        for s, p in own.trainable().items()
+    }
+    model.update({"a": params})
+    prefix = f"{case.site.name}."
+    values = {k.removeprefix(prefix): v for k, v in model.merge().items() if k.startswith(prefix)}
+    args = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+    z = torch.func.functional_call(layer, values, args)
+    z = z[0] if isinstance(z, tuple) else z
+    leaves = {f"{s}.{k}" if s else k: v for s, p in params.items() for k, v in p.items()}
+    assert leaves.keys() == trained.keys()
+    want = torch.autograd.grad((z * shape).sum(), [*leaves.values()], allow_unused=True)
+    for name, a, b in zip(leaves, want, got, strict=True):
+        if a is None:
+            assert b is None or not b.detach().abs().max() > 0, name
+        elif a.numel():
+            close(b, a, 1e-9)
+
+
+def mlp(**kinds: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, **kinds), nn.Tanh(), nn.Linear(8, 4, **kinds))
+
+
+RANDOM = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+class TestTraining:
+    """Parameters for torch's own optimisers."""
+
+    def test_a_few_steps_and_the_file(self, tmp_path: Path) -> None:
+        net = mlp()
+        frozen = {k: v.clone() for k, v in net.state_dict().items()}
+        held = attach(net, LoraConfig(r=2, target_modules=["0", "2"]), seed=3)
+        optimizer = torch.optim.AdamW(held.parameters(), lr=0.02)
+        losses = []
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = ((net(X) - 1.0) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+        assert all(torch.equal(frozen[k], v) for k, v in net.state_dict().items())
+        assert [p.grad for p in net[0].parameters(recurse=False)] == [None, None]
+        y = net(X).detach()
+        held.save(tmp_path / "a")
+        again = mlp()
+        attach(again, Adapter.load(tmp_path / "a"))
+        close(again(X), y, 1e-6)
+
+    def test_what_the_module_s_parameters_are(self) -> None:
+        net = mlp()
+        held = attach(net, VeraConfig(r=4, target_modules=["0", "2"]))
+        own = {id(p) for p in held.parameters()}
+        assert own == {id(p) for p in net.parameters() if p.requires_grad}
+        assert [name for name, _ in held.named_parameters()] == [
+            "0.vera_lambda_d",
+            "0.vera_lambda_b",
+            "2.vera_lambda_d",
+            "2.vera_lambda_b",
+        ]
+        assert not [name for name in net.state_dict() if "vera" in name]
+
+    def test_frozen_parameters_stay_frozen_and_others_come_back(self) -> None:
+        net = mlp()
+        net[0].bias.requires_grad_(False)
+        attach(net, RANDOM, "a")
+        attach(net, RANDOM, "b", seed=1)
+        detach_adapter(net, "a")
+        assert not any(p.requires_grad for n, p in net.named_parameters() if "peft_any" not in n)
+        detach_adapter(net, "b")
+        assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
+
+    def test_dropout_follows_torch_s_seed_and_only_in_training(self) -> None:
+        net = mlp()
+        attach(net, replace(RANDOM, lora_dropout=0.5))
+        still = net.eval()(X)
+        close(net(X), still, 0.0)
+        net.train()
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(net(X))
+        close(runs[0], runs[1], 0.0)
+        assert not torch.equal(runs[0], runs[2])
+        assert not torch.equal(runs[0], still)
+
+    def test_dropout_through_a_weight_is_refused(self) -> None:
+        net = nn.Sequential(nn.Conv1d(1, 2, 1))
+        attach(net, LoraConfig(r=1, target_modules=["0"], lora_dropout=0.5))
+        assert net.eval()(torch.ones(1, 1, 4)).shape == (1, 2, 4)
+        with pytest.raises(ConfigError, match="Conv1d"):
+            net.train()(torch.ones(1, 1, 4))
+
+
+class TestSeveral:
+    """More than one adapter, one upon another as a PeftModel stacks them."""
+
+    @pytest.mark.parametrize(
+        "other",
+        [RANDOM, OFTConfig(oft_block_size=2, target_modules=["0"]), replace(RANDOM, use_dora=True)],
+        ids=["lora", "oft", "dora"],
+    )
+    def test_they_act_as_in_a_model(self, other: Any) -> None:
+        net = mlp()
+        model = PeftModel({k: v.clone() for k, v in net.state_dict().items()})
+        for seed, (name, config) in enumerate({"a": RANDOM, "b": other}.items()):
+            adapter = model.add(name, config, seed=seed)
+            p = adapter.sites["0"]
+            sites = {**adapter.sites, "0": {k: v + 0.1 for k, v in p.items()}}
+            model.exchange(name, adapter.replace(sites=sites))
+            attach(net, model[name], name)
+        assert [*attached(net)] == ["a", "b"]
+        model.activate(["a", "b"])
+        twin = mlp()
+        twin.load_state_dict(model.merge())
+        close(net(X), twin(X), 1e-6)
+        close(merge_into(net)(X), twin(X), 1e-6)
+        assert not attached(net)
+
+    def test_one_of_them_off(self) -> None:
+        net, alone = mlp(), mlp()
+        first = attach(net, RANDOM, "a")
+        attach(net, RANDOM, "b", seed=1)
+        attach(alone, RANDOM, "b", seed=1)
+        with first.disabled():
+            close(net(X), alone(X), 1e-6)
+        assert detach_adapter(net, "a").config == RANDOM
+        close(net(X), alone(X), 1e-6)
+
+
+class TestWholeCopies:
+    """What an adapter carries beside its method."""
+
+    config = LoraConfig(
+        r=2, target_modules=["0"], modules_to_save=["2"], bias="lora_only", init_lora_weights=False
+    )
+
+    def test_copies_and_biases_act_and_train(self) -> None:
+        net = mlp()
+        want = net[2](torch.tanh(net[0](X)))
+        held = attach(net, replace(self.config, init_lora_weights=True))
+        names = [name for name, _ in held.named_parameters()]
+        assert names == ["0.lora_A.weight", "0.lora_B.weight", "0.bias", "2.weight", "2.bias"]
+        close(net(X), want, 1e-6)
+        with torch.no_grad():
+            for parameter in held.parameters():
+                parameter.add_(0.1)
+        net(X).sum().backward()
+        assert all(p.grad is not None for p in held.parameters())
+        adapter = held.adapter
+        twin = mlp()
+        model = PeftModel(dict(twin.state_dict()))
+        model.add("a", adapter)
+        twin.load_state_dict(model.merge())
+        close(net(X), twin(X), 1e-6)
+        close(merge_into(net)(X), twin(X), 1e-6)
+
+    def test_two_copies_of_one_tensor_are_refused_and_nothing_is_left(self) -> None:
+        net = mlp()
+        attach(net, self.config, "a")
+        before = {name: {*vars(m)} for name, m in net.named_modules()}
+        with pytest.raises(ConfigError, match=r"0\.bias.*'a' and 'b'"):
+            attach(net, self.config, "b")
+        assert {name: {*vars(m)} for name, m in net.named_modules()} == before
+
+    def test_rows_of_a_tied_table(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.wte, self.fc = nn.Embedding(7, 5), nn.Linear(5, 5)
+                self.lm_head = nn.Linear(5, 7, bias=False)
+                self.lm_head.weight = self.wte.weight
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.lm_head(self.fc(self.wte(x)))
+
+        net, x = Tied(), torch.arange(7)
+        config = LoraConfig(r=2, target_modules=["fc"], trainable_token_indices={"wte": [5, 2]})
+        held = attach(net, config)
+        with torch.no_grad():
+            dict(held.named_parameters())["wte.weight"].add_(1.0)
+        twin = Tied()
+        with torch.no_grad():
+            twin.wte.weight[[5, 2]] += 1.0
+        close(net(x), twin(x), 1e-6)
+        merge_into(net)
+        close(net(x), twin(x), 1e-6)
+        assert held.adapter.tokens["wte"].shape == (2, 5)
+
+    def test_a_tied_weight_is_set_apart_before_a_merge(self) -> None:
+        net = nn.ModuleDict({"wte": nn.Embedding(7, 5), "head": nn.Linear(5, 7, bias=False)})
+        net["head"].weight = net["wte"].weight
+        net.config = type("Config", (), {"tie_word_embeddings": True})()
+        config = LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
+        held = attach(net, config)
+        before, after = net["wte"].weight.detach().clone(), net["wte"](torch.arange(7)).detach()
+        merge_into(net)
+        assert torch.equal(net["head"].weight, before)
+        close(net["wte"].weight.detach(), after, 1e-6)
+        assert not net.config.tie_word_embeddings
+        assert held.module is net
+
+
+class TestTorchs:
+    """What else one does with a module."""
+
+    def test_copies_and_pickles(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            close(twin(X), net(X), 0.0)
+            merge_into(twin)
+            assert not attached(twin)
+        assert attached(net)
+
+    def test_checkpoints_of_the_base_go_in_and_out(self) -> None:
+        net, other = mlp(), mlp()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(0.1)
+        attach(net, RANDOM)
+        assert net.load_state_dict(other.state_dict()) == ([], [])
+        attach(other, RANDOM)
+        close(net(X), other(X), 1e-6)
+
+    def test_moves_and_casts(self) -> None:
+        net = mlp()
+        held = attach(net, RANDOM)
+        want = net(X)
+        close(net.double()(X.double()), want.double(), 1e-6)
+        assert {p.dtype for p in held.parameters()} == {torch.float64}
+        assert net.to("meta")(X.double().to("meta")).device.type == "meta"
+
+    def test_half_precision_is_rounded_once(self) -> None:
+        net = mlp(dtype=torch.bfloat16)
+        held = attach(net, RANDOM)
+        assert {p.dtype for p in held.parameters()} == {torch.float32}
+        y = net(X.bfloat16())
+        assert y.dtype == torch.bfloat16
+        twin = copy.deepcopy(merge_into(net)).float()
+        close(y.float(), twin(X), 0.03)
+
+    def test_autocast(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        want = net(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(X)
+        assert y.dtype == torch.bfloat16
+        close(y.float(), want, 0.03)
+
+    @pytest.mark.filterwarnings("ignore")  # the compiler's own, of its insides
+    def test_compiled(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        close(torch.compile(net, backend="eager")(X), net(X), 1e-6)
+
+    def test_torch_s_fused_layers_do_not_read_past_the_adapter(self) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        x = torch.randn(2, 3, 8)
+        names = ["self_attn", "linear1", "linear2"]
+        attach(layer, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        want = layer(x)
+        with torch.no_grad():
+            close(layer(x), want.detach(), 1e-5)
+
+    def test_a_layer_of_two_names_has_the_first(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a = nn.Linear(6, 6)
+                self.b = self.a
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.b(self.a(x))
+
+        net = Twice()
+        with pytest.raises(TargetError, match="'b' matches no layer"):
+            attach(net, LoraConfig(r=2, target_modules=["a", "b"]))
+        attach(net, LoraConfig(r=2, target_modules=["a"], init_lora_weights=False))
+        y = net(X)
+        close(merge_into(net)(X), y, 1e-6)
+
+
+class TestRefused:
+    """What cannot be attached is said, and the module is as before."""
+
+    def test_names(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        with pytest.raises(ConfigError, match="'default' is already there"):
+            attach(net, RANDOM)
+        with pytest.raises(ConfigError, match=r"'defalt' is not on this module.*default"):
+            detach_adapter(net, "defalt")
+
+    def test_nothing_matches(self) -> None:
+        net = mlp()
+        with pytest.raises(TargetError, match="'3' matches no layer"):
+            attach(net, LoraConfig(target_modules=["3"]))
+        assert not attached(net)
+
+    def test_a_prompt(self) -> None:
+        config = PromptTuningConfig(num_virtual_tokens=2, token_dim=4)
+        with pytest.raises(ConfigError, match="adapts no layer"):
+            attach(mlp(), config)
+
+    def test_a_forward_that_another_library_replaced(self) -> None:
+        net = mlp()
+        net[2].forward = lambda x: x
+        with pytest.raises(ConfigError, match=r"2: .*its forward was replaced"):
+            attach(net, RANDOM)
+        assert all("peft_any" not in m._modules for m in net.modules())
+
+    def test_ia3_without_a_bias_to_scale(self) -> None:
+        net = nn.Sequential(nn.Linear(4, 3, bias=False))
+        attach(net, IA3Config(target_modules=["0"], feedforward_modules=[]))
+        assert net(torch.ones(2, 4)).shape == (2, 3)
