@@ -38,9 +38,14 @@ class BoundLayer:
         object.__setattr__(self, "_wide", several.ready(self.parts, self.base))
 
     @property
+    def ready(self) -> tuple[list[Part], Dense]:
+        """Adapters and base in the compute dtype, with what all calls have in common."""
+        return self._wide  # type: ignore[attr-defined,no-any-return]
+
+    @property
     def traced(self) -> bool:
         """Whether its arrays only stand for some, inside a transformation such as jit."""
-        parts, base = self._wide  # type: ignore[attr-defined]
+        parts, base = self.ready
         held = [base.weight, [part.params for part in parts]]
         return any(is_traced(array) for _, array in leaves(held))
 
@@ -58,7 +63,7 @@ class BoundLayer:
                 "padding are not in the checkpoint; use merge() and your library's convolution"
             )
         check_input(x, self.base.site)
-        parts, base = self._wide  # type: ignore[attr-defined]
+        parts, base = self.ready
         floating = is_floating(x)
         out = dtype_name(x if floating else self.base.weight)
         if floating:

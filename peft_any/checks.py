@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite, nan
 from typing import Any
 
 from peft_any.errors import ConfigError
@@ -59,3 +60,14 @@ def check_fields(config: Any, *counts: str, bias: str = "") -> None:
         options = "none", "all", f"{bias}_only"
         rules["bias"] = config.bias in options, f'"none", "all" or "{bias}_only"'
     refuse(config, **rules)
+
+
+def finite_number(name: str, weight: Any) -> float:
+    """Give an adapter's weight as a number; refuse what is none, and what is not finite."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = nan
+    if not isfinite(number):
+        raise ConfigError(f"adapter {name!r}: {weight!r} cannot be a weight: give a finite number")
+    return number

@@ -6,22 +6,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
-from math import isfinite, nan, prod
-from typing import Any
+from math import prod
+from typing import Any, TypeAlias, overload
 
 from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
-from peft_any.backend import astype, compute_dtype, dtype_name
+from peft_any.bank import BoundRows
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
+from peft_any.checks import finite_number
 from peft_any.dropout import Noise, Seed
-from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking
+from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking, summed
 from peft_any.registry import Config
 from peft_any.view import weights as view
+
+Given: TypeAlias = Mapping[str, Any] | None
+Rows: TypeAlias = Sequence[str | None]
 
 
 class PeftModel:
@@ -51,7 +55,7 @@ class PeftModel:
         self, weights: Mapping[str, Array], *, kinds: Mapping[str, Kind | Site] | None = None
     ) -> None:
         self.weights = weights
-        self._kinds = kinds
+        self.kinds = kinds
         self._placed: dict[str, Placed] = {}
         self._active: dict[str, float] = {}
         self._stacked = True
@@ -109,14 +113,14 @@ class PeftModel:
         if name in self._placed:
             raise ConfigError(f"adapter {name!r} is already there: remove it first, or rename")
         if isinstance(adapter, Config):
-            placed = fresh(adapter, self.weights, self._kinds, seed, dtype)
+            placed = fresh(adapter, self.weights, self.kinds, seed, dtype)
         elif not isinstance(adapter, Adapter):
             raise ConfigError(
                 f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "
                 "an adapter that Adapter.load read"
             )
         else:
-            placed = fitted(adapter, self.weights, self._kinds)
+            placed = fitted(adapter, self.weights, self.kinds)
         if rederive:
             placed = rederived(placed, self.weights)
         refuse_lacking(placed)
@@ -146,7 +150,7 @@ class PeftModel:
             weights = dict.fromkeys(weights, 1.0)
         for name in weights:
             self._known(name)
-        self._active = {name: _number(name, weight) for name, weight in weights.items()}
+        self._active = {name: finite_number(name, weight) for name, weight in weights.items()}
         self._stacked = not isinstance(names, Mapping)
 
     def update(self, params: Mapping[str, Any]) -> None:
@@ -172,7 +176,7 @@ class PeftModel:
     def exchange(self, name: str, adapter: Adapter) -> None:
         """Put another state of an adapter, a pruned one say, in its place."""
         self._known(name)
-        self._placed[name] = fitted(adapter, self.weights, self._kinds)
+        self._placed[name] = fitted(adapter, self.weights, self.kinds)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -189,7 +193,15 @@ class PeftModel:
         values = {name: placed.adapter.trainable() for name, placed in self._placed.items()}
         return Parameters(values, sum(prod(w.shape) for w in self.weights.values()))
 
-    def bind(self, params: Mapping[str, Any] | None = None, *, rng: Seed | None = None) -> Bound:
+    @overload
+    def bind(self, params: Given = None, *, rng: Seed | None = None) -> Bound: ...
+
+    @overload
+    def bind(self, params: Given = None, *, rng: Seed | None = None, rows: Rows) -> BoundRows: ...
+
+    def bind(
+        self, params: Given = None, *, rng: Seed | None = None, rows: Rows | None = None
+    ) -> Bound | BoundRows:
         """Fix the parameters of the active adapters, and give the adapted layers.
 
         Parameters
@@ -198,18 +210,22 @@ class PeftModel:
             Stands in for the adapters' own arrays, in part or whole: what a gradient is taken of.
         rng : int or sequence of int, optional
             Seeds the dropout of a training step, ``(seed, step)``; without it nothing is dropped.
+        rows : sequence of str or None, optional
+            The adapter of each row of the batches, active or not; None or ``"__base__"``: none.
         """
         model = self._with(params or {})
         model._noise = None if rng is None else Noise.of(rng)  # noqa: SLF001 - its own class
+        if rows is not None:
+            return BoundRows(model, rows)
         adapted = self.sites()
 
         @cache
         def every() -> dict[str, Site]:
-            return {**layout(self.weights, self._kinds), **adapted}
+            return {**layout(self.weights, self.kinds), **adapted}
 
         def make(name: str) -> BoundLayer:
             site = adapted[name] if name in adapted else every()[name]
-            return BoundLayer(model._base(site), model._parts(site), self._stacked)  # noqa: SLF001
+            return model.bound_layer(site)
 
         trained = {name: model[name].trainable() for name in self._active}
         return Bound(Layers(adapted, every, make), trained, view.weights(model, make))
@@ -295,21 +311,19 @@ class PeftModel:
             for name in self._active
             if (new := self._placed[name].adapter.replacement(tensor, base)) is not None
         }
-        if not copies:
-            return base
-        if len(copies) == 1 and self._active[next(iter(copies))] == 1.0:
-            return next(iter(copies.values()))
-        if self._stacked:
-            raise TargetError(
-                f"{tensor}: adapters {[*copies]} each carry a full copy of it and cannot act "
-                "together: activate one, or give weights for their sum"
-            )
-        wide = astype(base, compute_dtype(base))
-        total = wide
-        for name, new in copies.items():
-            total = total + self._active[name] * (astype(new, dtype_name(wide)) - wide)
-        summed: Array = astype(total, dtype_name(base))
-        return summed
+        return summed(tensor, base, copies, self._active, stacked=self._stacked)
+
+    def alone(self, name: str | None) -> PeftModel:
+        """Copy with one adapter active, or none; the copy's adapters can be exchanged."""
+        model = copy(self)
+        model._placed = dict(self._placed)  # noqa: SLF001 - its own class
+        model._active = {} if name is None else {name: 1.0}  # noqa: SLF001
+        model._stacked = True  # noqa: SLF001
+        return model
+
+    def bound_layer(self, site: Site) -> BoundLayer:
+        """Give one layer with the active adapters."""
+        return BoundLayer(self._base(site), self._parts(site), self._stacked)
 
     def _with(self, params: Mapping[str, Any]) -> PeftModel:
         for name in params:
@@ -334,13 +348,3 @@ class PeftModel:
         if name not in self._placed:
             raise ConfigError(f"adapter {name!r} is not here{nearest(name, self._placed)}")
         return self._placed[name]
-
-
-def _number(name: str, weight: Any) -> float:
-    try:
-        number = float(weight)
-    except (TypeError, ValueError):
-        number = nan
-    if not isfinite(number):
-        raise ConfigError(f"adapter {name!r}: {weight!r} cannot be a weight: give a finite number")
-    return number

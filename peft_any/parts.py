@@ -263,11 +263,11 @@ class Adapted:
 
 
 class Once:
-    """A layer that does not compute twice for the very same input."""
+    """A layer that does not compute twice for the very same input, or one whose output is known."""
 
-    def __init__(self, base: Layer) -> None:
+    def __init__(self, base: Layer, known: tuple[Array, Array] | None = None) -> None:
         self._base = base
-        self._last: tuple[Array, Array] | None = None
+        self._last = known
         self.site, self.weight, self.bias = base.site, base.weight, base.bias
         self.original = base.original
 

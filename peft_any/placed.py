@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, backend_of
+from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
@@ -201,3 +201,35 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
     )
     return Placed(changed, placed.sites, placed.configs)
+
+
+def summed(
+    tensor: str,
+    base: Array,
+    copies: Mapping[str, Array],
+    weights: Mapping[str, float],
+    *,
+    stacked: bool,
+) -> Array:
+    """Put full copies of a base tensor in its place: one of them, or their weighted sum.
+
+    Raises
+    ------
+    TargetError
+        If several are to act one upon another.
+    """
+    if not copies:
+        return base
+    if len(copies) == 1 and weights[next(iter(copies))] == 1.0:
+        return next(iter(copies.values()))
+    if stacked:
+        raise TargetError(
+            f"{tensor}: adapters {[*copies]} each carry a full copy of it and cannot act "
+            "together: activate one, or give weights for their sum"
+        )
+    wide = astype(base, compute_dtype(base))
+    total = wide
+    for name, new in copies.items():
+        total = total + weights[name] * (astype(new, dtype_name(wide)) - wide)
+    rounded: Array = astype(total, dtype_name(base))
+    return rounded

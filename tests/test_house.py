@@ -40,7 +40,7 @@ LAYERS = [
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"naming"},
     {"adapter"},
-    {"parts", "bound", "placed", "origin"},
+    {"parts", "bound", "bank", "placed", "origin"},
     {"view"},
     {"model", "receipt"},
     {"surgery", "oneshot", "algebra"},
