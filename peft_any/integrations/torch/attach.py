@@ -33,13 +33,7 @@ RECORD = "_peft_any"
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """An adapter on a torch module: what `attach` gives.
-
-    Attributes
-    ----------
-    module : nn.Module
-    name : str
-    """
+    """An adapter on a torch module, with its name: what `attach` gives."""
 
     module: nn.Module
     name: str
