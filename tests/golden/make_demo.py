@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-OUT = Path(__file__).parents[2] / "peft_any" / "_demo"
+OUT = Path(__file__).parents[2] / "peft_any" / "demo" / "data"
 ADAPTED = r"net\.[0246]"
 """All linear layers but the last."""
 TAUGHT = slice(1, 4)
