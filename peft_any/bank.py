@@ -8,6 +8,8 @@ from functools import cached_property
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
 from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
@@ -259,8 +261,6 @@ def taken(x: Array, rows: Sequence[int]) -> Array:
     """Take rows of an array; those that follow one another without a copy."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows), ...]
-    import numpy as np  # noqa: PLC0415 - host data: which rows
-
     xp = namespace(x)
     y: Array = xp.take(x, from_numpy_like(np.asarray(rows, dtype=np.int64), x), axis=0)
     return y

@@ -20,7 +20,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, dense, fitted, fresh, given, rederived, refuse_lacking, summed
+from peft_any.placed import Placed, attached, dense, fitted, given, summed
 from peft_any.registry import Config
 from peft_any.view import weights as view
 
@@ -112,18 +112,15 @@ class PeftModel:
         """
         if name in self._placed:
             raise ConfigError(f"adapter {name!r} is already there: remove it first, or rename")
-        if isinstance(adapter, Config):
-            placed = fresh(adapter, self.weights, self.kinds, seed, dtype)
-        elif not isinstance(adapter, Adapter):
-            raise ConfigError(
-                f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "
-                "an adapter that Adapter.load read"
-            )
-        else:
-            placed = fitted(adapter, self.weights, self.kinds)
-        if rederive:
-            placed = rederived(placed, self.weights)
-        refuse_lacking(placed)
+        placed = attached(
+            name,
+            adapter,
+            self.weights,
+            self.kinds,
+            seed=seed,
+            dtype=dtype,
+            rederive=rederive,
+        )
         self._placed[name] = placed
         if not self._active:
             self.activate(name)

@@ -114,6 +114,38 @@ def _refuse_nameless(config: Tuner, params: Params) -> None:
         )
 
 
+def attached(
+    name: str,
+    adapter: Adapter | Config,
+    weights: Mapping[str, Array],
+    kinds: Mapping[str, Kind | Site] | None,
+    *,
+    seed: int,
+    dtype: str,
+    rederive: bool,
+) -> Placed:
+    """Put a loaded adapter, or a fresh one of a configuration, on a base, complete.
+
+    Raises
+    ------
+    ConfigError, ShapeError, TargetError
+        If it does not fit the base, or lacks what its writer took from it.
+    """
+    if isinstance(adapter, Config):
+        placed = fresh(adapter, weights, kinds, seed, dtype)
+    elif isinstance(adapter, Adapter):
+        placed = fitted(adapter, weights, kinds)
+    else:
+        raise ConfigError(
+            f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "
+            "an adapter that Adapter.load read"
+        )
+    if rederive:
+        placed = rederived(placed, weights)
+    refuse_lacking(placed)
+    return placed
+
+
 def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
     """Add to an unconverted adapter what its writer took from the base.
 

@@ -416,6 +416,10 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"'defalt' is not on this module.*default"):
             detach_adapter(net, "defalt")
 
+    def test_neither_an_adapter_nor_a_configuration(self) -> None:
+        with pytest.raises(ConfigError, match="'adapter' cannot be attached"):
+            attach(mlp(), "adapter")
+
     def test_nothing_matches(self) -> None:
         net = mlp()
         with pytest.raises(TargetError, match="'3' matches no layer"):

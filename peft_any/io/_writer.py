@@ -33,7 +33,7 @@ class _Writer:
         self,
         path: StrPath,
         specs: Iterable[tuple[str, str, Shape]],
-        metadata: Mapping[str, str] | None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         """The file."""
@@ -159,16 +159,8 @@ class PlacedWriter(_Writer):
     b'xyz'
     """
 
-    def __init__(
-        self,
-        path: StrPath,
-        specs: Iterable[tuple[str, str, Shape]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._lock = Lock()
-        super().__init__(path, specs, metadata)
-
     def _begin(self, header: memoryview) -> None:
+        self._lock = Lock()
         self._left = {name: info.nbytes for name, info in self.tensors.items()}
         size = max((info.stop for info in self.tensors.values()), default=len(header))
         with reporting(self.path, "be written"):
@@ -271,14 +263,6 @@ class StreamWriter(_Writer):
     ...     list(SafetensorsFile(f"{folder}/x"))
     ['b', 'a']
     """
-
-    def __init__(
-        self,
-        path: StrPath,
-        specs: Iterable[tuple[str, str, Shape]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(path, specs, metadata)
 
     def _begin(self, header: memoryview) -> None:
         self._pending = iter(self.tensors)

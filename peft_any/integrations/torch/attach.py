@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from peft_any import placed as placing
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, nearest
@@ -24,7 +25,7 @@ from peft_any.integrations.torch.slot import (
 from peft_any.integrations.torch.tensors import Arrays, modules, names_of, sites, tensors
 from peft_any.io._atomic import StrPath
 from peft_any.method import Tuner
-from peft_any.placed import Placed, fitted, fresh, rederived, refuse_lacking
+from peft_any.placed import Placed
 from peft_any.registry import Config
 
 RECORD = "_peft_any"
@@ -154,14 +155,15 @@ def attach(
     record: _Record = vars(module).get(RECORD) or _Record()
     if name in record.adapters:
         raise ConfigError(f"adapter {name!r} is already there: detach it first, or rename")
-    base, kinds = tensors(module), sites(module)
-    if isinstance(adapter, Config):
-        placed = fresh(adapter, base, kinds, seed, dtype)
-    else:
-        placed = fitted(adapter, base, kinds)
-    if rederive:
-        placed = rederived(placed, base)
-    refuse_lacking(placed)
+    placed = placing.attached(
+        name,
+        adapter,
+        tensors(module),
+        sites(module),
+        seed=seed,
+        dtype=dtype,
+        rederive=rederive,
+    )
     if not isinstance(placed.adapter.config, Tuner):
         raise ConfigError(
             f"{placed.adapter.config.where}: adapts no layer, so that it cannot be attached to a "
