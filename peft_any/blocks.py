@@ -193,10 +193,14 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
         y = xp.permute_dims(y, (2, 0, 3, 1, 4))
     else:
         y = xp.matrix_transpose(xp.reshape(x, (count, n)))
-        y = xp.reshape(y, (high, b // run, apart, run, count))
-        y = xp.reshape(xp.permute_dims(y, (0, 2, 1, 3, 4)), (n // b, b, count))
-        y = xp.reshape(xp.matrix_transpose(r) @ y, (high, apart, b // run, run, count))
-        y = xp.matrix_transpose(xp.reshape(xp.permute_dims(y, (0, 2, 1, 3, 4)), (n, count)))
+        if apart > 1:
+            y = xp.reshape(y, (high, b // run, apart, run, count))
+            y = xp.permute_dims(y, (0, 2, 1, 3, 4))
+        y = xp.matrix_transpose(r) @ xp.reshape(y, (n // b, b, count))
+        if apart > 1:
+            y = xp.reshape(y, (high, apart, b // run, run, count))
+            y = xp.permute_dims(y, (0, 2, 1, 3, 4))
+        y = xp.matrix_transpose(xp.reshape(y, (n, count)))
     product: Array = xp.reshape(y, shape)
     return product
 

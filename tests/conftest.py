@@ -48,6 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="how often a merge is killed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave processes that run side by side one thread each: they share the cores already."""
+    if config.getoption("numprocesses", None):
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+
+
 def installed(library: str) -> bool:
     """Whether a library can be imported."""
     module = MODULES.get(library, library)
