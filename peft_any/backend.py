@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +67,19 @@ class Backend:
     device: Any
 
     def __str__(self) -> str:
-        return self.name if self.device is None else f"{self.name}:{self.device}"
+        """Give a spec that `resolve` reads as this backend."""
+        return self.name if self.device is None else f"{self.name}:{_spelled(self.device)}"
+
+
+_SPELLED = re.compile(r"<CUDA Device (\d+)>|\w+\.Device\('(\w+)'\)")
+"""How CuPy and array-api-strict print a device."""
+
+
+def _spelled(device: Any) -> str:
+    if hasattr(device, "platform"):  # JAX's
+        return f"{device.platform}:{device.id}"
+    match = _SPELLED.fullmatch(str(device))
+    return str(device) if match is None else match[1] or match[2]
 
 
 _CUDA = 2

@@ -37,6 +37,7 @@ from peft_any.backend import (
     to_numpy,
 )
 from peft_any.errors import BackendError
+from tests.conftest import missing
 
 MODULES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax"}
 MODULES["dask"] = "dask.array"
@@ -287,3 +288,11 @@ def test_halves_round_alike_on_every_library(values):
         if find_spec(MODULES[name].partition(".")[0]):
             x = from_numpy(values, resolve(name))
             assert same(to_numpy(astype(x, dtype)), astype(values, dtype))
+
+
+@pytest.mark.parametrize("spec", ["numpy", "torch:meta", "jax", "jax:cpu", "strict:device1"])
+def test_a_backend_is_read_as_it_is_printed(spec: str) -> None:
+    if reason := missing(spec):
+        pytest.skip(reason)
+    found = resolve(spec)
+    assert resolve(str(found)) == found

@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import Adapter, cli, combine, merge_checkpoint, verify_checkpoint, write_safetensors
+from peft_any import (
+    Adapter,
+    cli,
+    combine,
+    extract,
+    merge_checkpoint,
+    verify_checkpoint,
+    write_safetensors,
+)
+from peft_any.algebra.lowrank import Cut
 from peft_any.errors import UsageError, VerifyError
 from peft_any.io.checkpoint import Checkpoint
+from peft_any.layer import Site
 from peft_any.methods.lora import LoraConfig
+from peft_any.surgery.couple import Couple
 from peft_any.surgery.engines import Recipe, engine_of
+from peft_any.surgery.factoring import Factoring
 
 distributed = pytest.importorskip("distributed")
 
@@ -290,3 +302,46 @@ def test_a_combination_that_reads_the_base_reads_it_on_the_workers(
         weights = {name: base[name].copy() for name in base}
     with pytest.raises(UsageError, match="weights in memory"):
         combine(folder / "dora", base=weights, rank=4, engine="dask")
+
+
+@pytest.mark.parametrize("how", [{"rank": 3}, {"energy": 0.9}], ids=["rank", "energy"])
+def test_an_adapter_is_extracted_to_the_same(client: Any, folder: Path, how: Any) -> None:
+    merge_checkpoint(folder / "base", folder / "lora", folder / "tuned", dtype="float32")
+    steps: list[tuple[int, int]] = []
+    asked = folder / "base", folder / "tuned"
+    here = extract(*asked, folder / "here", **how)
+    there = extract(
+        *asked,
+        folder / "there",
+        engine="dask",
+        progress=lambda done, total, _: steps.append((done, total)),
+        **how,
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (folder / "here" / name).read_bytes() == (folder / "there" / name).read_bytes()
+    alike = [[dataclasses.replace(one, seconds=0) for one in two.layers] for two in (here, there)]
+    assert alike[0] == alike[1]
+    assert len(steps) == 2 * SHARDS
+    assert steps[-1][0] == steps[-1][1]
+
+
+def test_an_extraction_outlives_a_killed_worker(client: Any, folder: Path) -> None:
+    merge_checkpoint(folder / "base", folder / "lora", folder / "tuned")
+    asked = folder / "base", folder / "tuned"
+    here = extract(*asked, rank=2)
+    with killing(client, after=2) as step:
+        there = extract(*asked, rank=2, engine="dask", progress=step)
+    for name, p in here.adapter.sites.items():
+        for key, array in p.items():
+            np.testing.assert_array_equal(array, there.adapter.sites[name][key])
+
+
+def test_checkpoints_that_are_others_on_a_worker_are_refused(client: Any, folder: Path) -> None:
+    merge_checkpoint(folder / "base", folder / "lora", folder / "tuned")
+    with Checkpoint(folder / "base") as base, Checkpoint(folder / "tuned") as tuned:
+        numbers: dict[str, Any] = {"backend": "numpy", "dtype": "float32", "seed": 0}
+        recipe = Factoring.of(Couple(base, tuned), Cut(rank=1), **numbers)
+    swapped = dataclasses.replace(recipe, model=recipe.base)
+    site = Site("layers.0.q", n_in=WIDTH, n_out=ROWS)
+    with pytest.raises(UsageError, match="another checkpoint on this worker"):
+        engine_of("dask").run(swapped, [site], lambda *_: None)

@@ -16,12 +16,15 @@ from peft_any.cli.options import (
     Backend,
     Base,
     Debug,
+    Engine,
     Map,
     NoStrict,
     Out,
     Overwrite,
     Quiet,
     Rederive,
+    Scheduler,
+    engine_at,
     fitting,
 )
 
@@ -96,6 +99,8 @@ def extract(
     overwrite: Overwrite = False,
     no_strict: NoStrict = False,
     backend: Backend = "auto",
+    engine: Engine = "local",
+    scheduler: Scheduler = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
@@ -115,6 +120,7 @@ def extract(
             overwrite=overwrite,
             strict=not no_strict,
             backend=backend,
+            engine=engine_at(engine, scheduler),
             progress=step,
         )
     return Result(found.to_dict(), extracted(found), as_json=as_json, quiet=quiet)

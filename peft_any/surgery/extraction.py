@@ -6,30 +6,26 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Any
 
-import numpy as np
-
 from peft_any.adapter import Adapter
-from peft_any.algebra.blockwise import distance
 from peft_any.algebra.lowrank import Cut, Factors, pad
-from peft_any.algebra.rangefinder import approximate
 from peft_any.algebra.written import Update, lora_adapter
-from peft_any.backend import Backend, astype, dtype_name, from_numpy, resolve, to_numpy
+from peft_any.backend import Backend, resolve
 from peft_any.errors import UsageError, VerifyError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, output_directory
 from peft_any.io.config import TENSORS
 from peft_any.io.safetensors import SafetensorsFile
-from peft_any.layer import Dense, Site
+from peft_any.layer import Site
 from peft_any.origin import made_on
 from peft_any.receipt import peak_memory, versions
-from peft_any.rng import Fresh
 from peft_any.selection import in_projection
 from peft_any.surgery.couple import Couple
 from peft_any.surgery.division import Division, divide
+from peft_any.surgery.engines import Engine, EngineLike, engine_of
 from peft_any.surgery.extracted import Extraction, Layer
+from peft_any.surgery.factoring import Factored, Factoring
 from peft_any.surgery.job import Progress, described
 from peft_any.surgery.measure import all_finite
 from peft_any.surgery.merge import storage_dtype
@@ -53,6 +49,7 @@ def extract(
     backend: str | Backend = "auto",
     kinds: Kinds = None,
     seed: int = 0,
+    engine: EngineLike = "local",
 ) -> Extraction:
     """Extract a LoRA from a model and the base that it was fine-tuned from.
 
@@ -81,6 +78,8 @@ def extract(
         parameters that a LoRA's file cannot carry, are left out and recorded.
     seed : int
         Of the random directions.
+    engine : str or Engine
+        What factors the layers; see `surgery.engines.engine_of`.
 
     Returns
     -------
@@ -109,9 +108,11 @@ def extract(
     if rank is None and energy is None:
         raise UsageError("extract: nothing says how large the factors are: give rank or energy")
     cut, to, dtype = Cut(rank=rank, energy=energy), resolve(backend), storage_dtype(dtype)
+    does = engine_of(engine)
     with Checkpoint(base) as one, Checkpoint(model) as two:
         division = divide(Couple(one, two), kinds, embeddings=embeddings, strict=strict)
-        work = _Work(division, cut, to, dtype, seed, progress)
+        recipe = Factoring.of(division.couple, cut, backend=str(to), dtype=dtype, seed=seed)
+        work = _Work(division, recipe, does, progress)
         ready = time.perf_counter()
         inputs = [one.path, two.path]
         writing = nullcontext() if out is None else output_directory(out, overwrite, inputs=inputs)
@@ -151,10 +152,8 @@ class _Work:
     """One extraction under way."""
 
     division: Division
-    cut: Cut
-    backend: Backend
-    dtype: str
-    seed: int
+    recipe: Factoring
+    engine: Engine
     progress: Progress | None
     layers: list[Layer] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -169,13 +168,14 @@ class _Work:
             said = "their factors would be no smaller than they are"
             self.notes.append(f"{', '.join(whole)}: saved whole: {said}")
         sites = self.division.sites
-        pairs = _padded({name: pairs[name] for name in sites}, self.cut)
-        adapter = lora_adapter([Update(sites[n], pairs[n]) for n in sites], dtype=self.dtype)
+        cut, dtype = self.recipe.cut, self.recipe.dtype
+        pairs = _padded({name: pairs[name] for name in sites}, cut)
+        adapter = lora_adapter([Update(sites[n], pairs[n]) for n in sites], dtype=dtype)
         params = adapter.sites
         bad = [name for name, p in params.items() if not all(map(all_finite, p.values()))]
         if bad:
             raise VerifyError(
-                f"{', '.join(bad)}: the factors cannot be stored: they overflow {self.dtype}; give "
+                f"{', '.join(bad)}: the factors cannot be stored: they overflow {dtype}; give "
                 "a dtype with a larger range (--dtype float32 or bfloat16)"
             )
         extra = {name: self.division.couple.tensors(name)[1] for name in self.division.copies}
@@ -184,40 +184,19 @@ class _Work:
         return adapter.replace(config=replace(self.division.config, **ranks), extra=extra)
 
     def _pairs(self) -> dict[str, Factors]:
-        pairs = {}
         sites = self.division.sites
         sizes = {n: self.division.survey.shapes[s.weight].nbytes for n, s in sites.items()}
-        done, total = 0, sum(sizes.values())
-        for name, site in sites.items():
-            pairs[name] = self._factored(site)
-            done += sizes[name]
-            if self.progress is not None:
-                self.progress(done, total, site.weight)
-        return pairs
+        found: dict[str, Factored] = {}
 
-    def _factored(self, site: Site) -> Factors:
-        start = time.perf_counter()
-        stored = self.division.couple.difference(site.weight)
-        delta = Dense.of(stored, None, site).weight
-        new = Fresh(self.seed, self.backend, key=site.name, dtype=dtype_name(delta))
-        found = approximate(from_numpy(delta, self.backend), self.cut, new)
-        with np.errstate(over="ignore"):
-            u, v = (astype(to_numpy(a), self.dtype) for a in found.factors)
-        finite = all_finite(u) and all_finite(v)
-        self.layers.append(
-            Layer(
-                site.name,
-                site.weight,
-                tuple(stored.shape),
-                found.rank,
-                found.norm,
-                distance(delta, (u, v)) if finite else inf,
-                found.least,
-                found.way,
-                round(time.perf_counter() - start, 3),
-            )
-        )
-        return u, v
+        def done(site: Site, result: Factored) -> None:
+            found[site.name] = result
+            if self.progress is not None:
+                self.progress(sum(sizes[name] for name in found), total, site.weight)
+
+        total = sum(sizes.values())
+        self.engine.run(self.recipe, sites.values(), done)
+        self.layers = [found[name][1] for name in sites]
+        return {name: found[name][0] for name in sites}
 
     def _no_smaller(self, name: str, pair: Factors) -> bool:
         """Whether an energy asks for so many factors that the layer itself is smaller."""
@@ -228,7 +207,7 @@ class _Work:
             for half in (name, in_projection(name))
             if half in sites
         )
-        return self.cut.reads_values and not packed and k * (m + n) >= m * n
+        return self.recipe.cut.reads_values and not packed and k * (m + n) >= m * n
 
 
 def _padded(pairs: Mapping[str, Factors], cut: Cut) -> dict[str, Factors]:
