@@ -13,6 +13,9 @@ import pytest
 HERE = Path(__file__).parent.parent / "docs" / "tutorials"
 
 
+FIGURES = importlib.util.find_spec("matplotlib") is not None
+
+
 def run(name: str, *args: str) -> str:
     command = [sys.executable, str(HERE / name), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -30,3 +33,18 @@ def test_word_valence() -> None:
     assert -1 < found["ridge"]["r"] < 1
     assert 0 < found["lora"]["mae"] < 4
     assert found["lora"] != found["ridge"]
+
+
+def test_accuracy(tmp_path: Path) -> None:
+    figure = tmp_path / "figure.png"
+    drawing = ["--figure", str(figure)] if FIGURES else []
+    said = run("accuracy.py", "--steps", "20", "--only", "lora", "oft", "--sizes", "2", *drawing)
+    _, _, base, *rows = (line.split(" | ") for line in said.splitlines())
+    assert [(row[0], row[1]) for row in rows] == [
+        ("| lora", "r=1"),
+        ("| lora", "r=2"),
+        ("| oft", "oft_block_size=2"),
+        ("| oft", "oft_block_size=4"),
+    ]
+    assert all(0 < float(row[4]) < float(base[4]) for row in rows)
+    assert figure.exists() == FIGURES
