@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft_any._jaxpr import without_merging as without_merging
     from peft_any.adapter import Adapter as Adapter
     from peft_any.algebra.combining import combine as combine
+    from peft_any.algebra.converting import convert as convert
     from peft_any.algebra.resizing import resize as resize
     from peft_any.autodiff import grad as grad
     from peft_any.autodiff import value_and_grad as value_and_grad
@@ -62,6 +63,7 @@ _HOMES = {
     "_jaxpr": "without_merging",
     "adapter": "Adapter",
     "algebra.combining": "combine",
+    "algebra.converting": "convert",
     "algebra.resizing": "resize",
     "autodiff": "grad value_and_grad vjp",
     "backend": "Backend backend detach move resolve",

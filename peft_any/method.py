@@ -112,6 +112,10 @@ class Tuner(Config):
         moves = merged.bias is not None and self.changes_bias(base.site)
         return merged.weight - base.weight, merged.bias - _bias(base) if moves else None
 
+    def product(self, p: Params, base: Dense) -> tuple[Array, Array] | None:  # noqa: ARG002
+        """Give u (n_out, k) and v (k, width): merging adds u·v to the weight; None for large k."""
+        return None
+
     def changes_bias(self, site: Site) -> bool:  # noqa: ARG002
         """Whether merging changes the layer's bias."""
         return False

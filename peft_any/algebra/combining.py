@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from peft_any.adapter import Adapter
 from peft_any.algebra.copies import combined_copies
@@ -135,7 +135,10 @@ def combine(
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, for `combine` and `resize` alike."""
+    """What is to be done, for `combine`, `convert` and `resize` alike."""
+
+    keeps_gains: ClassVar[bool] = True
+    """Whether IA³ adapters alone give one, and no LoRA."""
 
     kind: str
     options: Options
@@ -155,7 +158,7 @@ class Job:
             warnings.append(f"one adapter alone is only weighted: {method} does nothing")
         with opened(self.base, [*given]) as view:
             copies = combined_copies(given, view, to)
-            if all_gains(given) and options.cut is None:
+            if self.keeps_gains and all_gains(given) and options.cut is None:
                 plain = self._plain(options)
                 made, layers = combined_gains(given, to, self._dtype(given), plain=plain)
             else:

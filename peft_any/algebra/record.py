@@ -49,12 +49,12 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """The receipt of `combine` and `resize`; `to_json` is what `--json` prints.
+    """The receipt of `combine`, `convert` and `resize`; `to_json` is what `--json` prints.
 
     Attributes
     ----------
     kind : str
-        ``combine`` or ``resize``.
+        ``combine``, ``convert`` or ``resize``.
     method : str
     adapters : tuple of Source
         What went in: path, digests of the files, weight.

@@ -70,6 +70,9 @@ class Term:
         p = {k: widest(a) if is_array(a) and is_floating(a) else a for k, a in self.params.items()}
         if isinstance(config, Additive) and config.gain(p, base) is None:
             return config.factors(p, self.site), config.bias_delta(p, self.site)
+        pair = None if config.changes_bias(self.site) else config.product(p, base)
+        if pair is not None:
+            return pair, None
         dw, db = config.effect(p, base)
         return as_product(dw), db
 

@@ -98,6 +98,49 @@ def combine(
 
 
 @app.command()
+def convert(
+    *,
+    adapter: Annotated[str, typer.Argument(help="An adapter's directory or tensor file.")],
+    out: Out = None,
+    to: Annotated[str, typer.Option(help="The method of the result.")] = "LORA",
+    rank: Rank = None,
+    energy: Energy = None,
+    base: NeededBase = None,
+    rederive: Rederive = False,
+    any_base: AnyBase = False,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    backend: Backend = "auto",
+    engine: Engine = "local",
+    scheduler: Scheduler = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+) -> Result:
+    """Make an adapter of any method a plain LoRA: exact, or the best of a rank."""
+    from peft_any import convert as converted
+
+    with waiting("converting", quiet) as tell_layer:
+        _, record = converted(
+            adapter,
+            _place("convert", out, dry_run),
+            to=to,
+            rank=rank,
+            energy=energy,
+            base=base,
+            rederive=rederive,
+            any_base=any_base,
+            dtype=dtype,
+            overwrite=overwrite,
+            backend=backend,
+            engine=engine_at(engine, scheduler),
+            progress=lambda _, __, layer: tell_layer(layer),
+        )
+    return _result(record, as_json, quiet)
+
+
+@app.command()
 def resize(
     *,
     adapter: Annotated[str, typer.Argument(help="An adapter's directory or tensor file.")],

@@ -98,13 +98,18 @@ class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
         taken = namespace(across).matrix_transpose(across) @ base.weight
         return {**p, "directions": (q, across), "taken": taken}
 
-    def merge(self, p: Params, base: Dense) -> Dense:
-        """W − Q·(ρᵀ·W − s·R)."""
+    def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
+        """−Q and ρᵀ·W − s·R."""
         (q, across), w = self.directions(p), base.weight
         taken = namespace(w).matrix_transpose(across) @ w
         if not self.para:
             taken = taken - self.scaling * p["deft_R"]
-        return base.replace(weight=w - q @ taken)
+        return -q, taken
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W − Q·(ρᵀ·W − s·R)."""
+        left, taken = self.product(p, base)
+        return base.replace(weight=base.weight + left @ taken)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) − Q·((ρᵀ·W − s·R)·x)."""

@@ -98,6 +98,11 @@ class HRAConfig(Tuner, peft_type="HRA", prefix="hra_"):
         left, right = self.factors(p)
         return base.replace(weight=_less(base.weight, left, right))
 
+    def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
+        """−W·U·T and Uᵀ."""
+        left, right = self.factors(p)
+        return -(base.weight @ left), namespace(right).matrix_transpose(right)
+
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x·Hᵀ)."""
         left, right = self.factors(p)

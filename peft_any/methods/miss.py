@@ -86,6 +86,15 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
             return base.replace(weight=w + self._whole(turned + p["miss_block"][:, None, :, :], w))
         return base.replace(weight=w + self._repeated(p, site))
 
+    def product(self, p: Params, base: Dense) -> tuple[Array, Array] | None:
+        """Mᵀ, and the identity repeated over the shards; tiles have no small product."""
+        if self.init_weights == "bat":
+            return None
+        m = self.shards(p, base.site)
+        xp, shards = namespace(m), -(-base.site.n_in // self.r)
+        eye = xp.eye(self.r, dtype=m.dtype, device=creation_device(m))
+        return xp.matrix_transpose(m), xp.tile(eye, (1, shards))[:, : base.site.n_in]
+
     def _repeated(self, p: Params, site: Site) -> Array:
         m = namespace(p["miss_block"]).matrix_transpose(self.shards(p, site))
         repeated: Array = namespace(m).tile(m, (1, -(-site.n_in // self.r)))[:, : site.n_in]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Params, Shape
+from peft_any._typing import Array, Params, Shape
 from peft_any.activations import ACTIVATIONS, activation
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
@@ -62,8 +62,8 @@ class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
             drawn["peanut_B.weight"] = new.zeros(shapes["peanut_B.weight"])
         return drawn
 
-    def merge(self, p: Params, base: Dense) -> Dense:
-        """W + s·B·h(W)ᵀ."""
+    def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
+        """s·B and h(W)ᵀ."""
         f, xp = activation(self.act_fn), namespace(base.weight)
         h = f(linear(xp.matrix_transpose(base.original), p["peanut_A.weight"]))
         seen = []
@@ -72,5 +72,9 @@ class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
             h = f(linear(h, p[f"peanut_encoders.{i}.weight"]))
         for i in range(self.depth):
             h = f(linear(h, p[f"peanut_decoders.{i}.weight"])) + seen.pop()
-        change = p["peanut_B.weight"] @ xp.matrix_transpose(h)
-        return base.replace(weight=base.weight + self.scaling * change)
+        return self.scaling * p["peanut_B.weight"], xp.matrix_transpose(h)
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """W + s·B·h(W)ᵀ."""
+        left, right = self.product(p, base)
+        return base.replace(weight=base.weight + left @ right)
