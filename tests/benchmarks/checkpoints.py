@@ -271,7 +271,9 @@ def main() -> None:
         if given.growth:
             tables.append(growth(Path(folder), given.growth, given.rounds))
         for table in tables:
-            print(*table, "", sep="\n", flush=True)
+            for line in table:
+                print(line, flush=True)
+            print()
 
 
 if __name__ == "__main__":
