@@ -13,6 +13,47 @@ from typing import Any, ClassVar
 from peft_any.errors import ConfigError, nearest
 
 _known: dict[str, type[Config]] = {}
+_LATER = "peft_any does not have this method yet"
+_MERGE = (
+    "merge it with Hugging Face PEFT (merge_and_unload); `peft-any extract` makes a LoRA of that"
+)
+_RUN = "run it with Hugging Face PEFT"
+_ABSENT = {
+    "ADAMSS": (
+        "its files do not say which rows its segments are: its writer's clusters told",
+        _MERGE,
+    ),
+    "PSOFT": (
+        "its files lack A and B, which depend on the signs of the writer's singular vectors",
+        "convert it with Hugging Face PEFT (convert_to_lora), on the machine that wrote it",
+    ),
+    "SHADOW": ("it runs a second model beside the base, and changes no weight of it", _RUN),
+    "XLORA": (
+        "it mixes adapters anew for every token by a network: no weight of it is fixed",
+        _RUN,
+    ),
+    "FROD": (_LATER, _MERGE),
+    "LN_TUNING": (_LATER, _MERGE),
+    "OSF": (_LATER, _MERGE),
+    "TINYLORA": (_LATER, _MERGE),
+    "TRAINABLE_TOKENS": (_LATER, _MERGE),
+    "UNILORA": (_LATER, _MERGE),
+    "VBLORA": (_LATER, _MERGE),
+    "BONE": ("it is called MISS now, and the files have other names", _MERGE),
+    **dict.fromkeys(
+        (
+            "ADAPTION_PROMPT",
+            "CARTRIDGE",
+            "CPT",
+            "LILY",
+            "MULTITASK_PROMPT_TUNING",
+            "P_TUNING",
+            "POLY",
+        ),
+        (_LATER, _RUN),
+    ),
+}
+"""Methods of Hugging Face PEFT that are not here: why, and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +117,7 @@ def method_for(peft_type: str) -> type[Config]:
     Raises
     ------
     ConfigError
-        If there is none, with the nearest names.
+        If there is none, with the nearest names; of Hugging Face PEFT's, why, and what to do.
 
     Examples
     --------
@@ -85,6 +126,9 @@ def method_for(peft_type: str) -> type[Config]:
     """
     if peft_type not in _known:
         if peft_type not in method_names():
+            if peft_type in _ABSENT:
+                why, instead = _ABSENT[peft_type]
+                raise ConfigError(f"peft_type {peft_type!r} cannot be used: {why}: {instead}")
             known = sorted({*method_names(), *_known})
             raise ConfigError(
                 f"peft_type {peft_type!r} cannot be used: no such method"
