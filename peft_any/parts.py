@@ -161,8 +161,11 @@ def realise(parts: Sequence[Part], base: Dense) -> tuple[Dense, Array, Array | N
     bias : array (n_out,) or None
     """
     alone = len(parts) == 1 and parts[0].weight == 1.0
-    config, params = parts[0].config, parts[0].params
-    adds = isinstance(config, Additive) and config.gain(params, base) is None
+    config, adds = parts[0].config, False
+    if isinstance(config, Additive):
+        params = config.prepare(parts[0].params, base)
+        parts = [replace(parts[0], params=params), *parts[1:]]
+        adds = config.gain(params, base) is None
     if alone and not adds:
         merged = merge(parts, base)
         shift = None

@@ -5,6 +5,7 @@ On threads they do: each of the many short ones takes Python's lock again when i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import select
@@ -19,6 +20,8 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 _WORD = 8
+_TRIM, _MMAP, _KEPT = -1, -3, 1 << 25
+"""Of mallopt(3): the sizes from which memory is given back, and is mapped on its own."""
 _OTHERS = {"torch", "jax", "cupy", "distributed"}
 """Libraries that keep threads of their own, which a forked process would miss."""
 
@@ -121,6 +124,7 @@ def _work(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        _keep_memory()
         for path in [*Path("/proc/self/fd").iterdir()]:
             if int(path.name) not in {0, 1, 2, *keep}:
                 with suppress(OSError):
@@ -134,6 +138,14 @@ def _work(
     except BaseException:  # noqa: BLE001 - the parent is gone
         os._exit(1)
     os._exit(0)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed: blocks come and go, and fresh pages cost more than their use."""
+    with suppress(OSError, AttributeError):
+        tune = ctypes.CDLL(None).mallopt
+        for option in (_TRIM, _MMAP):
+            tune(option, _KEPT)
 
 
 def _turn(turns: tuple[int, int]) -> int:

@@ -93,12 +93,13 @@ def measure(
     total = Moments()
     for rows in row_blocks(realised):
         after = _double(realised[rows])
-        before = np.zeros_like(after)
-        known = _double(base[rows][: len(after)])
-        before[: len(known)] = known
+        before = known = _double(base[rows][: len(after)])
+        if len(known) < len(after):
+            before = np.zeros_like(after)
+            before[: len(known)] = known
         change = _double(wanted[rows])
         if delta is None:
-            change -= before
+            change = change - before
         moved = after - before
         total += Moments(
             float(np.vdot(known, known)),
@@ -134,7 +135,8 @@ def row_blocks(array: Host) -> Iterator[slice]:
 
 
 def _double(block: Host) -> Host:
-    return np.ascontiguousarray(block).astype(np.float64)
+    """Give values in double precision: a copy, unless they are already."""
+    return np.asarray(block, dtype=np.float64, order="C")
 
 
 def change_of(
