@@ -141,7 +141,7 @@ def _work(
 
 
 def _keep_memory() -> None:
-    """Have glibc keep what is freed: blocks come and go, and fresh pages cost more than their use."""
+    """Have glibc keep what is freed: fresh pages cost more than what is done with them."""
     with suppress(OSError, AttributeError):
         tune = ctypes.CDLL(None).mallopt
         for option in (_TRIM, _MMAP):
