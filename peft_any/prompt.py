@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 from peft_any._typing import Params, Shape
 from peft_any.errors import ConfigError
@@ -14,6 +15,9 @@ from peft_any.rng import Fresh
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Config):
     """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
+
+    tables: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
+    """The tensors of a file."""
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_any._typing import Array, Params, Shape
+from peft_any._typing import Array, Shape
 from peft_any.backend import (
     astype,
     creation_device,
     dtype_name,
     from_numpy_like,
+    is_floating,
     namespace,
     resolve,
     to_numpy,
 )
-from peft_any.errors import ConfigError
-from peft_any.layer import Dense, Site, linear
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Dense, Site
+from peft_any.prompt import Prompt
 from peft_any.rng import Fresh
 
 
@@ -74,6 +76,42 @@ def prepend(rows: Array, x: Array) -> Array:
     rows = spread(rows, tuple(x.shape[: x.ndim - rows.ndim]))
     longer: Array = xp.concat([rows, x], axis=-2)
     return longer
+
+
+def before(config: Prompt, rows: Array, embeds: Array, submodule: int) -> Array:
+    """Put a submodule's virtual tokens before its embedded input.
+
+    Parameters
+    ----------
+    config : Prompt
+    rows : array (..., n·T, d)
+        The virtual tokens of all submodules.
+    embeds : array (..., tokens, d), floating
+    submodule : int
+        Whose input it is: 0, or 1 for the decoder's of an encoder-decoder.
+
+    Returns
+    -------
+    array (..., T + tokens, d)
+        In `embeds`'s dtype.
+
+    Raises
+    ------
+    ShapeError
+        If the widths differ, `embeds` are token numbers, or there is no such submodule.
+    """
+    count, d = config.size("num_virtual_tokens"), rows.shape[-1]
+    if embeds.ndim < 2 or embeds.shape[-1] != d or not is_floating(embeds):
+        raise ShapeError(
+            f"{config.where}: {dtype_name(embeds)} of shape {tuple(embeds.shape)} cannot follow "
+            f"a prompt: embed the tokens first, as (..., tokens, {d})"
+        )
+    if not 0 <= submodule < config.submodules:
+        raise ShapeError(
+            f"{config.where}: submodule {submodule} cannot have a prompt: there are "
+            f"{config.submodules}; set num_transformer_submodules"
+        )
+    return prepend(rows[..., submodule * count : (submodule + 1) * count, :], embeds)
 
 
 def spread(a: Array, lead: Shape) -> Array:
@@ -135,31 +173,3 @@ def table_rows(columns: Array, count: int, tokens: Sequence[int] | None, new: Fr
     rows = xp.take(columns, from_numpy_like(chosen, columns), axis=1)
     drawn: Array = new.array(to_numpy(xp.matrix_transpose(rows)))
     return drawn
-
-
-def draw_encoder(new: Fresh, sizes: Shape, *, zero: bool = False) -> Params:
-    """Draw the net of `encode`, as torch draws its layers; its last one `zero` if asked.
-
-    Parameters
-    ----------
-    new : Fresh
-    sizes : tuple of four int
-        Tokens, width of their embeddings, hidden width, width of the result.
-    zero : bool
-    """
-    count, d, hidden, width = sizes
-    last = (width, hidden)
-    return {
-        "embedding.weight": new.normal((count, d)),
-        "transform.0.weight": new.kaiming((hidden, d)),
-        "transform.0.bias": new.uniform((hidden,), d**-0.5),
-        "transform.2.weight": new.zeros(last) if zero else new.kaiming(last),
-        "transform.2.bias": new.uniform((width,), 0.0 if zero else hidden**-0.5),
-    }
-
-
-def encode(net: Params) -> Array:
-    """Compute U₂·tanh(U₁·e + b₁) + b₂ (count, width) of embeddings e (count, d)."""
-    inner, outer = ((net[f"transform.{i}.weight"], net[f"transform.{i}.bias"]) for i in (0, 2))
-    hidden = linear(net["embedding.weight"], *inner)
-    return linear(namespace(hidden).tanh(hidden), *outer)

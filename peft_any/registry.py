@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from peft_any.errors import ConfigError, nearest
 
 _known: dict[str, type[Config]] = {}
+_NAMED = {"PromptEncoderConfig": "ptuning"}
+"""Classes that are called otherwise than their method."""
 _LATER = "peft_any does not have this method yet"
 _MERGE = (
     "merge it with Hugging Face PEFT (merge_and_unload); `peft-any extract` makes a LoRA of that"
@@ -43,11 +45,8 @@ _ABSENT = {
     **dict.fromkeys(
         (
             "ADAPTION_PROMPT",
-            "CARTRIDGE",
             "CPT",
             "LILY",
-            "MULTITASK_PROMPT_TUNING",
-            "P_TUNING",
             "POLY",
         ),
         (_LATER, _RUN),
@@ -151,7 +150,7 @@ def config_class(name: str) -> type[Config]:
     >>> config_class("LoraConfig").peft_type
     'LORA'
     """
-    plain = name.removesuffix("Config").lower()
+    plain = _NAMED.get(name, name.removesuffix("Config").lower())
     for peft_type in method_names():
         if peft_type.lower().replace("_", "") == plain:
             found = method_for(peft_type)

@@ -14,6 +14,7 @@ from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.methods.beft import BeftConfig
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.c3a import C3AConfig
+from peft_any.methods.cartridge import CartridgeConfig
 from peft_any.methods.deft import DeftConfig
 from peft_any.methods.delora import DeloraConfig
 from peft_any.methods.fourierft import FourierFTConfig
@@ -26,7 +27,9 @@ from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.miss import MissConfig
+from peft_any.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peft_any.methods.oft import OFTConfig
+from peft_any.methods.p_tuning import PromptEncoderConfig
 from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
@@ -690,5 +693,33 @@ PROMPTS = [
     PromptCase(
         "prefix-encoder-decoder",
         PrefixTuningConfig(num_virtual_tokens=4, token_dim=6, task_type="SEQ_2_SEQ_LM", **HEADS),
+    ),
+    PromptCase("p-tuning", PromptEncoderConfig(num_virtual_tokens=5, token_dim=12)),
+    PromptCase(
+        "p-tuning-encoder-decoder",
+        PromptEncoderConfig(
+            num_virtual_tokens=3, token_dim=7, encoder_hidden_size=9, task_type="SEQ_2_SEQ_LM"
+        ),
+    ),
+    PromptCase(
+        "p-tuning-lstm",
+        PromptEncoderConfig(
+            num_virtual_tokens=4,
+            token_dim=6,
+            encoder_hidden_size=5,
+            encoder_reparameterization_type="LSTM",
+        ),
+    ),
+    PromptCase("multitask", MultitaskPromptTuningConfig(num_virtual_tokens=5, token_dim=12)),
+    PromptCase(
+        "multitask-encoder-decoder",
+        MultitaskPromptTuningConfig(
+            num_virtual_tokens=3, token_dim=7, num_tasks=4, num_ranks=2, task_type="SEQ_2_SEQ_LM"
+        ),
+    ),
+    PromptCase("cartridge", CartridgeConfig(num_virtual_tokens=5, token_dim=12, **HEADS)),
+    PromptCase(
+        "cartridge-unfrozen",
+        CartridgeConfig(num_virtual_tokens=4, token_dim=6, num_frozen_tokens=0, **HEADS),
     ),
 ]

@@ -189,14 +189,17 @@ def test_virtual_tokens_lie_where_hf_puts_them(name: str, lib: Lib, tmp_path: Pa
         want = gold.tensors["prompt"]
         count, d = config.num_virtual_tokens, config.token_dim
         embeds = np.ones((2, 3, d), dtype="float32")
+        tasks = {"task_ids": [config.num_tasks - 1, 0]} if hasattr(config, "num_tasks") else {}
 
         def prepend(p: Any, x: Any) -> Any:
-            return [config.prepend(p, x, i) for i in range(want.shape[1] // count)]
+            return [config.prepend(p, x, i, **tasks) for i in range(want.shape[1] // count)]
 
         longer = lib.call(prepend, dict(adapter.shared), embeds)
         for i, got in enumerate(longer):
             rows = want[:, i * count : (i + 1) * count]
-            lib.check(got, np.concatenate([rows, embeds], axis=1), rtol=0.0)
+            # What HF's nets and products give, it computes once for the file and once more here.
+            rtol = 0.0 if config.peft_type == "PROMPT_TUNING" else TOLERANCE["float32"]
+            lib.check(got, np.concatenate([rows, embeds], axis=1), rtol=rtol)
         return
 
     def key_values(p: Any) -> Any:

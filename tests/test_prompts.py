@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peft_any import Adapter, ConfigError, PeftModel, ShapeError
-from peft_any.backend import resolve
+from peft_any import Adapter, ConfigError, PeftModel, ShapeError, value_and_grad
+from peft_any.backend import namespace, resolve
+from peft_any.methods.cartridge import CartridgeConfig
+from peft_any.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from peft_any.methods.p_tuning import PromptEncoderConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.prompts import extend_mask
@@ -30,7 +33,9 @@ def test_files_round_trip(case: PromptCase, tmp_path) -> None:
     loaded = Adapter.load(tmp_path / "a")
     assert loaded.config.peft_type == case.config.peft_type
     assert loaded.config.num_virtual_tokens == case.config.num_virtual_tokens
-    np.testing.assert_array_equal(loaded.shared["prompt_embeddings"], *drawn(case).values())
+    assert loaded.shared.keys() == drawn(case).keys()
+    for key, want in drawn(case).items():
+        np.testing.assert_array_equal(loaded.shared[key], want)
     loaded.save(tmp_path / "b")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -39,12 +44,13 @@ def test_files_round_trip(case: PromptCase, tmp_path) -> None:
 @table
 def test_every_library_gives_numpys_numbers(case: PromptCase, lib: Lib) -> None:
     config, p = case.config, drawn(case)
-    if isinstance(config, PromptTuningConfig):
+    if hasattr(config, "prepend"):
         x = np.ones((2, 4, config.token_dim), dtype="float32")
         want = config.prepend(p, x)
         assert want.shape == (2, 4 + config.num_virtual_tokens, config.token_dim)
         np.testing.assert_array_equal(want[:, config.num_virtual_tokens :], x)
-        lib.check(lib.call(config.prepend, p, x), want, rtol=0)
+        rtol = 1e-6 if hasattr(config, "num_tasks") else 0  # its prompt is a product
+        lib.check(lib.call(config.prepend, p, x), want, rtol=rtol)
         return
     heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
     k = np.ones((2, heads, 4, width), dtype="float32")
@@ -64,9 +70,13 @@ def test_one_seed_draws_the_same_prompt_everywhere(lib: Lib) -> None:
     for config in (
         PromptTuningConfig(num_virtual_tokens=3, token_dim=5),
         PrefixTuningConfig(num_virtual_tokens=3, **SIZES),
+        PromptEncoderConfig(num_virtual_tokens=3, token_dim=5),
+        MultitaskPromptTuningConfig(num_virtual_tokens=3, token_dim=5, num_tasks=2),
+        CartridgeConfig(num_virtual_tokens=3, **SIZES),
     ):
-        want = config.init(Fresh(4, resolve("numpy")))["prompt_embeddings"]
-        lib.check(config.init(Fresh(4, lib.backend))["prompt_embeddings"], want, rtol=0)
+        got = config.init(Fresh(4, lib.backend))
+        for key, want in config.init(Fresh(4, resolve("numpy"))).items():
+            lib.check(got[key], want, rtol=0)
 
 
 def test_a_models_prompt_is_in_its_shared_arrays() -> None:
@@ -164,3 +174,72 @@ def test_masks_grow_by_ones(lib: Lib) -> None:
     lib.check(extend_mask(lib.array(mask), 2), np.asarray([[1, 1, 1, 0]]), rtol=0)
     assert extend_mask(np.asarray([True, False]), 1).tolist() == [True, True, False]
     assert extend_mask(np.asarray([5]), 1, -100).tolist() == [-100, 5]
+
+
+def test_a_net_makes_the_table_that_is_saved(tmp_path) -> None:
+    for kind in ("MLP", "LSTM"):
+        sizes = {"encoder_reparameterization_type": kind, "encoder_hidden_size": 4}
+        config = PromptEncoderConfig(num_virtual_tokens=3, token_dim=5, **sizes)
+        model = PeftModel({"wte.weight": np.zeros((7, 5), dtype="float32")})
+        net = model.add("p", config).shared
+        assert "prompt_embeddings" not in net
+        x = np.ones((2, 4, 5), dtype="float32")
+        want = config.prepend(net, x)
+        model["p"].save(tmp_path / kind)
+        loaded = Adapter.load(tmp_path / kind)
+        assert loaded.shared.keys() == {"prompt_embeddings"}
+        np.testing.assert_array_equal(loaded.config.prepend(loaded.shared, x), want)
+    thinned = {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5}
+    with pytest.raises(ConfigError, match="not thinned here"):
+        PromptEncoderConfig(num_virtual_tokens=3, token_dim=5, **thinned).init(
+            Fresh(0, resolve("numpy"))
+        )
+    for wrong in ({"encoder_reparameterization_type": "GRU"}, {"encoder_num_layers": 0}):
+        with pytest.raises(ConfigError, match=r"is unknown|cannot size"):
+            PromptEncoderConfig(**wrong)
+
+
+def test_each_input_has_the_prompt_of_its_task() -> None:
+    config = MultitaskPromptTuningConfig(
+        num_virtual_tokens=3, token_dim=5, num_tasks=4, num_ranks=2
+    )
+    p = config.init(Fresh(0, resolve("numpy")))
+    x = np.ones((2, 4, 5), dtype="float32")
+    both = config.prepend(p, x, task_ids=[3, 1])
+    for i, task in enumerate((3, 1)):
+        np.testing.assert_array_equal(both[i], config.prepend(p, x, task_ids=[task])[i])
+        turned = p["prefix_task_cols"][task] @ p["prefix_task_rows"][task]
+        np.testing.assert_allclose(both[i, :3], p["prompt_embeddings"] * turned, rtol=1e-6)
+    one = config.of_source(p, "EXACT_SOURCE_TASK", 2)
+    np.testing.assert_array_equal(config.prompts(one, [0]), config.prompts(p, [2]))
+    mean = config.of_source(p, "AVERAGE_SOURCE_TASKS")["prefix_task_cols"]
+    np.testing.assert_allclose(mean[0], p["prefix_task_cols"].mean(axis=0))
+    for wrong in ([4], []):
+        with pytest.raises(ShapeError, match="numbered from 0"):
+            config.prompts(p, wrong)
+    with pytest.raises(ShapeError, match="one for each input"):
+        config.prepend(p, x, task_ids=[0, 1, 2])
+    with pytest.raises(ConfigError, match="a task from 0 to 3"):
+        config.of_source(p, "EXACT_SOURCE_TASK", 4)
+
+
+def test_a_cache_becomes_a_cartridge_whose_first_tokens_stay() -> None:
+    config = CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=2, **SIZES)
+    rng = np.random.default_rng(0)
+    cache = [tuple(rng.standard_normal((1, 2, 5, 3)) for _ in "kv") for _ in range(3)]
+    p = config.of_cache(cache)
+    for (k, v), (want_k, want_v) in zip(config.key_values(p), cache, strict=True):
+        np.testing.assert_array_equal(k, want_k[:, :, :3])
+        np.testing.assert_array_equal(v, want_v[:, :, :3])
+
+    def loss(p):
+        return sum(namespace(k).sum(k * k) for pair in config.key_values(p) for k in pair)
+
+    _, grads = value_and_grad(loss)(p)
+    assert not np.any(grads["prompt_embeddings"][:2])
+    np.testing.assert_allclose(grads["prompt_embeddings"][2], 2 * p["prompt_embeddings"][2])
+    for wrong in (cache[:2], [(k[:, :, :2], v) for k, v in cache]):
+        with pytest.raises(ShapeError, match="a cache of shapes"):
+            config.of_cache(wrong)
+    with pytest.raises(ConfigError, match="cannot be frozen"):
+        CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=4)

@@ -132,7 +132,7 @@ def _adapter_names(
 def _beside(config: Config, key: str, sites: Collection[str]) -> Place | str:
     """Tell what a tensor is that is no parameter of a site, or why it is nothing."""
     prompt = isinstance(config, Prompt)
-    if prompt and key == TABLE:
+    if isinstance(config, Prompt) and key in config.tables:
         return Place("shared", "", key)
     parts = key.removeprefix("base_model." if prompt else PREFIX).split(".")
     if not all(parts) or parts[-1] in _WRAPPERS or parts.count("modules_to_save") > 1:

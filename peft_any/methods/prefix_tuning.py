@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import prod
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.encoders import draw_encoder, encode
+from peft_any.errors import ConfigError
 from peft_any.method import Prompt
-from peft_any.prompts import draw_encoder, encode, fresh, prepend, spread
+from peft_any.prefixes import check_heads, concat_to_kv, key_values, table_shape
+from peft_any.prompts import fresh
 from peft_any.rng import Fresh
 
 
@@ -35,19 +36,13 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
     prefix_projection: bool = False
 
     def __post_init__(self) -> None:
-        heads, d = self.num_attention_heads, self.token_dim
         if self.init_weights not in (None, "zero"):
             raise ConfigError(f"{self.where}: init_weights={self.init_weights!r}: null or 'zero'")
-        if heads and d and d % heads:
-            raise ConfigError(
-                f"{self.where}: token_dim={d} cannot be split into num_attention_heads={heads}: "
-                "both are those of the keys under grouped-query attention"
-            )
+        check_heads(self)
 
     def shapes(self) -> dict[str, Shape]:
         """The table of all keys and values."""
-        width = 2 * self.size("num_layers") * self.size("token_dim")
-        return {"prompt_embeddings": (self.size("num_virtual_tokens"), width)}
+        return table_shape(self)
 
     def init(self, new: Fresh) -> Params:
         """Draw the table; under `prefix_projection` the net that makes it."""
@@ -64,55 +59,15 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
 
     def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
         """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
-        p = self.portable(p)
-        pairs = [self._pair(p, i) for i in range(self.size("num_layers"))]
-        return [(spread(k, (batch,)), spread(v, (batch,))) for k, v in pairs]
+        return key_values(self, self.portable(p)["prompt_embeddings"], batch)
 
     def concat_to_kv(self, p: Params, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
-        """Put a layer's prefix before its keys and values.
-
-        Parameters
-        ----------
-        p : dict of arrays
-        k, v : array (..., heads, tokens, d/heads)
-        layer : int
-
-        Returns
-        -------
-        k, v : array (..., heads, T + tokens, d/heads)
-            In the dtypes of those given.
-
-        Raises
-        ------
-        ShapeError
-            If heads or widths differ, or there is no such layer.
-        """
-        longer = []
-        for x, prefix in zip((k, v), self._pair(p, layer), strict=True):
-            heads, _, width = prefix.shape
-            if x.ndim < 3 or (x.shape[-3], x.shape[-1]) != (heads, width):
-                raise ShapeError(
-                    f"{self.where}: keys or values of shape {tuple(x.shape)} cannot follow a "
-                    f"prefix: they must be (..., {heads}, tokens, {width})"
-                )
-            longer.append(prepend(prefix, x))
-        return longer[0], longer[1]
+        """Put a layer's prefix before its keys and values: see `prefixes.concat_to_kv`."""
+        return concat_to_kv(self, self.portable(p)["prompt_embeddings"], k, v, layer)
 
     def layer(self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32") -> PrefixLayer:
         """Make the prefix alone, without a model."""
         return PrefixLayer(self, self.init(fresh(seed, backend, dtype)))
-
-    def _pair(self, p: Params, layer: int) -> list[Array]:
-        """One layer's K and V (heads, T, d/heads)."""
-        if not 0 <= layer < (n := self.size("num_layers")):
-            raise ShapeError(f"{self.where}: layer {layer} cannot have a prefix: there are {n}")
-        # HF repeats the layers for an encoder-decoder's two submodules and deals them out by twos.
-        at = layer * self.submodules % n
-        table, d = self.portable(p)["prompt_embeddings"], self.size("token_dim")
-        heads, xp = self.size("num_attention_heads"), namespace(table)
-        shape = (table.shape[0], heads, d // heads)
-        rows = [table[:, i * d : (i + 1) * d] for i in (2 * at, 2 * at + 1)]
-        return [xp.permute_dims(xp.reshape(a, shape), (1, 0, 2)) for a in rows]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from math import prod
 from typing import Any
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import dtype_name, is_floating
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.method import Prompt
-from peft_any.prompts import fresh, prepend, table_rows
+from peft_any.prompts import before, fresh, table_rows
 from peft_any.rng import Fresh
 
 
@@ -73,37 +72,8 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
         return {"prompt_embeddings": table_rows(columns, shape[0], chosen, new)}
 
     def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input.
-
-        Parameters
-        ----------
-        p : dict of arrays
-        embeds : array (..., tokens, d), floating
-        submodule : int
-            Whose input it is: 0, or 1 for the decoder's of an encoder-decoder.
-
-        Returns
-        -------
-        array (..., T + tokens, d)
-            In `embeds`'s dtype.
-
-        Raises
-        ------
-        ShapeError
-            If the widths differ, `embeds` are token numbers, or there is no such submodule.
-        """
-        table, count = p["prompt_embeddings"], self.size("num_virtual_tokens")
-        if embeds.ndim < 2 or embeds.shape[-1] != table.shape[1] or not is_floating(embeds):
-            raise ShapeError(
-                f"{self.where}: {dtype_name(embeds)} of shape {tuple(embeds.shape)} cannot follow "
-                f"a prompt: embed the tokens first, as (..., tokens, {table.shape[1]})"
-            )
-        if not 0 <= submodule < self.submodules:
-            raise ShapeError(
-                f"{self.where}: submodule {submodule} cannot have a prompt: there are "
-                f"{self.submodules}; set num_transformer_submodules"
-            )
-        return prepend(table[submodule * count : (submodule + 1) * count, :], embeds)
+        """Put the virtual tokens before embedded input: see `prompts.before`."""
+        return before(self, p["prompt_embeddings"], embeds, submodule)
 
     def layer(
         self,

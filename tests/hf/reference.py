@@ -287,8 +287,10 @@ def run_prompt(case: PromptCase, folder: Path) -> dict[str, np.ndarray]:
 
 def virtual_tokens(model: Any) -> dict[str, np.ndarray]:
     """Give a model's prompt, or the keys and values of its prefix, for 2 inputs."""
+    several = hasattr(model.active_peft_config, "num_tasks")
+    last = model.active_peft_config.num_tasks - 1 if several else 0
     with quietly(), torch.no_grad():
-        made = model.get_prompt(batch_size=2)
+        made = model.get_prompt(batch_size=2, task_ids=torch.tensor([last, 0]) if several else None)
     if isinstance(made, torch.Tensor):
         return {"prompt": host(made)}
     layers = getattr(made, "self_attention_cache", made).layers

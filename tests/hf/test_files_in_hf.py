@@ -108,6 +108,9 @@ FRESH: dict[str, dict[str, Any]] = {
 PROMPTS: dict[str, dict[str, Any]] = {
     "PREFIX_TUNING": {},
     "PROMPT_TUNING": {},
+    "P_TUNING": {},
+    "MULTITASK_PROMPT_TUNING": {"num_tasks": 2},
+    "CARTRIDGE": {},
 }
 
 

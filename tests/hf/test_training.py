@@ -26,6 +26,7 @@ from peft_any.methods.loha import LoHaConfig  # noqa: E402
 from peft_any.methods.lokr import LoKrConfig  # noqa: E402
 from peft_any.methods.lora import LoraConfig  # noqa: E402
 from peft_any.methods.oft import OFTConfig  # noqa: E402
+from peft_any.methods.p_tuning import PromptEncoderConfig  # noqa: E402
 from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
 from peft_any.methods.vera import VeraConfig  # noqa: E402
@@ -69,7 +70,18 @@ PROMPTS: dict[str, Any] = {
     "prompt": PromptTuningConfig(num_virtual_tokens=4, token_dim=8),
     "prefix": PrefixTuningConfig(**SIZES),
     "projected": PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=6, **SIZES),
+    "perceptron": PromptEncoderConfig(num_virtual_tokens=4, token_dim=8, encoder_hidden_size=6),
+    "lstm": PromptEncoderConfig(
+        num_virtual_tokens=4,
+        token_dim=8,
+        encoder_hidden_size=6,
+        encoder_reparameterization_type="LSTM",
+    ),
 }
+NETS = {"projected", "perceptron", "lstm"}
+"""A file holds what the net gives, and not the net."""
+TABLES = {"prompt", "perceptron", "lstm"}
+"""Tokens before the input; the others are keys and values."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
@@ -219,14 +231,14 @@ def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> 
         )
         hf.save_pretrained(tmp_path / "start")
     adapter = Adapter.load(tmp_path / "start")
-    if kind == "projected":  # a file holds what the net gives, and not the net
+    if kind in NETS:
         adapter = adapter.replace(shared=encoder_of(hf))
     rng = np.random.default_rng(2)
-    turn = rng.normal(size=(8, 8) if kind == "prompt" else (4, 4)).astype(dtype)
+    turn = rng.normal(size=(8, 8) if kind in TABLES else (4, 4)).astype(dtype)
     rule = torch.optim.AdamW([p for p in hf.parameters() if p.requires_grad], **RATE)
     for _ in range(STEPS):
         made = hf.get_prompt(batch_size=2)
-        if kind != "prompt":
+        if kind not in TABLES:
             cache = getattr(made, "self_attention_cache", made).layers
             made = torch.stack([a for layer in cache for a in (layer.keys, layer.values)])
         (torch.sin(made @ torch.tensor(turn)) ** 2).mean().backward()
@@ -239,8 +251,8 @@ def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> 
     def total(bound: Any, batch: Any) -> Any:
         p = bound.params["task"][""]
         xp = namespace(*p.values())
-        if kind == "prompt":
-            table = p["prompt_embeddings"]
+        if kind in TABLES:
+            table = adapter.config.portable(p)["prompt_embeddings"]
         else:
             pairs = adapter.config.key_values(p, 2)
             table = xp.stack([a for pair in pairs for a in pair])
@@ -249,7 +261,7 @@ def test_virtual_tokens(kind: str, dtype: str, library: str, tmp_path: Path) -> 
     ours = adamw(RATE["lr"], weight_decay=RATE["weight_decay"])
     run = fit(model, total, [from_numpy(turn, backend)], steps=STEPS, optimizer=ours)
     want = encoder_of(hf)
-    if kind != "projected":
+    if kind not in NETS:
         want = {"prompt_embeddings": want["embedding.weight"]}
     close({k: to_numpy(a) for k, a in run.params["task"][""].items()}, want, dtype)
     hf.save_pretrained(tmp_path / "theirs")
