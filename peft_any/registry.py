@@ -36,7 +36,6 @@ _ABSENT = {
     ),
     "FROD": (_LATER, _MERGE),
     "LN_TUNING": (_LATER, _MERGE),
-    "OSF": (_LATER, _MERGE),
     "TINYLORA": (_LATER, _MERGE),
     "TRAINABLE_TOKENS": (_LATER, _MERGE),
     "UNILORA": (_LATER, _MERGE),

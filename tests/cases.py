@@ -29,6 +29,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.miss import MissConfig
 from peft_any.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peft_any.methods.oft import OFTConfig
+from peft_any.methods.osf import OSFConfig
 from peft_any.methods.p_tuning import PromptEncoderConfig
 from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
@@ -43,7 +44,7 @@ from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 
-SINGLE = {"C3A", "DEFT", "FOURIERFT"}
+SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
 """Methods that Hugging Face PEFT computes in float32, whatever the dtypes."""
 
 
@@ -639,6 +640,17 @@ CASES = [
         WaveFTConfig(n_frequency=20, fan_in_fan_out=True),
         Site("fc", 6, 9, "Conv1D"),
     ),
+    # OSF
+    Case("osf", OSFConfig(), FC, reverts=0),
+    Case("osf-rank", OSFConfig(effective_rank=3), Site("fc", 20, 9), reverts=0),
+    Case("osf-share", OSFConfig(effective_rank=0.25), Site("a.fc", 13, 7, bias=False), reverts=0),
+    Case(
+        "osf-pattern",
+        OSFConfig(effective_rank=2, rank_pattern={"q": 1, "^a.f": 0.5}),
+        Site("a.fc", 8, 8),
+        reverts=0,
+    ),
+    Case("osf-random", OSFConfig(init_weights=False), FC, identity=RANDOM, reverts=0),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from peft_any import blocks
 from peft_any.backend import namespace
 from peft_any.layer import Dense
-from peft_any.methods import lora
+from peft_any.methods import lora, osf
 from peft_any.tape import var
 from tests.cases import CASES, Case
 from tests.gradients import ENGINES, difference, gradients, like
@@ -48,17 +50,34 @@ class Problem:
         return total
 
 
+class Constants:
+    """Stands in for `detach`: what one computation detaches is what all the later ones get."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+        self.next: Iterator[Any] | None = None
+
+    def __call__(self, x: Any) -> Any:
+        if self.next is None:
+            self.held.append(x)
+            return x
+        constant = next(self.next)
+        return x.space.wrap(constant) if hasattr(x, "space") else constant
+
+    def watch(self, compute: Callable[[], object]) -> None:
+        """Compute; from now on give what this has detached, in turn."""
+        self.held.clear()
+        compute()
+        self.next = cycle(self.held)
+
+
 @pytest.fixture
-def constants(monkeypatch: pytest.MonkeyPatch) -> None:
+def constants(monkeypatch: pytest.MonkeyPatch) -> Constants:
     """Hold what a method detaches at the values of its first computation."""
-    held: list[Any] = []
-
-    def hold(x: Any) -> Any:
-        held.append(x)
-        return x.space.wrap(held[0]) if hasattr(x, "space") else held[0]
-
-    monkeypatch.setattr(lora, "detach", hold)
-    monkeypatch.setattr(blocks, "detach", hold)
+    found = Constants()
+    for module in (lora, blocks, osf):
+        monkeypatch.setattr(module, "detach", found)
+    return found
 
 
 def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> float:
@@ -73,9 +92,9 @@ def slope(problem: Problem, along: dict[str, np.ndarray], h: float = 1e-4) -> fl
 
 @table
 @ways
-def test_gradients_are_finite_differences(case: Case, way: str, constants: None) -> None:
+def test_gradients_are_finite_differences(case: Case, way: str, constants: Constants) -> None:
     problem, rng = Problem(case, way), np.random.default_rng(1)
-    problem.loss(problem.trained, *problem.rest)  # `constants` holds what this computes
+    constants.watch(lambda: problem.loss(problem.trained, *problem.rest))
     _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
     for _ in range(3):
         along = {k: rng.standard_normal(v.shape) for k, v in problem.trained.items()}

@@ -94,14 +94,14 @@ linear layer (binding, loss, gradients, AdamW), the loss a mean of squares, writ
 Memory is the most that a step's arrays take at a time, as NumPy (`tracemalloc`) and torch (its
 profiler) count them: parameters, inputs and what the matrix products need for themselves stand on
 neither side. AdaLoRA's regulariser and allocator are left out; prefix and prompt tuning adapt no
-layer, so there is no step of theirs to compare. OFT's large step and IA³'s small one are about as
-quick as HF PEFT's, not quicker: two matrix products are all but a tenth of the one, and the other
-is a few operations between Python's costs of binding and of AdamW.
+layer, so there is no step of theirs to compare.
 
-Where HF PEFT ÷ ours is below 1, as for IA³, the merge is a single multiplication of the weight, at
-NumPy's own speed: on one thread and into a new array, since the base is never changed; torch uses
-all cores and writes into the base. PEFT runs BOFT with one butterfly factor here, because more need
-its CUDA extension; ours runs all three.
+Where HF PEFT ÷ ours is near or below 1 (IA³ and LoKr change places from run to run), a merge is one
+pass over the weight, at NumPy's own speed: on one thread and into a new array, since the base is
+never changed; torch uses all cores and writes into the base. PEFT runs BOFT with one butterfly
+factor here, because more need its CUDA extension; ours runs all three.
+
+Merges of whole checkpoints, from the command to the files: [](checkpoint-benchmarks.md).
 """
 
 
