@@ -129,6 +129,18 @@ def test_the_files_and_the_receipt_are_those_of_one_process(client: Any, folder:
     assert dry.changes == here.changes
 
 
+def test_files_of_a_size_are_a_task_each(client: Any, folder: Path) -> None:
+    asked: Any = {"base": folder / "base", "adapter": folder / "lora"}
+    asked["max_shard_size"] = 5 * ROWS * WIDTH  # two and a half layers in bfloat16
+    here = merge_checkpoint(**asked, out=folder / "here")
+    there = merge_checkpoint(**asked, out=folder / "there", engine="dask")
+    assert contents(folder / "here") == contents(folder / "there")
+    assert lasting(here) == lasting(there)
+    files = [*(folder / "there").glob("model-*.safetensors")]
+    assert len(files) != SHARDS
+    assert len(files) > 1
+
+
 @contextmanager
 def killing(client: Any, after: int) -> Iterator[Any]:
     """Give a progress callback that kills a worker process after some shards."""

@@ -27,6 +27,7 @@ from peft_any.cli.options import (
     Engine,
     FullHash,
     Map,
+    MaxShardSize,
     MinKept,
     NoStrict,
     Quiet,
@@ -86,6 +87,7 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="Store what changes as fp32, fp16, bf16 …, not as the base.")
     ] = None,
+    max_shard_size: MaxShardSize = None,
     min_kept: Annotated[float | None, MinKept] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
     overwrite: Annotated[
@@ -126,6 +128,7 @@ def merge(
             full_hash=full_hash,
             engine=engine_at(engine, scheduler),
             threads=threads,
+            max_shard_size=max_shard_size,
             **fitting(no_strict, rederive, names, backend),
         )
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)

@@ -45,6 +45,10 @@ Resume = Annotated[
 FullHash = Annotated[
     bool, typer.Option("--full-hash", help="Put digests of all bytes into the receipt too.")
 ]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Divide the output among files of at most 5GB, 512MiB …"),
+]
 Map = Annotated[
     list[str] | None,
     typer.Option(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,9 +25,11 @@ from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, task_of
 from peft_any.surgery.output import fill
 from peft_any.surgery.plan import Plan
+from peft_any.surgery.shards import Spec, packed
 from peft_any.surgery.sources import Kinds
 
 RECEIPT = "merge_receipt.json"
+_INDEX = ".safetensors.index.json"
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with bytes done, all bytes, and the tensor at hand."""
 
@@ -61,6 +64,7 @@ class Job:
     kinds: Kinds = None
     elsewhere: Elsewhere | None = None
     threads: int = 1
+    max_shard: int | None = None
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -83,6 +87,10 @@ class Job:
         """Refuse outputs that one file cannot hold."""
         if not self.to_file:
             return
+        if self.max_shard is not None:
+            raise UsageError(
+                f"{self.out}: a single file cannot be divided by max_shard_size: give a directory"
+            )
         if len(self.base.shards) > 1:
             raise UsageError(
                 f"{self.out}: a single file cannot hold {len(self.base.shards)} shards: give a "
@@ -94,13 +102,13 @@ class Job:
                 "them: a single file cannot say so; give a directory, where config.json does"
             )
 
-    def specs(self, shard: SafetensorsFile) -> list[tuple[str, str, tuple[int, ...]]]:
+    def specs(self, shard: SafetensorsFile) -> list[Spec]:
         """List what an output shard holds, in order, with dtypes and shapes."""
         names: list[str] = []
         for name in shard:
             names.append(name)
             names += [new for new, old in self.plan.added.items() if old == name]
-        specs = []
+        specs: list[Spec] = []
         for name in names:
             source = self.plan.source(name)
             if source is not None:
@@ -114,6 +122,20 @@ class Job:
             specs.sort(key=lambda spec: RANK[spec[1]])
         return specs
 
+    @cached_property
+    def layout(self) -> dict[str, list[Spec]]:
+        """What each file of the output holds: the base's files, or those of `max_shard` bytes."""
+        shards = self.base.named_shards
+        if self.max_shard is None:
+            return {name: self.specs(shard) for name, shard in shards.items()}
+        every = (spec for shard in shards.values() for spec in self.specs(shard))
+        return packed(every, self.max_shard, self._index_name.removesuffix(_INDEX))
+
+    @property
+    def _index_name(self) -> str:
+        path = self.base.index_path
+        return f"model{_INDEX}" if path is None else path.name
+
     @staticmethod
     def _size(_: str, dtype: str, shape: tuple[int, ...]) -> int:
         return byte_size(dtype, shape) or 0
@@ -126,8 +148,7 @@ class Job:
     ) -> None:
         """Compute everything, and write it into `folder` unless that is None."""
         sizes = {
-            name: sum(self._size(*spec) for spec in self.specs(shard))
-            for name, shard in self.base.named_shards.items()
+            name: sum(self._size(*spec) for spec in specs) for name, specs in self.layout.items()
         }
         self.total = sum(sizes.values())
         shards = [
@@ -168,8 +189,8 @@ class Job:
     def piece(self, item: ShardItem) -> Piece:
         """Compute a shard, and write it unless its path is None."""
         name, path = item
-        shard = self.base.named_shards[name]
-        specs = self.specs(shard)
+        shard = self.base.named_shards.get(name, self.base.shards[0])
+        specs = self.layout[name]
         if path is not None:
             with reporting(path, "be written"):
                 for folder in reversed(path.parents[: len(Path(name).parts) - 1]):
@@ -238,18 +259,18 @@ class Job:
             given = base.root / relative
             with reporting(given, "be copied"), reading(given) as source, target.open("xb") as copy:
                 shutil.copyfileobj(source, copy)
-        if base.index is not None and base.index_path is not None:
-            self._index(folder / base.index_path.name, base.index)
+        if (base.index is not None) if self.max_shard is None else (len(self.layout) > 1):
+            self._index(folder / self._index_name, base.index or {})
         changed = self._config()
         if changed is not None:
             text = json.dumps(changed, indent=2, ensure_ascii=False)
             (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def _index(self, path: Path, index: dict[str, Any]) -> None:
-        weight_map = dict(index["weight_map"])
-        if self.plan.added:
-            added = {new: weight_map[old] for new, old in self.plan.added.items()}
-            weight_map = dict(sorted({**weight_map, **added}.items()))
+        weight_map = dict(index.get("weight_map", {}))
+        if self.plan.added or self.max_shard is not None:
+            homes = {spec[0]: name for name, specs in self.layout.items() for spec in specs}
+            weight_map = dict(sorted(homes.items()))
         metadata = index.get("metadata")
         metadata = dict(metadata) if isinstance(metadata, dict) else {}
         written = {**index, "metadata": {**metadata, "total_size": self.total}}

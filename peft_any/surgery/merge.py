@@ -18,6 +18,7 @@ from peft_any.surgery.engines import EngineLike, Local, engine_of
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Job, Progress, described
 from peft_any.surgery.plan import make_plan
+from peft_any.surgery.shards import byte_count
 from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.tasks import merging
 from peft_any.surgery.threads import thread_count
@@ -49,6 +50,7 @@ def merge_checkpoint(
     full_hash: bool = False,
     engine: EngineLike = "local",
     threads: int | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Receipt:
     """Merge adapters into a checkpoint on disk, block by block.
 
@@ -101,6 +103,9 @@ def merge_checkpoint(
     threads : int, optional
         How many work at once in this process: by default as many as it may use processors. The
         result is the same with any number, bit for bit.
+    max_shard_size : int or str, optional
+        Divide the output among files of at most so many bytes (``"5GB"``, ``"512MiB"``), in place
+        of the base's files; a larger tensor has a file of its own.
 
     Returns
     -------
@@ -136,6 +141,7 @@ def merge_checkpoint(
     if min_kept is not None and not min_kept <= 1:
         raise UsageError(f"min_kept={min_kept}: cannot be reached: give a share of at most 1")
     dtype = None if dtype is None else storage_dtype(dtype)
+    limit = None if max_shard_size is None else byte_count(max_shard_size)
     fit = Fitting.read(
         strict=strict,
         rederive=rederive,
@@ -153,6 +159,7 @@ def merge_checkpoint(
         )
         job.progress, job.resume, job.kinds = progress, resume, kinds
         job.full_hash, job.threads = full_hash, thread_count(threads)
+        job.max_shard = limit
         if not isinstance(work, Local):
             job.elsewhere = merging(work, job, adapter, fit)
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
@@ -171,6 +178,7 @@ def merge_checkpoint(
                 "min_kept": min_kept,
                 "dry_run": dry_run,
                 "any_base": any_base,
+                "max_shard_size": limit,
                 **fit.recorded,
             },
             versions=versions(),

@@ -84,12 +84,13 @@ class Merging(Recipe[ShardItem, Piece]):
     """A merge's shards."""
 
     planned: Planned
+    max_shard: int | None = None
 
     @contextmanager
     def open(self) -> Iterator[Callable[[ShardItem], Piece]]:
         """Make the plan; the function writes a shard, whole or not at all."""
         with self.planned.opened() as surgeon:
-            job = Job(surgeon.plan, surgeon, None, None)
+            job = Job(surgeon.plan, surgeon, None, None, max_shard=self.max_shard)
 
             def work(item: ShardItem) -> Piece:
                 name, path = item
@@ -125,7 +126,7 @@ class Auditing(Recipe[Names, dict[str, Finding]]):
 
 def merging(engine: Engine, job: Job, adapters: Any, fit: Fitting) -> Elsewhere:
     """Have an engine do the shards of a merge."""
-    recipe = Merging(Planned.of(job.plan, adapters, fit, job.surgeon.dtype))
+    recipe = Merging(Planned.of(job.plan, adapters, fit, job.surgeon.dtype), job.max_shard)
 
     def run(items: list[ShardItem], done: Callable[[ShardItem, Piece], None]) -> None:
         engine.run(recipe, items, done)
