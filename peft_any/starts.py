@@ -28,11 +28,9 @@ VARIANTS = {
     "ensure_weight_tying": "one adapter would serve two tied modules",
     "kasa_config": "KaSA truncates the base by its singular values",
     "layer_replication": "it duplicates layers of the base",
-    "monteclora_config": "MonteCLoRA keeps a sampler's tensors beside A and B",
     "target_parameters": "its file does not name the parameters it adapts",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "use_qalora": "QALoRA needs its quantised base",
-    "velora_config": "VeLoRA keeps a projection beside A and B",
 }
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""
 

@@ -39,6 +39,7 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors")
 BASES = {"lora-gpt": "gpt", "lora-many": "deep", "prefix": "gpt", "prompt": "gpt"}
 BASES |= {"prefix-projected": "gpt", "lora-classifier": "classifier"}
 BASES |= {"prompt-classifier": "classifier"}
+BASES |= dict.fromkeys(("cartridge", "multitask", "p-tuning"), "gpt")
 KINDS = {"out_proj": "Linear"}  # square, in a net of both orientations
 
 
@@ -50,6 +51,11 @@ def base_of(name: str) -> dict[str, Any]:
 def arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {k: rng.standard_normal(v).astype("float32") for k, v in shapes.items()}
+
+
+def arrays_of_lora(n_in: int, n_out: int, r: int) -> dict[str, dict[str, np.ndarray]]:
+    """Draw a LoRA of one layer."""
+    return {"fc": arrays({"lora_A.weight": (r, n_in), "lora_B.weight": (n_out, r)})}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +71,7 @@ def test_every_tensor_has_a_place_on_the_base(name: str) -> None:
     base = base_of(name)
     sites = adapter.check(base, KINDS if BASES.get(name, "net") == "net" else None)
     assert adapter.notes == ()
-    assert bool(adapter.spare) == (name == "embeddings-saved")
+    assert bool(adapter.spare) == (name in ("embeddings-saved", "lora-monteclora", "lora-velora"))
     assert list(sites) == list(adapter.sites)
     assert all(site.weight in base and site.name == n for n, site in sites.items())
     assert adapter.num_parameters == sum(sum(c.values()) for c in adapter.counts.values()) > 0
@@ -306,6 +312,35 @@ def test_unknown_fields_survive(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "out" / PARTS[0]).read_text())
     assert raw["from_the_future"] == {"x": [1, None, 2.5]}
     assert config_from_json(folder / PARTS[0])[1] == {"from_the_future": {"x": [1, None, 2.5]}}
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("velora_config", ["lora_velora_embed"]),
+        ("monteclora_config", [f"lora_monteclora_sampler.{k}" for k in ("std_prior", "weights")]),
+    ],
+)
+def test_what_only_training_uses_is_carried_along(
+    field: str, names: list[str], tmp_path: Path
+) -> None:
+    lora = Adapter(LoraConfig(r=2, target_modules=["fc"]), arrays_of_lora(4, 3, 2))
+    lora.save(tmp_path / "plain")
+    tensors = read_safetensors(tmp_path / "plain" / PARTS[1])
+    more = {f"base_model.model.fc.{name}": np.ones(3, "float32") for name in names}
+    config = json.loads((tmp_path / "plain" / PARTS[0]).read_text())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / PARTS[0]).write_text(
+        json.dumps({**config, field: {"num_groups": 2}}, indent=2, sort_keys=True)
+    )
+    write_safetensors(tmp_path / "a" / PARTS[1], {**tensors, **more}, {"format": "pt"})
+    found = Adapter.load(tmp_path / "a")
+    assert found.spare.keys() == more.keys()
+    for key, want in lora.sites["fc"].items():
+        np.testing.assert_array_equal(found.sites["fc"][key], want)
+    found.save(tmp_path / "b")
+    for part in PARTS:
+        assert (tmp_path / "a" / part).read_bytes() == (tmp_path / "b" / part).read_bytes()
 
 
 def test_a_saved_pissa_is_a_plain_lora(tmp_path: Path) -> None:

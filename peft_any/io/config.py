@@ -37,9 +37,11 @@ _IDLE = {
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
+    "monteclora_config",
     "qalora_group_size",
     "runtime_config",
     "tokenizer_kwargs",
+    "velora_config",
 }
 """Fields of Hugging Face PEFT that act in training only, or with others that are refused."""
 

@@ -21,6 +21,8 @@ Part: TypeAlias = Literal["site", "shared", "copy", "tokens", "spare"]
 _TOKENS = "trainable_tokens_delta"
 _OLD = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 """Suffixes of older files, and what they are called now."""
+_TRAINING = {"lora_monteclora_sampler", "lora_velora_embed"}
+"""Of variants of LoRA: what only Hugging Face PEFT's training of them uses."""
 _LEAVES = ("weight", "bias")
 _WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
 
@@ -34,8 +36,8 @@ class Place:
     part : str
         ``site``: the parameter `name` of the method at `module`; ``shared``: an array of all
         sites, or a prompt's table; ``copy``: a whole new value of the base's tensor `name`;
-        ``tokens``: rows of the embedding `module`; ``spare``: the value that a copy replaces,
-        or a second spelling of the copy itself, without effect.
+        ``tokens``: rows of the embedding `module`; ``spare``, without effect: the value that a
+        copy replaces, a second spelling of the copy itself, or what only training uses.
     module, name : str
     """
 
@@ -76,7 +78,9 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     for key in keys:
         parts = key.removeprefix(PREFIX).split(".")
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
-        if at and not isinstance(config, Prompt) and not _shared(config, key):
+        if at and parts[at[0]] in _TRAINING:
+            places[key] = Place("spare", _module(parts[: at[0]]), parts[at[0]])
+        elif at and not isinstance(config, Prompt) and not _shared(config, key):
             suffixes[key] = _module(parts[: at[-1]]), parts[at[-1] :]
         else:
             rest.append(key)

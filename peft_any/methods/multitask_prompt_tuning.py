@@ -17,7 +17,7 @@ from peft_any.prompts import before
 from peft_any.rng import Fresh
 
 Tasks: TypeAlias = Array | Sequence[int]
-_SOURCES = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
+_SOURCES = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ class MultitaskPromptTuningConfig(Prompt, peft_type="MULTITASK_PROMPT_TUNING", p
             For another way to start, or a task that is not there.
         """
         tasks = p["prefix_task_cols"].shape[0]
-        if init not in _SOURCES[:2] or not 0 <= task < tasks:
+        if init not in _SOURCES or not 0 <= task < tasks:
             raise ConfigError(
                 f"{self.where}: {init!r} with task {task} cannot start a prompt: give one of "
-                f"{', '.join(_SOURCES[:2])}, and a task from 0 to {tasks - 1}"
+                f"{', '.join(_SOURCES)}, and a task from 0 to {tasks - 1}"
             )
         mean = init == "AVERAGE_SOURCE_TASKS"
         found = dict(p)

@@ -67,6 +67,7 @@ def on_mlp(*, dropouts: list[dict[str, Any]]) -> list[tuple[str, Any, dict[str, 
 DORA = {"use_dora": True}
 BIASED = {"lora_bias": True, "lora_alpha": 32}
 EFFECTIVE = {"use_effective_conv2d": True}
+VELORA: list[dict[str, Any]] = [{"num_groups": g} for g in (1, 2, 5)]
 LORA = over(
     "LORA",
     [
@@ -85,6 +86,9 @@ LORA = over(
         ("conv3", CONV, BIASED),
         ("attention", ["mha"], {}),
         ("attention", ["mha", "lin0"], {}),
+        ("mlp", BOTH, {"r": 2, "init_lora_weights": "mica"}),
+        *(("mlp", BOTH, {"velora_config": peft.VeloraConfig(**f)}) for f in VELORA),
+        ("mlp", BOTH, {"monteclora_config": peft.MontecloraConfig()}),
     ],
 )
 ADALORA = over(
@@ -218,9 +222,6 @@ ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
 
 LEFT_OUT = {
     "LORA with kasa_config": (1, "KaSA comes with the methods that follow"),
-    "LORA with init_lora_weights='mica'": (1, "likewise; such a file loads as a plain LoRA"),
-    "LORA with velora_config": (3, "likewise"),
-    "LORA with monteclora_config": (1, "likewise"),
     "LORA with target_parameters": (2, "likewise"),
     "LORA with use_bdlora": (3, "likewise"),
 }
