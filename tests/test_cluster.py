@@ -30,8 +30,9 @@ from peft_any.errors import UsageError, VerifyError
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.methods.lora import LoraConfig
+from peft_any.surgery.choice import engine_of
 from peft_any.surgery.couple import Couple
-from peft_any.surgery.engines import Recipe, engine_of
+from peft_any.surgery.engines import Recipe
 from peft_any.surgery.factoring import Factoring
 
 distributed = pytest.importorskip("distributed")

@@ -24,7 +24,8 @@ from peft_any.io.checkpoint import fingerprint
 from peft_any.placed import Placed
 from peft_any.receipt import peak_memory, versions
 from peft_any.rng import TorchGenerator
-from peft_any.surgery.engines import Engine, EngineLike, Local, engine_of
+from peft_any.surgery.choice import EngineLike, engine_of
+from peft_any.surgery.engines import Engine, Local
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
 from peft_any.surgery.merge import storage_dtype

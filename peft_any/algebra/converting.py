@@ -16,7 +16,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.method import Prompt
 from peft_any.registry import method_names
-from peft_any.surgery.engines import EngineLike, engine_of
+from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
 from peft_any.surgery.sources import AdapterLike, Given, Kinds, given_adapters

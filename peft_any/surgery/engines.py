@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from peft_any.adapter import Adapter
-from peft_any.errors import UsageError, nearest
+from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.receipt import Source
@@ -75,44 +75,6 @@ class Local(Engine):
         with recipe.open() as work:
             for item in items:
                 done(item, work(item))
-
-
-EngineLike: TypeAlias = str | Engine
-
-
-def engine_of(spec: EngineLike) -> Engine:
-    """Read an engine.
-
-    Parameters
-    ----------
-    spec : str or Engine
-        ``"local"``; ``"dask"``: the active `distributed.Client`, or else workers on this machine;
-        or a scheduler's address (``"tcp://host:8786"``) or file (``"….json"``).
-
-    Raises
-    ------
-    UsageError
-        If there is no such engine.
-    BackendError
-        If Dask is missing, or no scheduler answers.
-
-    Examples
-    --------
-    >>> engine_of("local").name
-    'local'
-    """
-    if isinstance(spec, Engine):
-        return spec
-    if spec == "local":
-        return Local()
-    if spec == "dask" or "://" in spec or spec.endswith(".json"):
-        from peft_any.surgery.cluster import Dask  # noqa: PLC0415 - an extra
-
-        return Dask(None if spec == "dask" else spec)
-    raise UsageError(
-        f"engine {spec!r}: is none{nearest(spec, ('local', 'dask'))}: choose local or dask, or "
-        "give a scheduler's address"
-    )
 
 
 def absolute(path: StrPath) -> Path:

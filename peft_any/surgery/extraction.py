@@ -21,9 +21,10 @@ from peft_any.layer import Site
 from peft_any.origin import made_on
 from peft_any.receipt import peak_memory, versions
 from peft_any.selection import in_projection
+from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.couple import Couple
 from peft_any.surgery.division import Division, divide
-from peft_any.surgery.engines import Engine, EngineLike, engine_of
+from peft_any.surgery.engines import Engine
 from peft_any.surgery.extracted import Extraction, Layer
 from peft_any.surgery.factoring import Factored, Factoring
 from peft_any.surgery.job import Progress, described
@@ -79,7 +80,7 @@ def extract(
     seed : int
         Of the random directions.
     engine : str or Engine
-        What factors the layers; see `surgery.engines.engine_of`.
+        What factors the layers; see `surgery.choice.engine_of`.
 
     Returns
     -------
