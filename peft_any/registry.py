@@ -39,7 +39,6 @@ _ABSENT = {
     "TINYLORA": (_LATER, _MERGE),
     "TRAINABLE_TOKENS": (_LATER, _MERGE),
     "UNILORA": (_LATER, _MERGE),
-    "VBLORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now, and the files have other names", _MERGE),
     **dict.fromkeys(
         (

@@ -39,6 +39,7 @@ from peft_any.methods.randlora import RandLoraConfig
 from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
+from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
@@ -113,6 +114,7 @@ WTE = Site("wte", 11, 8, "Embedding", bias=False)
 FACTORS = "compared live; its file would be too large"
 # Truncated Cayley loses length in planes of singular value 1: the default K = 5 may come near.
 TRUNCATED = 3000.0
+LOUD: dict[str, Any] = {"init_vector_bank_bound": 1.0}
 HARD = "HF initialises every vector at random"
 
 CASES = [
@@ -639,6 +641,35 @@ CASES = [
         "waveft-conv1d-transposed",
         WaveFTConfig(n_frequency=20, fan_in_fan_out=True),
         Site("fc", 6, 9, "Conv1D"),
+    ),
+    # VB-LoRA
+    Case("vblora", VBLoRAConfig(**LOUD, r=3, num_vectors=6, vector_length=4), FC, identity=DRAWN),
+    Case(
+        "vblora-three",
+        VBLoRAConfig(**LOUD, r=2, num_vectors=9, vector_length=1, topk=3),
+        Site("a.fc", 13, 7, bias=False),
+        identity=DRAWN,
+    ),
+    Case(
+        "vblora-one",
+        VBLoRAConfig(**LOUD, r=2, num_vectors=5, vector_length=2, topk=1),
+        FC,
+        identity=DRAWN,
+    ),
+    Case(
+        "vblora-conv1d-transposed",
+        VBLoRAConfig(**LOUD, r=2, num_vectors=6, vector_length=3, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        identity=DRAWN,
+    ),
+    Case(
+        "vblora-short",
+        VBLoRAConfig(
+            **LOUD, r=3, num_vectors=6, vector_length=4, topk=3, save_only_topk_weights=True
+        ),
+        FC,
+        identity=DRAWN,
+        hf="HF takes the weights' logarithms: compared live, in tests/hf/test_vblora.py",
     ),
     # OSF
     Case("osf", OSFConfig(), FC, reverts=0),

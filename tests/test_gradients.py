@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import blocks
+from peft_any import blocks, mixtures
 from peft_any.backend import namespace
 from peft_any.layer import Dense
 from peft_any.methods import lora, osf
@@ -75,7 +75,7 @@ class Constants:
 def constants(monkeypatch: pytest.MonkeyPatch) -> Constants:
     """Hold what a method detaches at the values of its first computation."""
     found = Constants()
-    for module in (lora, blocks, osf):
+    for module in (blocks, lora, mixtures, osf):
         monkeypatch.setattr(module, "detach", found)
     return found
 

@@ -33,7 +33,7 @@ LAYERS = [
         "dropout",
         "checks",
     },
-    {"activations", "projections", "spectra", "wavelets"},
+    {"activations", "mixtures", "projections", "spectra", "wavelets"},
     {"starts", "registry"},
     {"prompt"},
     {"prompts"},

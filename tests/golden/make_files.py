@@ -268,6 +268,16 @@ MADE: dict[str, Made] = {
             boft_block_size=4, target_modules=["q", "fc1", "conv2"], bias="boft_only"
         ),
     ),
+    "vblora": (
+        make_net,
+        lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, target_modules=PAIR),
+    ),
+    "vblora-short": (
+        make_net,
+        lambda: peft.VBLoRAConfig(
+            r=2, num_vectors=5, vector_length=2, save_only_topk_weights=True, target_modules=PAIR
+        ),
+    ),
     "vera": (make_net, lambda: VeraConfig(r=4, target_modules=["q", "fc1"])),
     "vera-seeded": (
         make_net,

@@ -177,8 +177,9 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
     assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
     if not pruned:
         assert {k: v.shape for k, v in ours.items()} == theirs
-    for key in ours.keys() - {f"{PREFIX}{case.site.name}.{k}" for k in shapes_of(case)}:
-        np.testing.assert_array_equal(ours[key], host(state[key]), err_msg=key)
+    for key in (f"base_model.{k}" for k in case.config.frozen):
+        if key in ours:
+            np.testing.assert_array_equal(ours[key], host(state[key]), err_msg=key)
     values = {k: noisy(v) for k, v in other.items()}
     return {k: torch.tensor(v) for k, v in ours.items()} | values
 

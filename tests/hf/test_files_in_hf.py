@@ -60,7 +60,9 @@ def same(found: dict[str, Any], folder: Path) -> None:
     written = read_safetensors(folder / make_files.TENSORS)
     assert found.keys() == written.keys()
     for key, value in written.items():
-        np.testing.assert_array_equal(found[key].detach().float(), value.astype("float32"), key)
+        rtol = 1e-6 if key.endswith("topk_weights") else 0  # HF goes by way of their logarithms
+        got, want = found[key].detach().float(), value.astype("float32")
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=0, err_msg=key)
 
 
 @pytest.mark.parametrize("adapter_name", ["default", "other"])

@@ -1,0 +1,132 @@
+"""VB-LoRA: factors out of one bank of vectors. Li et al. 2024, https://arxiv.org/abs/2405.15179."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Kind, Site, linear
+from peft_any.method import Additive
+from peft_any.mixtures import largest, largest_shares, placed_shares
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBLoRAConfig(Additive, peft_type="VBLORA", prefix="vblora_"):
+    """ΔW = B·A, whose rows and columns are pieces of length l, each a mixture of k vectors.
+
+    All sites share the trained `vblora_vector_bank` (N, l), N = `num_vectors` of l =
+    `vector_length`, a divisor of n_in and n_out. A piece is Σ wⱼ·bankⱼ over the k = `topk` largest
+    of its logits, w = softmax of these: `vblora_logits_A` (r, n_in/l, N) along A's rows and
+    `vblora_logits_B` (n_out/l, r, N) along B's columns.
+
+    save_only_topk_weights: sites hold the k places, `…_topk_indices` (…, k), and their weights but
+        the last, which is the rest to 1, `…_topk_weights` (…, k − 1); a fresh adapter's places are
+        then fixed.
+    init_logits_std: of normal logits. init_vector_bank_bound: of the uniform bank.
+    """
+
+    thins: ClassVar[str] = "vblora_dropout"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    frozen: ClassVar[frozenset[str]] = frozenset(
+        f"vblora_logits_{side}_topk_indices" for side in "AB"
+    )
+
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    save_only_topk_weights: bool = False
+    vblora_dropout: float = 0.0
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", "num_vectors", "vector_length", "topk", bias="vblora")
+        if self.topk > self.num_vectors:
+            raise ConfigError(
+                f"{self.where}: topk={self.topk} cannot be chosen of {self.num_vectors} vectors"
+            )
+
+    def per_site(self, site: Site) -> Self:
+        """Check that the pieces fit."""
+        if site.n_in % self.vector_length or site.n_out % self.vector_length:
+            raise ShapeError(
+                f"{site.name}: vector_length={self.vector_length} cannot divide {site.n_in} inputs "
+                f"and {site.n_out} outputs: give a divisor of both"
+            )
+        return self
+
+    def _logits(self, site: Site) -> dict[str, Shape]:
+        n, m = site.n_in // self.vector_length, site.n_out // self.vector_length
+        of = {"A": (self.r, n, self.num_vectors), "B": (m, self.r, self.num_vectors)}
+        return {f"vblora_logits_{side}": shape for side, shape in of.items()}
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The logits, or the places and weights of the largest."""
+        shapes = self._logits(site)
+        if not self.save_only_topk_weights:
+            return shapes
+        short = {"indices": self.topk, "weights": self.topk - 1}
+        return {
+            f"{name}_topk_{what}": (*shape[:2], count)
+            for name, shape in shapes.items()
+            for what, count in short.items()
+        }
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Normal logits."""
+        found: Params = {}
+        for name, shape in self._logits(site).items():
+            logits = new.normal(shape, self.init_logits_std)
+            if self.save_only_topk_weights:
+                places, weights = largest(logits, self.topk)
+                found[f"{name}_topk_indices"] = new.array(places)
+                found[f"{name}_topk_weights"] = new.array(weights)
+            else:
+                found[name] = logits
+        return found
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """The bank."""
+        return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """Draw the bank, uniform."""
+        ((name, shape),) = self.shared_shapes(sites).items()
+        return {name: new.uniform(shape, self.init_vector_bank_bound)}
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """B (n_out, r) and A (r, n_in)."""
+        bank = p["vblora_vector_bank"]
+        a, b = (self._shares(p, f"vblora_logits_{side}") @ bank for side in "AB")
+        xp = namespace(bank)
+        columns = xp.reshape(xp.permute_dims(b, (0, 2, 1)), (site.n_out, self.r))
+        return columns, xp.reshape(a, (self.r, site.n_in))
+
+    def delta(self, p: Params, site: Site) -> Array:
+        """The product of the factors."""
+        b, a = self.factors(p, site)
+        return b @ a
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """B·(A·x)."""
+        b, a = self.factors(p, site)
+        return linear(linear(x, a), b)
+
+    def _shares(self, p: Params, name: str) -> Array:
+        """Every vector's share in every piece (…, …, N)."""
+        if name in p:
+            return largest_shares(p[name], self.topk)
+        weights, places = p[f"{name}_topk_weights"], p[f"{name}_topk_indices"]
+        return placed_shares(weights, places, self.num_vectors)

@@ -1,0 +1,89 @@
+"""Mixtures of the few likeliest of many: by their logits, or by places and weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from peft_any._typing import Array
+from peft_any.backend import creation_device, detach, namespace, to_numpy
+from peft_any.rng import Host
+
+_SIZES = ("uint8", 2**8), ("int16", 2**15), ("int32", 2**31)
+
+
+def largest_shares(logits: Array, count: int) -> Array:
+    """Softmax of the largest logits along the last axis; the other shares are zero.
+
+    Parameters
+    ----------
+    logits : array (..., n)
+    count : int
+        How many are the largest.
+
+    Examples
+    --------
+    >>> largest_shares(np.asarray([0.0, -1.0, 0.0]), 2)
+    array([0.5, 0. , 0.5])
+    """
+    xp, left = namespace(logits), detach(logits)
+    lowest, chosen = xp.full_like(left, -float("inf")), xp.zeros_like(left)
+    e = xp.exp(logits - xp.max(left, axis=-1, keepdims=True))
+    for _ in range(count):
+        place = xp.argmax(left, axis=-1, keepdims=True)
+        hit = _every(logits.shape[-1], place) == place
+        chosen = xp.where(hit, xp.ones_like(chosen), chosen)
+        left = xp.where(hit, lowest, left)
+    e = xp.where(chosen > 0.0, e, xp.zeros_like(e))
+    shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
+    return shares
+
+
+def placed_shares(weights: Array, places: Array, n: int) -> Array:
+    """Lay weights at their places among n; the last one is the rest to 1, and not stored.
+
+    Parameters
+    ----------
+    weights : array (..., k - 1)
+    places : array (..., k), integers
+    n : int
+
+    Returns
+    -------
+    array (..., n)
+
+    Examples
+    --------
+    >>> placed_shares(np.asarray([0.25]), np.asarray([2, 0]), 3)
+    array([0.75, 0.  , 0.25])
+    """
+    xp = namespace(weights)
+    last = 1.0 - xp.sum(weights, axis=-1, keepdims=True)
+    weights = xp.expand_dims(xp.concat([weights, last], axis=-1), axis=-1)
+    every = _every(n, places)
+    hits = xp.expand_dims(xp.astype(places, every.dtype), axis=-1) == every
+    shares: Array = xp.sum(weights * xp.astype(hits, weights.dtype), axis=-2)
+    return shares
+
+
+def largest(logits: Array, count: int) -> tuple[Host, Host]:
+    """Give the places of the largest logits, and the weights of all of them but the last.
+
+    Places have the smallest dtype that holds them, as in Hugging Face PEFT's files.
+
+    Examples
+    --------
+    >>> places, weights = largest(np.asarray([0.0, -1.0, 0.0]), 2)
+    >>> places, weights
+    (array([0, 2], dtype=uint8), array([0.5]))
+    """
+    host = to_numpy(logits)
+    places = np.argsort(-host, axis=-1, kind="stable")[..., :count]
+    e = np.exp(np.take_along_axis(host, places, axis=-1))
+    size = next((kind for kind, limit in _SIZES if host.shape[-1] < limit), "int64")
+    return places.astype(size), (e / e.sum(axis=-1, keepdims=True))[..., :-1]
+
+
+def _every(count: int, like: Array) -> Array:
+    """The numbers of all places, where an array is."""
+    numbers: Array = namespace(like).arange(count, device=creation_device(like))
+    return numbers
