@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -68,13 +69,17 @@ def tolerance(case: Case | PromptCase, dtype: str) -> float:
     """Say what may differ from one processor to another.
 
     Singular vectors turn by what rounding moves the weight, over the gap to the next singular
-    value (Wedin 1972): PiSSA's factors hold some, of which torch's SVD is in float32.
+    value (Wedin 1972): PiSSA's factors hold some, and OSF takes some out of the weight, of
+    which torch's SVD is in float32.
     """
-    start = str(getattr(case.config, "init_lora_weights", ""))
-    if isinstance(case, PromptCase) or not start.startswith("pissa"):
+    if isinstance(case, PromptCase):
         return TOLERANCE[dtype]
+    config: Any = case.config.at(case.site)
+    start = str(getattr(config, "init_lora_weights", ""))
+    rank = config.r if start.startswith("pissa") else getattr(config, "effective_rank", None)
+    if rank is None:
+        return TOLERANCE["float32" if case.single else dtype]
     values = np.linalg.svd(case.base(dtype=dtype).weight.astype("float64"), compute_uv=False)
-    rank = case.config.at(case.site).r
     gap = np.min(values[:rank] - values[1 : rank + 1])
     return float(4 * np.finfo("float32").eps * values[0] / gap)
 

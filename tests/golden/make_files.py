@@ -185,10 +185,6 @@ MADE: dict[str, Made] = {
         ),
     ),
     "lora-half": (make_half, lambda: LoraConfig(r=2, target_modules=["q"], use_rslora=True)),
-    "lora-mica": (
-        make_net,
-        lambda: LoraConfig(r=2, init_lora_weights="mica", target_modules=["q", "fc1"]),
-    ),
     "lora-monteclora": (
         make_net,
         lambda: LoraConfig(r=2, monteclora_config=peft.MontecloraConfig(), target_modules=["q"]),
