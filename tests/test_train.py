@@ -342,6 +342,27 @@ def test_boft_holds_blocks_still() -> None:
     assert not np.allclose(y, base(x))
 
 
+@pytest.mark.parametrize(("rslora", "falls"), [(True, 1.0), (False, 4.0)])
+def test_one_rate_serves_every_rank_under_rslora(rslora: bool, falls: float) -> None:
+    """A step of the default optimiser moves the weight by s·√r: alike, or falling as 1/√r."""
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.normal(size=(96, 96))}
+    x = rng.normal(size=(64, 96))
+
+    def miss(bound: Any, x: Any) -> Any:
+        y = bound.layers["fc"](x)
+        return namespace(y).mean(y * y)
+
+    moved = {}
+    for r in (4, 64):
+        model = PeftModel(weights)
+        config = LoraConfig(r=r, lora_alpha=16, use_rslora=rslora, target_modules=["fc"])
+        model.add("task", config, seed=1, dtype="float64")
+        fit(model, miss, [x], steps=1)
+        moved[r] = np.linalg.norm(model.merge()["fc.weight"] - weights["fc.weight"])
+    assert moved[4] / moved[64] == pytest.approx(falls, rel=0.25)
+
+
 def test_gradients_accumulate_to_their_mean() -> None:
     x, y = data_of()
     whole = fit(model_of(CONFIGS["lora"]), loss, [(x, y)], steps=5, optimizer=opt.sgd(0.1))
