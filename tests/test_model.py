@@ -25,6 +25,7 @@ from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
+from peft_any.methods.osf import OSFConfig
 from tests.conftest import Lib
 
 rng = np.random.default_rng(5)
@@ -443,3 +444,9 @@ def test_weights_of_two_libraries_are_refused() -> None:
 def test_values_round_trip_through_the_library(lib: Lib) -> None:
     if lib.has_values:
         np.testing.assert_array_equal(to_numpy(lib.array(np.arange(3.0))), np.arange(3.0))
+
+
+def test_a_pattern_of_osf_that_is_no_expression_is_refused() -> None:
+    model = PeftModel({"fc.weight": np.eye(6)})
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        model.add("a", OSFConfig(rank_pattern={"(": 1}, target_modules=["fc"]))

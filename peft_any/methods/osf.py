@@ -41,7 +41,13 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
         """Resolve h, as HF reads it: a float up to 1 is a share, anything else a number."""
         side, h = min(site.n_out, site.n_in), self.effective_rank
         for pattern, value in (self.rank_pattern or {}).items():
-            if re.search(pattern, site.name):
+            try:
+                found = re.search(pattern, site.name)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ConfigError(
+                    f"{self.where}: rank_pattern {pattern!r:.80}: not a regular expression: {error}"
+                ) from None
+            if found:
                 h = value
                 break
         if h is None:
