@@ -23,14 +23,14 @@ from peft_any.surgery.patches import (
     Merged,
     Patch,
     Product,
-    Start,
     Whole,
     cast,
-    product,
+    is_product,
     scales,
 )
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.rounding import nearest
+from peft_any.surgery.start import Start
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Surgeon:
             return Copied(start)
         parts = [self._part(i, site) for i in self.plan.parts(site)]
         if self.backend.name == "numpy":
-            if tensor == site.weight and product(parts, site) is not None:
+            if tensor == site.weight and is_product(parts, site):
                 return Product(start, site, parts)
             if all(several.cut(part, site, slice(0, 1)) is not None for part in parts):
                 return Cut(start, site, parts, self._layer(site))

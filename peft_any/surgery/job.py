@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,15 @@ from peft_any.io.safetensors import SafetensorsFile
 from peft_any.receipt import Change, Receipt, peak_memory
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, task_of
-from peft_any.surgery.output import fill
+from peft_any.surgery.output import Output, fill
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.shards import Spec, packed
 from peft_any.surgery.sources import Kinds
 
 RECEIPT = "merge_receipt.json"
 _INDEX = ".safetensors.index.json"
+_TOGETHER = 16
+"""Files that the same workers write: few enough for any system to have them open."""
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with bytes done, all bytes, and the tensor at hand."""
 
@@ -171,8 +173,9 @@ class Job:
         if self.elsewhere is not None:
             self.elsewhere(left, ticked)
         else:
-            for item in left:
-                done(item, self.piece(item))
+            for start in range(0, len(left), _TOGETHER):
+                for item, piece in self.pieces(left[start : start + _TOGETHER]):
+                    done(item, piece)
         for name in sizes:
             self.changes += found[name].changes
             self.copied += found[name].copied
@@ -186,22 +189,31 @@ class Job:
                 self._tick(name, size)
         return found
 
-    def piece(self, item: ShardItem) -> Piece:
-        """Compute a shard, and write it unless its path is None."""
-        name, path = item
-        shard = self.base.named_shards.get(name, self.base.shards[0])
-        specs = self.layout[name]
-        if path is not None:
-            with reporting(path, "be written"):
-                for folder in reversed(path.parents[: len(Path(name).parts) - 1]):
-                    folder.mkdir(exist_ok=True)  # and not the output's own, which may be gone
+    def pieces(self, items: Sequence[ShardItem]) -> Iterator[tuple[ShardItem, Piece]]:
+        """Compute shards, and write those that have a path."""
 
         def tick(tensor: str, dtype: str, shape: Shape) -> None:
             self._tick(tensor, self._size(tensor, dtype, shape))
 
-        with nullcontext() if path is None else PlacedWriter(path, specs, shard.metadata) as writer:
-            changes = fill(self.surgeon, specs, writer, self.threads, tick)
-        return Piece(changes, len(specs) - len(changes))
+        with ExitStack() as stack:
+            outputs = [
+                Output(self.layout[item[0]], stack.enter_context(self._writer(*item)))
+                for item in items
+            ]
+            filled = stack.enter_context(closing(fill(self.surgeon, outputs, self.threads, tick)))
+            for item, output, changes in zip(items, outputs, filled, strict=True):
+                if output.writer is not None:
+                    output.writer.close()
+                yield item, Piece(changes, len(output.specs) - len(changes))
+
+    def _writer(self, name: str, path: Path | None) -> AbstractContextManager[PlacedWriter | None]:
+        if path is None:
+            return nullcontext()
+        with reporting(path, "be written"):
+            for folder in reversed(path.parents[: len(Path(name).parts) - 1]):
+                folder.mkdir(exist_ok=True)  # and not the output's own, which may be gone
+        shard = self.base.named_shards.get(name, self.base.shards[0])
+        return PlacedWriter(path, self.layout[name], shard.metadata)
 
     def _tick(self, name: str, size: int) -> None:
         self.done += size

@@ -1,12 +1,11 @@
-"""One file of an output: its tensors computed and copied piece by piece, on several threads."""
+"""The files of an output: their tensors computed and copied piece by piece, on several threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import TypeAlias
 
 from peft_any._typing import Shape
@@ -22,99 +21,123 @@ Spec: TypeAlias = tuple[str, str, Shape]
 """A tensor's name, dtype and shape."""
 _COPIED = 1 << 25
 """Bytes that one task copies."""
-_FLUSHED = 1 << 27
+_FLUSHED = 1 << 24
 """Bytes after which the device is asked to begin writing."""
 _ALONE = 1 << 24
-"""Bytes up to which a file is not worth the start of others' work."""
-_Done: TypeAlias = tuple[str, int, Moments | None]
-"""Of a task: its tensor, the bytes it made, and what became of the change."""
+"""Bytes up to which files are not worth the start of others' work."""
+_Done: TypeAlias = tuple[int, Moments | None, int]
+"""Of a task: the bytes it made, what became of the change, and what is left of its tensor."""
 _Task: TypeAlias = Callable[[], _Done]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to be filled.
+
+    Attributes
+    ----------
+    specs : list of (name, dtype, shape)
+    writer : PlacedWriter or None
+        Without one, everything is computed and nothing written.
+    """
+
+    specs: list[Spec]
+    writer: PlacedWriter | None
 
 
 def fill(
     surgeon: Surgeon,
-    specs: list[Spec],
-    writer: PlacedWriter | None,
+    outputs: Sequence[Output],
     threads: int,
     tick: Callable[[str, str, Shape], None],
-) -> tuple[Change, ...]:
-    """Compute or copy all tensors of a file, and write them unless there is no writer.
+) -> Generator[tuple[Change, ...]]:
+    """Compute or copy all tensors of some files, and write them.
+
+    While one file is finished by the caller, work on the next goes on.
 
     Parameters
     ----------
     surgeon : Surgeon
-    specs : list of (name, dtype, shape)
-    writer : PlacedWriter or None
+    outputs : sequence of Output
     threads : int
     tick : callable (name, dtype, shape)
         Called when a tensor is finished, in their order.
 
-    Returns
-    -------
+    Yields
+    ------
     tuple of Change
-        Of the touched ones, in order; their bits do not depend on `threads`.
+        Of the touched ones of a file, in order; their bits do not depend on `threads`.
     """
-    size = sum(byte_size(dtype, shape) or 0 for _, dtype, shape in specs)
+    size = sum(byte_size(*spec[1:]) or 0 for output in outputs for spec in output.specs)
     threads = threads if size > _ALONE else 1
-    changes: list[Change] = []
-    sums: list[Moments] = []
-    order, dirty = iter(specs), 0
-    now = next(order, None)
+    tasks = (
+        task
+        for output in outputs
+        for spec in output.specs
+        for task in _tasks(surgeon, spec, output.writer)
+    )
+    keep = [output.writer.handle for output in outputs if output.writer is not None]
+    with closing(in_order(tasks, threads, keep)) as results:
+        for output in outputs:
+            yield tuple(_filled(surgeon, output, results, tick))
 
-    def finished(spec: Spec) -> None:
-        source = surgeon.plan.source(spec[0])
-        if source is not None:
-            changes.append(replace(surgeon.change(source, spec[1], sums), tensor=spec[0]))
-            sums.clear()
-        tick(*spec)
 
-    tasks = chain.from_iterable(_tasks(surgeon, spec, writer) for spec in specs)
-    with closing(in_order(tasks, threads, [] if writer is None else [writer.handle])) as results:
-        for name, made, moments in results:
-            while now is not None and now[0] != name:
-                finished(now)
-                now = next(order, None)
+def _filled(
+    surgeon: Surgeon,
+    output: Output,
+    results: Iterator[_Done],
+    tick: Callable[[str, str, Shape], None],
+) -> Iterator[Change]:
+    """Take the results of one file as they come."""
+    dirty = 0
+    for spec in output.specs:
+        name, sums = spec[0], []
+        for size, moments, left in results:
             sums += [] if moments is None else [moments]
-            dirty += made
-            if writer is not None:
-                writer.count(name, made)
-                if threads > 1 and dirty >= _FLUSHED:  # while the others go on
-                    writer.flush()
+            dirty += size
+            if output.writer is not None:
+                output.writer.count(name, size)
+                if dirty >= _FLUSHED:
+                    output.writer.flush()
                     dirty = 0
-    while now is not None:
-        finished(now)
-        now = next(order, None)
-    return tuple(changes)
+            if not left:
+                break
+        source = surgeon.plan.source(name)
+        if source is not None:
+            yield replace(surgeon.change(source, spec[1], sums), tensor=name)
+        tick(*spec)
 
 
 def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterator[_Task]:
-    """Cut the work on a tensor in pieces, the same ones whoever does them."""
+    """Cut the work on a tensor in pieces, the same ones whoever does them; at least one."""
     name = spec[0]
     source = surgeon.plan.source(name)
     if source is not None:
         patch = surgeon.patch(source)
-        for rows in patch.blocks:
-            yield partial(_compute, name, patch, rows, writer)
+        blocks = [*patch.blocks]
+        for i, rows in enumerate(blocks, 1):
+            yield partial(_compute, name, patch, rows, writer, len(blocks) - i)
         return
     origin = surgeon.plan.added.get(name, name)
     size = 0 if writer is None else surgeon.plan.base.info(origin).nbytes
     for start in range(0, max(size, 1), _COPIED):
-        span = slice(start, min(start + _COPIED, size))
-        yield partial(_copy, name, surgeon, origin, writer, span)
+        stop = min(start + _COPIED, size)
+        yield partial(_copy, surgeon, (origin, name), slice(start, stop), writer, size - stop)
 
 
-def _compute(name: str, patch: Patch, rows: slice, writer: PlacedWriter | None) -> _Done:
+def _compute(name: str, patch: Patch, rows: slice, writer: PlacedWriter | None, left: int) -> _Done:
     values, moments = patch.made(rows)
     if writer is not None:
         row = values.nbytes // values.shape[0] if values.ndim and values.size else 0
         writer.put(name, rows.start * row, values)
-    return name, values.nbytes, moments
+    return values.nbytes, moments, left
 
 
 def _copy(
-    name: str, surgeon: Surgeon, origin: str, writer: PlacedWriter | None, span: slice
+    surgeon: Surgeon, names: tuple[str, str], span: slice, writer: PlacedWriter | None, left: int
 ) -> _Done:
     if writer is not None:
+        origin, name = names
         source = surgeon.plan.base.shard_of(origin)
         writer.copy(name, source, origin, span.start, span.stop)
-    return name, span.stop - span.start, None
+    return span.stop - span.start, None, left

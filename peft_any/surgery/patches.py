@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from math import prod
 from threading import local
 from typing import Any, TypeAlias
@@ -14,84 +15,25 @@ import numpy as np
 from peft_any import parts as several
 from peft_any._typing import Params
 from peft_any.backend import astype, is_floating, to_numpy
-from peft_any.errors import FormatError, VerifyError
+from peft_any.errors import VerifyError
 from peft_any.layer import Dense, Site, flat
 from peft_any.method import Additive
 from peft_any.parts import Part
 from peft_any.receipt import Host
 from peft_any.surgery.measure import Moments, all_finite, measure
-from peft_any.surgery.rounding import nearest, widened
+from peft_any.surgery.rounding import nearest
+from peft_any.surgery.start import Start
 from peft_any.surgery.sums import Sums
 
 _BLOCK, _QUICK = 1 << 17, 1 << 19
 """Elements of a block, in double precision and where single precision mostly does."""
 _FACTORS = 64
 """The most columns of a product that is formed block by block, not as the method has it."""
-_SAMPLE = 1 << 16
-"""Elements that tell how large a tensor's weights are."""
 _own = local()
 Merged: TypeAlias = dict[str, tuple[Host, Host | None]]
 """Tensors before rounding, and Δ where it is known better than W′ − W."""
 _RANGE = ("float32", "float64", "bfloat16")
 _WIDER = "give a dtype with a larger range (--dtype float32 or bfloat16)"
-
-
-@dataclass(frozen=True)
-class Start:
-    """A tensor as full copies and new rows leave it, before any method.
-
-    Attributes
-    ----------
-    where : str
-        What the base calls it, for messages.
-    name : str
-    stored : array
-        The base's own, mapped.
-    shape : tuple of int
-        Of the result; more or fewer rows than stored where a vocabulary changes.
-    dtype : str
-        Of the result.
-    replaced : sequence of (weight, copy or None, {row: new value} as (rows, values) or None)
-    """
-
-    where: str
-    name: str
-    stored: Host
-    shape: tuple[int, ...]
-    dtype: str
-    replaced: tuple[tuple[float, Host | None, tuple[Host, Host] | None], ...] = ()
-
-    def rows(self, start: int, stop: int) -> Host:
-        """Give rows in double precision.
-
-        Raises
-        ------
-        FormatError
-            If the base has NaN or infinities there.
-        """
-        if not is_floating(self.stored):
-            return self._integers(start, stop)
-        base = widened(self.stored[start:stop] if self.stored.ndim else self.stored)
-        if not all_finite(base):
-            raise FormatError(
-                f"{self.where}: cannot be merged into: the base has NaN or infinite values there; "
-                "get an undamaged copy of it"
-            )
-        plain = [weight for weight, *_ in self.replaced] == [1.0]
-        made = base
-        for weight, copy, some in self.replaced:
-            new = base.copy() if copy is None else widened(copy[start:stop] if copy.ndim else copy)
-            if some is not None:
-                index, values = some
-                here = (index >= start) & (index < stop)
-                new[index[here] - start] = widened(values[here])
-            made = new if plain else made + weight * (new - base)
-        return made
-
-    def _integers(self, start: int, stop: int) -> Host:
-        (_, copy, _), *_ = self.replaced
-        whole = self.stored if copy is None else copy
-        return whole[start:stop] if whole.ndim else whole
 
 
 class Patch(abc.ABC):
@@ -182,28 +124,12 @@ class Product(Patch):
     def prepare(self) -> tuple[Host, Host, Sums | None]:
         """Give u, v, and how to sum in single precision, if that is possible."""
         pair = product(self.parts, self.site)
-        if pair is None:
-            raise TypeError(f"{self.start.name}: has no small factors")
-        if not self._plain:
-            return *pair, None
-        base = self.start.stored
-        sample = base.reshape(base.shape[0], -1)[: max(_SAMPLE // self.width, 1)]
-        return *pair, Sums.of(*pair, sample)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether bfloat16 weights stay bfloat16: so many that single precision measures them."""
-        stored = self.start.stored
-        return (
-            not self.start.replaced
-            and stored.size >= _SAMPLE
-            and stored.dtype.name == self.start.dtype == "bfloat16"
-        )
+        return *pair, self.start.sums(*pair)
 
     @property
     def step(self) -> int:
         """Rows of a block."""
-        return max((_QUICK if self._plain else _BLOCK) // self.width, 1)
+        return max((_QUICK if self.start.plain else _BLOCK) // self.width, 1)
 
     def exact(self, rows: slice) -> tuple[Host, Host | None]:
         """W + u·v."""
@@ -215,13 +141,8 @@ class Product(Patch):
     def made(self, rows: slice) -> tuple[Host, Moments]:
         """As any patch's, but in single precision where that gives the same."""
         *_, sums = self.ready
-        if sums is not None:
-            base = self.start.stored[rows]
-            with np.errstate(over="ignore", invalid="ignore"):
-                realised, moments = sums.rounded(base.reshape(base.shape[0], -1), rows.start)
-            if moments.finite:
-                return realised.reshape(base.shape), moments
-        return super().made(rows)
+        quick = None if sums is None else self.start.summed(sums, rows)
+        return super().made(rows) if quick is None else quick
 
 
 class Cut(Patch):
@@ -236,20 +157,43 @@ class Cut(Patch):
     @property
     def step(self) -> int:
         """Rows of a block of the weight, for its bias too."""
-        return max(_BLOCK // self.site.width, 1)
+        return max((2 * _BLOCK if self._scaled else _BLOCK) // self.site.width, 1)
 
-    def prepare(self) -> list[Part]:
-        """Give the adapters in double precision, with what needs no base computed."""
+    @cached_property
+    def _scaled(self) -> bool:
+        """Whether single precision may do."""
+        here = self.start.name == self.layer[0].name and self.start.plain
+        return here and is_scaled_product(self.parts, self.site)
+
+    def prepare(self) -> tuple[list[Part], Sums | None]:
+        """Give the adapters in double precision, and how to sum in single, if that is possible."""
         wide = [replace(p, params=cast(p.params, "float64")) for p in self.parts]
-        return [replace(part, params=prepared(part, self.site)) for part in wide]
+        parts = [replace(part, params=prepared(part, self.site)) for part in wide]
+        return parts, self.start.sums(*product(parts, self.site)) if self._scaled else None
 
-    def exact(self, rows: slice) -> tuple[Host, Host | None]:
-        """These rows of the merged layer."""
-        cut = [several.cut(part, self.site, rows) for part in self.ready]
+    def made(self, rows: slice) -> tuple[Host, Moments]:
+        """As any patch's, but in single precision where that gives the same."""
+        _, sums = self.ready
+        if sums is not None:
+            (part,), layer = self._cut(rows)
+            config: Any = part.config
+            quick = self.start.summed(sums, rows, to_numpy(config.gain(part.params, layer)))
+            if quick is not None:
+                return quick
+        return super().made(rows)
+
+    def _cut(self, rows: slice) -> tuple[list[Part], Dense]:
+        """Restrict the adapters and the layer to some rows."""
+        parts, _ = self.ready
+        cut = [several.cut(part, self.site, rows) for part in parts]
         site = replace(self.site, n_out=rows.stop - rows.start)
         weight, *bias = (start.rows(rows.start, rows.stop) for start in self.layer)
         layer = Dense(flat(weight), bias[0] if bias else None, site)
-        merged, dw, db = several.realise([c for c in cut if c is not None], layer)
+        return [part for part in cut if part is not None], layer
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """These rows of the merged layer."""
+        merged, dw, db = several.realise(*self._cut(rows))
         exact: Any = merged.stored()
         delta: Any = merged.replace(weight=dw).stored()
         if self.start.name != self.layer[0].name:
@@ -307,20 +251,41 @@ def cast(params: Params, name: str) -> Params:
     return {k: astype(a, name) if is_floating(a) else a for k, a in params.items()}
 
 
-def product(parts: list[Part], site: Site) -> tuple[Host, Host] | None:
-    """Give factors of the sum of what adapters add, in float64, where all do and they are small."""
-    pairs: list[tuple[Host, Host]] = []
+def is_product(parts: list[Part], site: Site) -> bool:
+    """Whether all that adapters add is a product of small factors."""
+    found = 0
     for part in parts:
         config = part.config
         if not isinstance(config, Additive) or scales(part, site):
-            return None
+            return False
         if type(config).factors is Additive.factors:
-            return None
-        params = cast(part.params, "float64")
-        u, v = map(to_numpy, config.factors(params, site))
+            return False
+        found += config.factors(part.params, site)[1].shape[0]
+        if found > _FACTORS:
+            return False
+    return True
+
+
+def is_scaled_product(parts: list[Part], site: Site) -> bool:
+    """Whether an adapter adds a product of small factors and then multiplies the rows."""
+    config, *others = (part.config for part in parts)
+    return (
+        not others
+        and parts[0].weight == 1
+        and isinstance(config, Additive)
+        and type(config).factors is not Additive.factors
+        and scales(parts[0], site)
+        and config.factors(parts[0].params, site)[1].shape[0] <= _FACTORS
+    )
+
+
+def product(parts: list[Part], site: Site) -> tuple[Host, Host]:
+    """Give factors of the sum of what adapters add, in float64."""
+    pairs: list[tuple[Host, Host]] = []
+    for part in parts:
+        config: Any = part.config
+        u, v = map(to_numpy, config.factors(cast(part.params, "float64"), site))
         pairs.append((part.weight * u, v))
-        if sum(len(v) for _, v in pairs) > _FACTORS:
-            return None
     u, v = (np.concatenate(some, axis=1 - i) for i, some in enumerate(zip(*pairs, strict=True)))
     return (v.T, u.T) if site.kind in ("Conv1D", "Embedding") else (u, v)
 

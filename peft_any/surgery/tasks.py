@@ -95,10 +95,11 @@ class Merging(Recipe[ShardItem, Piece]):
             def work(item: ShardItem) -> Piece:
                 name, path = item
                 if path is None:
-                    return job.piece(item)
+                    [(_, piece)] = job.pieces([item])
+                    return piece
                 # A worker that was taken for lost may still write: each attempt has its own file.
                 own = path.with_name(f"{path.name}.{uuid4().hex}")
-                piece = job.piece((name, own))
+                [(_, piece)] = job.pieces([(name, own)])
                 with reporting(path, "be written"):
                     own.replace(path)
                 return piece
