@@ -10,6 +10,7 @@ from typing import Any
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import CONVOLUTIONS, KINDS, Kind, Site
+from peft_any.patterns import expression
 
 _EMBEDDING = re.compile(
     r"wte|wpe|shared|relative_attention_bias|embed_(in|tokens|positions|languages|types)"
@@ -200,7 +201,4 @@ def orientations(
 def _named(key: str, module: str) -> bool:
     if module == key or module.endswith(f".{key}"):
         return True
-    try:
-        return re.fullmatch(key, module) is not None
-    except re.error as error:
-        raise ConfigError(f"kinds: {key!r} is not a regular expression: {error}") from None
+    return expression(key, "kinds").fullmatch(module) is not None

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import comb
@@ -29,6 +30,40 @@ for pattern in patterns:
 """
 
 
+def expression(pattern: str, where: str) -> re.Pattern[str]:
+    """Compile an expression of somebody else's.
+
+    Parameters
+    ----------
+    pattern : str
+    where : str
+        The field, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If it is none.
+
+    Examples
+    --------
+    >>> expression("q|k", "target_modules").fullmatch("k") is not None
+    True
+    """
+    try:
+        return _compiled(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: {pattern!r:.80} is not a regular expression: {error}"
+        ) from None
+
+
+@lru_cache(1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what "[[" may mean one day
+        return re.compile(pattern)
+
+
 def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     r"""Look a site's number up in a `rank_pattern`-like mapping of regular expressions.
 
@@ -42,11 +77,7 @@ def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     8
     """
     for key, value in (pattern or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", name)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"pattern {key!r:.80}: not a regular expression: {error}") from None
-        if found:
+        if expression(rf"(.*\.)?({key})$", f"pattern {key!r:.80}").match(name):
             return value
     return default
 

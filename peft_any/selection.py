@@ -11,6 +11,7 @@ from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Site
 from peft_any.layout import OUTPUT
 from peft_any.method import Tuner
+from peft_any.patterns import expression
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -152,16 +153,16 @@ class Rules:
             )
         for field, value in (("target_modules", targets), ("exclude_modules", exclude)):
             if isinstance(value, str):
-                _compiled(value, f"{config.where}: {field}")
+                expression(value, f"{config.where}: {field}")
         named = [patterns] if isinstance(patterns, str) else patterns
         first = [rf"(?:^|.*?\.){p}" for p in named] or [r".*?\.[^.]*"]
         return cls(
             config,
             targets,
             exclude,
-            [_compiled(rf"(^|.*\.){m}($|\..*)", "modules_to_save") for m in saved_whole(config)],
+            [expression(rf"(^|.*\.){m}($|\..*)", "modules_to_save") for m in saved_whole(config)],
             [layers] if isinstance(layers, int) else list(layers or []),
-            [_compiled(rf"{p}\.(?P<idx>\d+)\.", "layers_pattern") for p in first],
+            [expression(rf"{p}\.(?P<idx>\d+)\.", "layers_pattern") for p in first],
         )
 
     def wants(self, name: str, site: Site) -> bool:
@@ -171,7 +172,7 @@ class Rules:
         if self.all_linear:
             return self.linear(name, site)
         if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
+            return expression(self.targets, "target_modules").fullmatch(name) is not None
         if name in self.targets:
             return True
         return _ends(name, self.targets) and (not self.layers or self.layer(name) in self.layers)
@@ -189,8 +190,11 @@ class Rules:
     def excluded(self, name: str) -> bool:
         """Whether a layer is excluded, or saved whole."""
         out = self.exclude
-        named = re.fullmatch(out, name) if isinstance(out, str) and out else _ends(name, out)
-        return bool(named) or any(m.match(name) for m in self.saved)
+        if isinstance(out, str) and out:
+            named = expression(out, "exclude_modules").fullmatch(name) is not None
+        else:
+            named = _ends(name, out)
+        return named or any(m.match(name) for m in self.saved)
 
     def layer(self, name: str) -> int | None:
         """Read the index of the layer that a module belongs to."""
@@ -209,7 +213,7 @@ class Rules:
         """Describe every target and layer index that matches nothing."""
         known, where = list(names), self.config.where
         if isinstance(self.targets, str):
-            if self.all_linear or any(re.fullmatch(self.targets, n) for n in known):
+            if self.all_linear or any(map(expression(self.targets, where).fullmatch, known)):
                 return []
             return [f"{where}: target_modules={self.targets!r} matches no layer"]
         lost = self._unmatched("target_modules", self.targets, known)
@@ -230,15 +234,6 @@ class Rules:
 
 def _ends(name: str, entries: Iterable[str]) -> bool:
     return any(name == e or name.endswith(f".{e}") for e in entries)
-
-
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(
-            f"{where}: {pattern!r:.80} is not a regular expression: {error}"
-        ) from None
 
 
 def _near(entry: str, names: Iterable[str]) -> str:

@@ -271,6 +271,13 @@ def test_targets_that_make_no_sense_are_refused(
         chosen(**fields)
 
 
+def test_expressions_of_which_python_warns() -> None:
+    """A set within a set may mean something else one day: it means the same to HF PEFT now."""
+    assert chosen(target_modules="model.layers.0.self_attn.[[qv]_proj") == chosen(
+        target_modules="model.layers.0.self_attn.(q|v)_proj"
+    )
+
+
 def test_kinds_that_a_method_lacks_are_refused() -> None:
     found = sites("fc") | sites("emb", kind="Embedding")
     with pytest.raises(ConfigError, match=r"(?s)emb: is a Embedding.*LOHA cannot adapt"):

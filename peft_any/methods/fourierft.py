@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -11,6 +10,7 @@ from peft_any.checks import check_fields
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
 from peft_any.method import Additive, Tuner
+from peft_any.patterns import expression
 from peft_any.rng import Fresh
 from peft_any.spectra import random_places, real_inverse_transform
 
@@ -46,9 +46,8 @@ class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
         """Resolve the pattern, and check that there are as many places."""
         count, most = self.n_frequency, site.n_in * site.n_out
         for key, value in self.n_frequency_pattern.items():
-            if re.match(
-                rf".*\.{key}$", site.name
-            ):  # HF asks for a dot: "fc" is not matched by "fc"
+            # HF asks for a dot: "fc" is not matched by "fc"
+            if expression(rf".*\.{key}$", f"{self.where}: n_frequency_pattern").match(site.name):
                 count = value
                 break
         if count > most:

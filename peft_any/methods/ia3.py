@@ -5,7 +5,6 @@ Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,6 +15,7 @@ from peft_any.backend import namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Tuner
+from peft_any.patterns import expression
 from peft_any.rng import Fresh
 
 
@@ -46,18 +46,13 @@ class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
                 "their inputs: they must be among target_modules"
             )
         if isinstance(feed, str):
-            try:
-                re.compile(feed)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ConfigError(
-                    f"{self.where}: feedforward_modules={feed!r} is no regular expression: {error}"
-                ) from None
+            expression(feed, f"{self.where}: feedforward_modules")
 
     def is_feedforward(self, site: Site) -> bool:
         """Whether the layer scales its input."""
         feed = self.feedforward_modules
         if isinstance(feed, str):
-            return re.fullmatch(feed, site.name) is not None
+            return expression(feed, "feedforward_modules").fullmatch(site.name) is not None
         # HF asks for no dot before the entry: "wo" matches "two" too.
         return site.name.endswith(tuple(feed or ()))
 

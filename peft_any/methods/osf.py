@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -11,6 +10,7 @@ from peft_any.backend import detach, namespace, to_numpy
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site, linear, widen
 from peft_any.method import Tuner
+from peft_any.patterns import expression
 from peft_any.rng import Fresh
 
 
@@ -41,13 +41,7 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
         """Resolve h, as HF reads it: a float up to 1 is a share, anything else a number."""
         side, h = min(site.n_out, site.n_in), self.effective_rank
         for pattern, value in (self.rank_pattern or {}).items():
-            try:
-                found = re.search(pattern, site.name)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ConfigError(
-                    f"{self.where}: rank_pattern {pattern!r:.80}: not a regular expression: {error}"
-                ) from None
-            if found:
+            if expression(pattern, f"{self.where}: rank_pattern").search(site.name):
                 h = value
                 break
         if h is None:

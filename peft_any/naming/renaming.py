@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from peft_any.errors import UsageError
 from peft_any.extras import token_indices, within
 from peft_any.method import Tuner
-from peft_any.patterns import matching
+from peft_any.patterns import expression, matching
 from peft_any.selection import out_projection, saved_whole
 
 A = TypeVar("A")
@@ -93,9 +93,10 @@ class Numbers:
                 alpha: matching(own.alpha_pattern, name, getattr(own, alpha)),
             }
         feeds = getattr(own, "feedforward_modules", None)
-        if feeds is not None:
-            whole = isinstance(feeds, str) and re.fullmatch(feeds, name)
-            self.feeds = bool(whole) or (not isinstance(feeds, str) and name.endswith(tuple(feeds)))
+        if isinstance(feeds, str):
+            self.feeds = expression(feeds, "feedforward_modules").fullmatch(name) is not None
+        elif feeds is not None:
+            self.feeds = name.endswith(tuple(feeds))
 
     @classmethod
     def of(cls, config: Tuner, name: str, resolved: Any) -> Numbers:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from peft_any.errors import UsageError, nearest
+from peft_any.errors import ConfigError, UsageError, nearest
 from peft_any.io._json import read_json
+from peft_any.patterns import expression
 
 Names: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str] | None
 """A rule, a JSON file or a preset; several; or ``{OLD: NEW}``."""
@@ -156,9 +157,9 @@ def _rule(old: str, new: str, label: str) -> Rule:
             "with plain names on both sides"
         )
     try:
-        pattern = re.compile(old)
+        pattern = expression(old, "it")
         pattern.sub(new, "")
-    except (re.error, IndexError) as error:
+    except (ConfigError, re.error, IndexError) as error:
         raise UsageError(f"map {label!r}: {old!r} cannot be replaced so: {error}") from None
     groups = [int(n) for n in re.findall(r"\\(\d+)", new)]
     if max(groups, default=0) > pattern.groups:
