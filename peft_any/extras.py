@@ -14,7 +14,7 @@ from peft_any.method import Prompt
 from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
-_INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
 """Input embeddings of transformers' usual models, the likeliest first."""
 
 
@@ -148,7 +148,7 @@ def fresh_copies(
             names = [n.removesuffix(".weight") for n in weights if n.endswith(".weight")]
             lost.append(
                 f"{config.where}: trainable_token_indices: no embedding "
-                f"{entry or _INPUTS!r} is there{nearest(entry or '', names)}"
+                f"{entry or INPUTS!r} is there{nearest(entry or '', names)}"
             )
         else:
             modules.append(found)
@@ -163,7 +163,7 @@ def _modules(weights: Iterable[str]) -> list[str]:
 
 
 def _embedding(entry: str | None, weights: Collection[str]) -> str | None:
-    for last in _INPUTS if entry is None else (entry,):
+    for last in INPUTS if entry is None else (entry,):
         for name in weights:
             module = name.removesuffix(".weight")
             if module != name and (module == last or module.endswith(f".{last}")):
@@ -172,22 +172,30 @@ def _embedding(entry: str | None, weights: Collection[str]) -> str | None:
 
 
 def _rows(table: Array, indices: list[int], module: str) -> Array:
-    _check_range(indices, table.shape[0], module)
+    check_rows(indices, table.shape[0], module)
     rows: Array = namespace(table).take(table, from_numpy_like(indices, table), axis=0)
     return rows
 
 
-def _check_range(indices: list[int], rows: int, module: str) -> None:
+def check_rows(
+    indices: list[int], rows: int, module: str, field: str = "trainable_token_indices"
+) -> None:
+    """Refuse indices that are no rows of a table, or named twice.
+
+    Raises
+    ------
+    ConfigError
+    """
     bad = [i for i in indices if not 0 <= i < rows]
     if bad or len(set(indices)) != len(indices):
         raise ConfigError(
-            f"{module}: trainable_token_indices {bad or indices} cannot be rows of it: it has "
+            f"{module}: {field} {bad or indices} cannot be rows of it: it has "
             f"{rows}, each may be named once"
         )
 
 
-def with_rows(table: Array, rows: Array, indices: list[int]) -> Array:
-    """Put new rows into a table, as a new array.
+def with_rows(table: Array, rows: Array, indices: list[int], *, axis: int = 0) -> Array:
+    """Put new rows, or slices along another axis, into a table, as a new array.
 
     Examples
     --------
@@ -197,12 +205,12 @@ def with_rows(table: Array, rows: Array, indices: list[int]) -> Array:
            [1., 1.],
            [0., 0.]])
     """
-    xp, n = namespace(table, rows), table.shape[0]
+    xp, n = namespace(table, rows), table.shape[axis]
     order = list(range(n))
     for i, row in enumerate(indices):
         order[row] = n + i
-    both = xp.concat([table, astype(rows, dtype_name(table))], axis=0)
-    out: Array = xp.take(both, from_numpy_like(order, table), axis=0)
+    both = xp.concat([table, astype(rows, dtype_name(table))], axis=axis)
+    out: Array = xp.take(both, from_numpy_like(order, table), axis=axis)
     return out
 
 
@@ -232,7 +240,7 @@ def check_copies(
     ]
     for module, rows in tokens.items():
         table = shape_of(weights, f"{module}.weight")
-        _check_range(token_indices(config, module), table[0], module)
+        check_rows(token_indices(config, module), table[0], module)
         if tuple(rows.shape)[1:] != table[1:]:
             wrong.append(f"{module}: rows of shape {tuple(rows.shape)} cannot go into {table}")
     if wrong:

@@ -13,12 +13,14 @@ from peft_any.errors import ConfigError, ShapeError
 from peft_any.tape.products import dense
 
 Kind: TypeAlias = Literal[
-    "Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention"
+    "Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Norm"
 ]
-"""torch's class names; `Conv1D` is transformers' transposed linear layer (`fan_in_fan_out`)
-and `MultiheadAttention` the packed `in_proj_weight` of torch's attention."""
+"""torch's class names; `Conv1D` is transformers' transposed linear layer (`fan_in_fan_out`),
+`MultiheadAttention` the packed `in_proj_weight` of torch's attention, and `Norm` what follows a
+normalisation, w ⊙ x + b, of as many groups as it has channels."""
 
 KINDS: frozenset[Kind] = frozenset(Kind.__args__)  # type: ignore[attr-defined]
+MATRICES: frozenset[Kind] = KINDS - {"Norm"}
 CONVOLUTIONS: dict[Kind, int] = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
 
 
@@ -80,6 +82,11 @@ class Site:
         return self.n_in // self.groups * prod(self.kernel)
 
     @property
+    def reads(self) -> int:
+        """Length of the input's last axis."""
+        return self.n_in if self.kind == "Norm" else self.width
+
+    @property
     def is_conv(self) -> bool:
         """Whether the layer is a convolution."""
         return self.kind in CONVOLUTIONS
@@ -107,6 +114,8 @@ class Site:
         """Shape of the weight tensor in the base checkpoint."""
         if self.kind in ("Conv1D", "Embedding"):
             return (self.n_in, self.n_out)
+        if self.kind == "Norm":
+            return (self.n_out,)
         return (self.n_out, self.n_in // self.groups, *self.kernel)
 
 
@@ -170,10 +179,10 @@ def check_input(x: Array, site: Site) -> None:
                 f"{site.name}: {dtype_name(x)} values cannot go into a {site.kind} layer: it "
                 "takes floats, and embeddings alone take token numbers"
             )
-    elif tuple(x.shape[-1:]) != (site.width,):
+    elif tuple(x.shape[-1:]) != (site.reads,):
         raise ShapeError(
             f"{site.name}: an input of shape {tuple(x.shape)} cannot go into the layer: it takes "
-            f"(..., {site.width})"
+            f"(..., {site.reads})"
         )
 
 
@@ -213,7 +222,7 @@ class Dense:
     ----------
     weight : array (n_out, width)
         A `Conv1D`'s and an `Embedding`'s stored matrix transposed, a convolution's kernel
-        flattened to (n_out, n_in/groups · kernel).
+        flattened to (n_out, n_in/groups · kernel), a norm's weights as a column (n_out, 1).
     bias : array (n_out,) or None
     site : Site
     unadapted : array (n_out, width), optional
@@ -266,10 +275,10 @@ class Dense:
         if self.site.kind in ("Conv1D", "Embedding"):
             weight: Array = xp.matrix_transpose(self.weight)
             return weight
-        weight = (
-            xp.reshape(self.weight, self.site.stored_shape) if self.site.is_conv else self.weight
-        )
-        return weight
+        if self.site.is_conv or self.site.kind == "Norm":
+            weight = xp.reshape(self.weight, self.site.stored_shape)
+            return weight
+        return self.weight
 
     def replace(self, **changes: Any) -> Dense:
         """Copy with another weight or bias."""
@@ -277,6 +286,9 @@ class Dense:
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer; a convolution takes flattened patches (..., width)."""
+        if self.site.kind == "Norm":
+            y: Array = x * self.weight[:, 0]
+            return y if self.bias is None else y + self.bias
         return linear(x, self.weight, self.bias)
 
 

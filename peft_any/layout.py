@@ -55,6 +55,7 @@ def layout(
     own or that of a layer with the same last name, proves it, or else where
     ``config.fan_in_fan_out`` says so. Three to five dimensions are convolutions (of one group).
     ``<m>.in_proj_weight`` with three times as many rows as columns is torch's packed attention.
+    One dimension is a `Norm`, for methods that adapt some.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def layout(
         Overrides, by module name, by its last dotted parts, or by regular expression; a `Site`
         also tells a convolution's groups.
     config : Config, optional
-        Read for `fan_in_fan_out`.
+        Read for `fan_in_fan_out` and `kinds`.
 
     Returns
     -------
@@ -85,6 +86,7 @@ def layout(
     """
     shapes = {name: shape_of(weights, name) for name in weights}
     flag = bool(getattr(config, "fan_in_fan_out", False))
+    norms = "Norm" in getattr(config, "kinds", ())
     proofs = _proofs(shapes)
     unused = dict(kinds or {})
     sites = {}
@@ -96,6 +98,8 @@ def layout(
             guess = _matrix_kind(module, shapes, proofs, flag)
         elif last == "weight" and 3 <= len(shape) <= 5:
             guess = (*CONVOLUTIONS,)[len(shape) - 3]
+        elif last == "weight" and len(shape) == 1 and norms:
+            guess = "Norm"
         else:
             continue
         key = next((k for k in kinds or {} if _named(k, module)), None)
@@ -115,8 +119,10 @@ def layout(
 def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
     if kind not in KINDS:
         raise ConfigError(f"kinds[{module!r}]: {kind!r} is not one of {', '.join(sorted(KINDS))}")
-    if len(shape) != 2 + CONVOLUTIONS.get(kind, 0):
+    if len(shape) != (1 if kind == "Norm" else 2 + CONVOLUTIONS.get(kind, 0)):
         raise TargetError(f"{module}: a weight of shape {shape} cannot be a {kind}")
+    if kind == "Norm":
+        return Site(module, shape[0], shape[0], kind, groups=shape[0])
     if kind in ("Conv1D", "Embedding"):
         return Site(module, shape[0], shape[1], kind)
     return Site(module, shape[1] * groups, shape[0], kind, shape[2:], groups)

@@ -13,7 +13,7 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
-from peft_any.layer import KINDS, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
+from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.linalg import as_product
 from peft_any.prompt import Prompt as Prompt
 from peft_any.registry import Config as Config
@@ -29,7 +29,7 @@ class Tuner(Config):
     with arrays of one library, device and floating dtype; none writes to its inputs.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = KINDS
+    kinds: ClassVar[frozenset[Kind]] = MATRICES
     """Layer kinds that the method supports."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are kept beside the trained ones and never trained."""
@@ -41,6 +41,9 @@ class Tuner(Config):
     """The field with the rate at which training thins the adapter's input, if there is one."""
     inner: ClassVar[str] = "(weight|bias)?"
     """What may follow the first part of a parameter's name, as a regular expression."""
+    usual: ClassVar[tuple[str, ...]] = ()
+    """Modules, by their last part and the likeliest first, of which the first that is there is
+    the target where `target_modules` names none."""
     certain: ClassVar[bool] = False
     """Whether what the parameters lack follows from the base without doubt: it is taken unasked."""
 

@@ -81,13 +81,12 @@ def cut(part: Part, site: Site, rows: slice) -> Part | None:
         than the stored one.
     """
     config = part.config
-    some = replace(site, n_out=rows.stop - rows.start)
     if not config.separable or site.groups > 1 or site.kind in ("Conv1D", "Embedding"):
         return None
     params = dict(part.params)
     if config.frozen & params.keys():
         return None
-    fewer = config.shapes(some)
+    fewer = config.shapes(replace(site, n_out=rows.stop - rows.start))
     for name, whole in config.shapes(site).items():
         for axis, (size, less) in enumerate(zip(whole, fewer[name], strict=True)):
             if size != less:

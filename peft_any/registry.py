@@ -35,9 +35,7 @@ _ABSENT = {
         _RUN,
     ),
     "FROD": (_LATER, _MERGE),
-    "LN_TUNING": (_LATER, _MERGE),
     "TINYLORA": (_LATER, _MERGE),
-    "TRAINABLE_TOKENS": (_LATER, _MERGE),
     "UNILORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now, and the files have other names", _MERGE),
     **dict.fromkeys(
@@ -65,6 +63,8 @@ class Config(abc.ABC):
     prefix: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
     """Fields of Hugging Face PEFT that change the maths and are not supported, and why."""
+    unsaid: ClassVar[frozenset[str]] = frozenset()
+    """Common fields that Hugging Face PEFT's class does not have: files say them only if set."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Extensions of the array standard that `merge` or `forward` use."""
 

@@ -74,6 +74,8 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
     ['a.q', 'head']
     """
     rules = Rules.of(config)
+    if config.target_modules is None and (usual := _usual(config, sites)):
+        return [usual]
     if config.target_modules is None:
         names = sorted({n.rpartition(".")[2] for n, s in sites.items() if s.kind in config.kinds})
         raise ConfigError(
@@ -90,6 +92,12 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
             "are excluded, saved whole, or of other layers"
         )
     return _with_parts(config, chosen, sites)
+
+
+def _usual(config: Tuner, sites: Mapping[str, Site]) -> str | None:
+    """Find what a method adapts where it is told nothing."""
+    there = (n for last in config.usual for n in sites if _ends(n, [last]))
+    return next(there, None)
 
 
 def _with_parts(config: Tuner, chosen: list[str], sites: Mapping[str, Site]) -> list[str]:

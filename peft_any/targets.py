@@ -130,6 +130,8 @@ def sites_of_params(
 def _candidates(guess: Site) -> Iterator[Site]:
     """What a layer can be, the guess first; a matrix has three readings, a kernel its groups."""
     yield guess
+    if guess.kind == "Norm":
+        return
     a, b = guess.stored_shape[:2]
     if guess.is_conv:
         for groups in range(2, guess.n_out + 1):

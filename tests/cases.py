@@ -23,6 +23,7 @@ from peft_any.methods.gralora import GraloraConfig
 from peft_any.methods.hira import HiraConfig
 from peft_any.methods.hra import HRAConfig
 from peft_any.methods.ia3 import IA3Config
+from peft_any.methods.ln_tuning import LNTuningConfig
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
@@ -39,6 +40,7 @@ from peft_any.methods.randlora import RandLoraConfig
 from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
+from peft_any.methods.trainable_tokens import TrainableTokensConfig
 from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
@@ -682,6 +684,39 @@ CASES = [
         reverts=0,
     ),
     Case("osf-random", OSFConfig(init_weights=False), FC, identity=RANDOM, reverts=0),
+    # LN tuning
+    Case("ln-tuning", LNTuningConfig(), Site("norm", 12, 12, "Norm", groups=12), reverts=0),
+    Case(
+        "ln-tuning-no-bias",
+        LNTuningConfig(),
+        Site("a.norm", 7, 7, "Norm", groups=7, bias=False),
+        reverts=0,
+    ),
+    Case("ln-tuning-linear", LNTuningConfig(), FC, reverts=0),
+    Case("ln-tuning-embedding", LNTuningConfig(), WTE, reverts=0),
+    Case("ln-tuning-conv2", LNTuningConfig(), Site("c", 4, 6, "Conv2d", (3, 2)), reverts=0),
+    # Trainable tokens
+    Case("tokens", TrainableTokensConfig(token_indices=[3, 0, 10]), WTE, reverts=0),
+    Case(
+        "tokens-random",
+        TrainableTokensConfig(token_indices=[3], init_weights=False),
+        WTE,
+        identity=DRAWN,
+        reverts=0,
+    ),
+    Case(
+        "tokens-linear",
+        TrainableTokensConfig(token_indices=[31, 2]),
+        Site("fc", 12, 32, bias=False),
+        reverts=0,
+    ),
+    Case(
+        "tokens-linear-bias",
+        TrainableTokensConfig(token_indices=[0]),
+        FC,
+        reverts=0,
+        hf="HF's call forgets the layer's bias, and its merge does not",
+    ),
 ]
 
 

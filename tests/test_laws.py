@@ -27,7 +27,7 @@ def inputs(case: Case, lead: tuple[int, ...], dtype: str, seed: int) -> np.ndarr
     rng = np.random.default_rng([seed, 3])
     if case.site.kind == "Embedding":
         return rng.integers(0, case.site.n_in, lead)
-    return rng.standard_normal((*lead, case.site.width)).astype(dtype)
+    return rng.standard_normal((*lead, case.site.reads)).astype(dtype)
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:

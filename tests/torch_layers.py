@@ -42,11 +42,27 @@ def layer_of(base: Dense) -> nn.Module:
     return made
 
 
+class Affine(nn.Module):
+    """What follows a normalisation."""
+
+    def __init__(self, site: Site, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(site.n_out, dtype=dtype))
+        bias = nn.Parameter(torch.zeros(site.n_out, dtype=dtype)) if site.bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scale, and shift."""
+        return x * self.weight if self.bias is None else x * self.weight + self.bias
+
+
 def _empty(site: Site, dtype: torch.dtype) -> Any:
     if site.kind == "Linear":
         return nn.Linear(site.n_in, site.n_out, bias=site.bias, dtype=dtype)
     if site.kind == "Embedding":
         return nn.Embedding(site.n_in, site.n_out, dtype=dtype)
+    if site.kind == "Norm":
+        return Affine(site, dtype)
     if site.kind == "MultiheadAttention":
         return nn.MultiheadAttention(site.n_in, 1, batch_first=True, dtype=dtype)
     shape: dict[str, Any] = {"groups": site.groups, "bias": site.bias, "dtype": dtype}

@@ -213,7 +213,11 @@ def config_to_dict(config: Config, raw: Mapping[str, Any] | None = None) -> dict
     {'peft_type': 'LORA', 'r': 4, 'extra': 1}
     """
     if raw is None:
-        written = {f.name: _plain(getattr(config, f.name), f) for f in fields(config)}
+        written = {
+            f.name: _plain(getattr(config, f.name), f)
+            for f in fields(config)
+            if f.name not in config.unsaid or getattr(config, f.name) is not None
+        }
         written["peft_version"] = config.peft_version or PEFT_VERSION
         return {**written, "peft_type": config.peft_type, "inference_mode": True}
     before, _ = config_from_dict({**raw, "peft_type": config.peft_type})

@@ -53,6 +53,8 @@ def layer_module(site: Site) -> Any:
     n, m, bias = site.n_in, site.n_out, site.bias
     if site.kind == "Linear":
         return nn.Linear(n, m, bias=bias)
+    if site.kind == "Norm":
+        return nn.LayerNorm(n, bias=bias)
     if site.kind == "Conv1D":
         assert bias, "transformers' Conv1D always has a bias"
         return Conv1D(m, n)
@@ -235,6 +237,9 @@ def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Resu
         leaf = model.base_model.model.get_submodule(case.site.name)
         with quietly(), torch.no_grad():
             result.y = host(leaf(torch.tensor(result.x)))
+        if case.site.kind == "Norm":  # what is adapted comes after the normalisation
+            x = torch.tensor(result.x)
+            result.x = host(nn.functional.layer_norm(x, x.shape[-1:]))
     with quietly():
         result.merged = state_of(model.merge_and_unload())
     return result

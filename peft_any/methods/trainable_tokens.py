@@ -1,0 +1,76 @@
+"""Trainable tokens: new rows for an embedding.
+
+Without a paper: https://huggingface.co/docs/peft/package_reference/trainable_tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, namespace
+from peft_any.errors import ConfigError
+from peft_any.extras import INPUTS, check_rows, with_rows
+from peft_any.layer import Dense, Kind, Layer, Site, linear
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainable_tokens_"):
+    """E′ is E (tokens, width) with the rows D (k, width) at `token_indices`, in their order.
+
+    An output layer that is tied to the embedding gets them too. Without `target_modules`, the
+    input embedding is meant.
+
+    init_weights: true (D is those rows of E), false (normal numbers).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Embedding", "Linear"})
+    unsaid: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
+    usual: ClassVar[tuple[str, ...]] = INPUTS
+
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+    def per_site(self, site: Site) -> Self:
+        """Check that the rows are there."""
+        if not self.token_indices:
+            raise ConfigError(f"{site.name}: token_indices is empty: list the rows to train")
+        check_rows(self.token_indices, site.stored_shape[0], site.name, "token_indices")
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """D."""
+        return {"trainable_tokens_delta": (len(self.token_indices), site.stored_shape[1])}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Copy the rows, or draw them."""
+        if not self.init_weights:
+            return {k: new.normal(s, 1.0) for k, s in self.shapes(site).items()}
+        table = new.base_for(site.name, self.peft_type).stored()
+        rows = namespace(table).take(table, from_numpy_like(self.token_indices, table), axis=0)
+        return {"trainable_tokens_delta": astype(rows, new.dtype)}
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """Replace the rows."""
+        table = with_rows(base.stored(), p["trainable_tokens_delta"], self.token_indices)
+        merged = Dense.of(table, base.bias, base.site)
+        return merged.replace(unadapted=base.unadapted)
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """Replace what the trained rows give."""
+        rows = p["trainable_tokens_delta"]
+        xp = namespace(rows, x)
+        if base.site.kind == "Linear":
+            bias = base.bias
+            if bias is not None:
+                bias = xp.take(bias, from_numpy_like(self.token_indices, bias), axis=0)
+            return with_rows(base(x), linear(x, rows, bias), self.token_indices, axis=-1)
+        if is_floating(x):
+            return super().forward(p, x, base)
+        places = from_numpy_like(self.token_indices, x)
+        hits = astype(xp.equal(xp.expand_dims(x, axis=-1), places), dtype_name(rows))
+        kept: Array = (1.0 - xp.sum(hits, axis=-1, keepdims=True)) * base(x) + hits @ rows
+        return kept
