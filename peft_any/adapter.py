@@ -36,7 +36,7 @@ from peft_any.io.keys import Place, read_keys, refuse_unknown, write_key
 from peft_any.io.safetensors import SafetensorsFile, write_safetensors
 from peft_any.layer import Kind, Site
 from peft_any.method import Prompt, Tuner
-from peft_any.naming import regrouping, renaming
+from peft_any.naming import nesting, regrouping, renaming
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import out_projection
@@ -186,8 +186,10 @@ class Adapter:
         """Give every tensor its key in the file."""
 
         def key(part: Any, module: str, name: str = "") -> str:
-            return write_key(config, Place(part, module, name), sites, self.tokens)
+            place = Place(part, filed.get(module, module), name)
+            return write_key(config, place, sites, self.tokens)
 
+        filed = nesting.nested(config, sites)
         saved = self.shared if getattr(config, "save_projection", True) else {}
         shared = config.portable(saved) if isinstance(config, Prompt) else saved
         again = {n: a for n, a in shared.items() if n in getattr(config, "copied", ())}

@@ -23,7 +23,7 @@ from peft_any.backend import (
 )
 from peft_any.bound import BoundLayer, Layers
 from peft_any.errors import ConfigError, ShapeError, nearest
-from peft_any.layer import Dense, check_input
+from peft_any.layer import EXPERTS, Dense, check_input
 from peft_any.layout import layout
 from peft_any.method import Additive, Tuner
 from peft_any.parts import Once
@@ -58,6 +58,8 @@ def factors_of(layer: BoundLayer) -> dict[str, Array] | None:
     if len(ready) > 1 or part.weight != 1.0 or part.noise is not None:
         return None
     if not isinstance(part.config, Additive) or not factored(part.config):
+        return None
+    if base.site.kind in EXPERTS:
         return None
     b, a = part.config.factors(part.params, base.site)
     more = {

@@ -5,118 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol
 
-from peft_any._typing import Array, Params, Shape
+from peft_any._typing import Array, Params
 from peft_any.backend import astype, compute_dtype, dtype_name, is_array, is_floating, namespace
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ShapeError
+from peft_any.site import CONVOLUTIONS as CONVOLUTIONS
+from peft_any.site import EXPERTS as EXPERTS
+from peft_any.site import KINDS as KINDS
+from peft_any.site import MATRICES as MATRICES
+from peft_any.site import Kind as Kind
+from peft_any.site import Site as Site
 from peft_any.tape.products import dense
-
-Kind: TypeAlias = Literal[
-    "Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Norm"
-]
-"""torch's class names; `Conv1D` is transformers' transposed linear layer (`fan_in_fan_out`),
-`MultiheadAttention` the packed `in_proj_weight` of torch's attention, and `Norm` what follows a
-normalisation, w ⊙ x + b, of as many groups as it has channels."""
-
-KINDS: frozenset[Kind] = frozenset(Kind.__args__)  # type: ignore[attr-defined]
-MATRICES: frozenset[Kind] = KINDS - {"Norm"}
-CONVOLUTIONS: dict[Kind, int] = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an adapter sits: a module of the base, its sizes and its kind.
-
-    Parameters
-    ----------
-    name : str
-        Dotted module path, as in the base checkpoint without ``.weight``.
-    n_in, n_out : int
-        in/out features; in/out channels of a convolution; an embedding's rows (tokens) and
-        columns (width).
-    kind : Kind
-        The layer's class.
-    kernel : tuple of int
-        A convolution's kernel; empty otherwise.
-    groups : int
-        A convolution's groups.
-    bias : bool
-        Whether the layer has a bias.
-
-    Examples
-    --------
-    >>> Site("conv", 6, 8, "Conv2d", kernel=(3, 3)).width
-    54
-    >>> Site("wte", 100, 16, "Embedding").stored_shape
-    (100, 16)
-    """
-
-    name: str
-    n_in: int
-    n_out: int
-    kind: Kind = "Linear"
-    kernel: Shape = ()
-    groups: int = 1
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(
-                f"{self.name}: layer kind {self.kind!r} is not one of {sorted(KINDS)}"
-            )
-        if len(self.kernel) != CONVOLUTIONS.get(self.kind, 0):
-            raise ShapeError(
-                f"{self.name}: a {self.kind} cannot have the kernel {self.kernel}: it has "
-                f"{CONVOLUTIONS.get(self.kind, 0)} spatial dimensions"
-            )
-        if self.groups < 1 or self.n_in % self.groups or self.n_out % self.groups:
-            raise ShapeError(
-                f"{self.name}: {self.groups} groups cannot divide {self.n_in} inputs and "
-                f"{self.n_out} outputs"
-            )
-
-    @property
-    def width(self) -> int:
-        """Columns of the flat weight: inputs one output reads, kernel positions included."""
-        return self.n_in // self.groups * prod(self.kernel)
-
-    @property
-    def reads(self) -> int:
-        """Length of the input's last axis."""
-        return self.n_in if self.kind == "Norm" else self.width
-
-    @property
-    def is_conv(self) -> bool:
-        """Whether the layer is a convolution."""
-        return self.kind in CONVOLUTIONS
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight tensor in the base checkpoint."""
-        return self.name + self._sep + ("in_proj_weight" if self._packed else "weight")
-
-    @property
-    def bias_name(self) -> str:
-        """Name of the bias tensor in the base checkpoint."""
-        return self.name + self._sep + ("in_proj_bias" if self._packed else "bias")
-
-    @property
-    def _packed(self) -> bool:
-        return self.kind == "MultiheadAttention"
-
-    @property
-    def _sep(self) -> str:
-        return "." if self.name else ""
-
-    @property
-    def stored_shape(self) -> Shape:
-        """Shape of the weight tensor in the base checkpoint."""
-        if self.kind in ("Conv1D", "Embedding"):
-            return (self.n_in, self.n_out)
-        if self.kind == "Norm":
-            return (self.n_out,)
-        return (self.n_out, self.n_in // self.groups, *self.kernel)
 
 
 def linear(x: Array, w: Array, b: Array | None = None) -> Array:
@@ -163,6 +63,36 @@ def flat(a: Array) -> Array:
         return a
     flattened: Array = namespace(a).reshape(a, (a.shape[0], prod(a.shape[1:])))
     return flattened
+
+
+def stack(a: Array, site: Site) -> Array:
+    """View the rows of all experts, one below the other, as (experts, rows, …)."""
+    stacked: Array = namespace(a).reshape(a, (site.groups, a.shape[0] // site.groups, -1))
+    return stacked
+
+
+def each_expert(x: Array, w: Array) -> Array:
+    """Apply every expert to its own part of the input.
+
+    Parameters
+    ----------
+    x : array (..., experts · n_in)
+    w : array (experts, n_out, n_in)
+
+    Returns
+    -------
+    array (..., experts · n_out)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> each_expert(np.asarray([1.0, 1.0, 2.0]), np.asarray([[[1.0]], [[3.0]], [[5.0]]]))
+    array([ 1.,  3., 10.])
+    """
+    xp, (experts, n_out, n_in) = namespace(x, w), w.shape
+    parts = xp.reshape(x, (*x.shape[:-1], experts, 1, n_in))
+    y: Array = xp.reshape(parts @ xp.matrix_transpose(w), (*x.shape[:-1], experts * n_out))
+    return y
 
 
 def check_input(x: Array, site: Site) -> None:
@@ -222,7 +152,8 @@ class Dense:
     ----------
     weight : array (n_out, width)
         A `Conv1D`'s and an `Embedding`'s stored matrix transposed, a convolution's kernel
-        flattened to (n_out, n_in/groups · kernel), a norm's weights as a column (n_out, 1).
+        flattened to (n_out, n_in/groups · kernel), a norm's weights as a column (n_out, 1),
+        experts one below the other.
     bias : array (n_out,) or None
     site : Site
     unadapted : array (n_out, width), optional
@@ -265,8 +196,10 @@ class Dense:
                 f"{site.name}: a bias of shape {tuple(bias.shape)} cannot serve {site.n_out} "
                 f"outputs: it has shape {(site.n_out,)}"
             )
-        if site.kind in ("Conv1D", "Embedding"):
+        if site.kind in ("Conv1D", "Embedding", "TransposedExperts"):
             weight = namespace(weight).matrix_transpose(weight)
+        if site.kind in EXPERTS:
+            weight = namespace(weight).reshape(weight, (site.n_out, site.width))
         return cls(flat(weight), bias, site)
 
     def stored(self) -> Array:
@@ -275,6 +208,9 @@ class Dense:
         if self.site.kind in ("Conv1D", "Embedding"):
             weight: Array = xp.matrix_transpose(self.weight)
             return weight
+        if self.site.kind in EXPERTS:
+            weight = stack(self.weight, self.site)
+            return weight if self.site.kind == "Experts" else xp.matrix_transpose(weight)
         if self.site.is_conv or self.site.kind == "Norm":
             weight = xp.reshape(self.weight, self.site.stored_shape)
             return weight
@@ -289,6 +225,8 @@ class Dense:
         if self.site.kind == "Norm":
             y: Array = x * self.weight[:, 0]
             return y if self.bias is None else y + self.bias
+        if self.site.kind in EXPERTS:
+            return each_expert(x, stack(self.weight, self.site))
         return linear(x, self.weight, self.bias)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError, TargetError, nearest
-from peft_any.layer import CONVOLUTIONS, KINDS, Kind, Site
+from peft_any.layer import CONVOLUTIONS, EXPERTS, KINDS, Kind, Site
 from peft_any.patterns import expression
 
 _EMBEDDING = re.compile(
@@ -55,7 +55,9 @@ def layout(
     own or that of a layer with the same last name, proves it, or else where
     ``config.fan_in_fan_out`` says so. Three to five dimensions are convolutions (of one group).
     ``<m>.in_proj_weight`` with three times as many rows as columns is torch's packed attention.
-    One dimension is a `Norm`, for methods that adapt some.
+    One dimension is a `Norm`, for methods that adapt some; three that ``target_parameters``
+    names are `Experts`, or `TransposedExperts` where the lengths of a pair (gate_up_proj,
+    down_proj) prove it.
 
     Parameters
     ----------
@@ -65,7 +67,7 @@ def layout(
         Overrides, by module name, by its last dotted parts, or by regular expression; a `Site`
         also tells a convolution's groups.
     config : Config, optional
-        Read for `fan_in_fan_out` and `kinds`.
+        Read for `fan_in_fan_out`, `kinds` and `target_parameters`.
 
     Returns
     -------
@@ -87,15 +89,20 @@ def layout(
     shapes = {name: shape_of(weights, name) for name in weights}
     flag = bool(getattr(config, "fan_in_fan_out", False))
     norms = "Norm" in getattr(config, "kinds", ())
+    parameters = tuple(getattr(config, "target_parameters", None) or ())
     proofs = _proofs(shapes)
     unused = dict(kinds or {})
     sites = {}
+    guess: Kind
     for tensor, shape in shapes.items():
         module, _, last = tensor.rpartition(".")
-        if last == "in_proj_weight" and len(shape) == 2 and shape[0] == 3 * shape[1]:
-            guess: Kind = "MultiheadAttention"
+        if len(shape) == 3 and is_parameter(tensor, parameters):
+            module, guess = tensor, _expert_kind(tensor, shapes)
+        elif last == "in_proj_weight" and len(shape) == 2 and shape[0] == 3 * shape[1]:
+            guess = "MultiheadAttention"
         elif last == "weight" and len(shape) == 2:
-            guess = _matrix_kind(module, shapes, proofs, flag)
+            named = is_parameter(tensor, parameters)
+            guess = "Linear" if named else _matrix_kind(module, shapes, proofs, flag)
         elif last == "weight" and 3 <= len(shape) <= 5:
             guess = (*CONVOLUTIONS,)[len(shape) - 3]
         elif last == "weight" and len(shape) == 1 and norms:
@@ -119,13 +126,36 @@ def layout(
 def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
     if kind not in KINDS:
         raise ConfigError(f"kinds[{module!r}]: {kind!r} is not one of {', '.join(sorted(KINDS))}")
-    if len(shape) != (1 if kind == "Norm" else 2 + CONVOLUTIONS.get(kind, 0)):
+    if len(shape) != {"Norm": 1}.get(kind, 3 if kind in EXPERTS else 2 + CONVOLUTIONS.get(kind, 0)):
         raise TargetError(f"{module}: a weight of shape {shape} cannot be a {kind}")
+    if kind in EXPERTS:
+        experts, m, n = shape if kind == "Experts" else (shape[0], shape[2], shape[1])
+        return Site(module, experts * n, experts * m, kind, groups=experts)
     if kind == "Norm":
         return Site(module, shape[0], shape[0], kind, groups=shape[0])
     if kind in ("Conv1D", "Embedding"):
         return Site(module, shape[0], shape[1], kind)
     return Site(module, shape[1] * groups, shape[0], kind, shape[2:], groups)
+
+
+def is_parameter(tensor: str, targets: tuple[str, ...]) -> bool:
+    """Whether `target_parameters` names a tensor, in full or by its last parts.
+
+    Examples
+    --------
+    >>> is_parameter("layers.0.experts.down_proj", ("experts.down_proj",))
+    True
+    """
+    return any(tensor == target or tensor.endswith(f".{target}") for target in targets)
+
+
+def _expert_kind(tensor: str, shapes: Mapping[str, Shape]) -> Kind:
+    """Tell the orientation of experts from a gated pair: what one half gives, the other takes."""
+    module = tensor.rpartition(".")[0]
+    up, down = (shapes.get(f"{module}.{name}", ()) for name in ("gate_up_proj", "down_proj"))
+    plain = len(up) == len(down) == 3 and up[1:] == (2 * down[2], down[1])
+    turned = len(up) == len(down) == 3 and up[1:] == (down[2], 2 * down[1])
+    return "TransposedExperts" if turned and not plain else "Experts"
 
 
 def _proofs(shapes: Mapping[str, Shape]) -> dict[str, Kind]:

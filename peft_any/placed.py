@@ -12,6 +12,7 @@ from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
+from peft_any.naming import nesting
 from peft_any.origin import made_on
 from peft_any.registry import Config
 from peft_any.rng import Fresh
@@ -56,6 +57,8 @@ def fitted(
     ConfigError, ShapeError, TargetError
         Listing everything that does not fit.
     """
+    if new := nesting.names(adapter.config, adapter.sites, weights, kinds):
+        adapter = adapter.replace(sites=nesting.named(adapter.sites, new))
     sites = place(adapter, weights, kinds)
     adapter = adapter.to(library(weights)).with_shared([*sites.values()])
     config = adapter.config
@@ -83,7 +86,7 @@ def fresh(
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
     every = layout(weights, kinds, config)
-    sites = {name: every[name] for name in select(config, every)}
+    sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)
     params = {
         name: configs[name].init(site, root.at(name, dense(weights, site)))

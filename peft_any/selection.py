@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_any.errors import ConfigError, TargetError, nearest
-from peft_any.layer import Site
-from peft_any.layout import OUTPUT
+from peft_any.layer import EXPERTS, Site
+from peft_any.layout import OUTPUT, is_parameter
 from peft_any.method import Tuner
 from peft_any.patterns import expression
+from peft_any.registry import Config
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -46,6 +47,8 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
     out. `layers_to_transform` asks for layer indices, the first number after a name or after a
     `layers_pattern`, of all modules that the list does not name in full.
 
+    `target_parameters` adds the tensors that it names in full or by their last parts.
+
     Parameters
     ----------
     config : Tuner
@@ -76,7 +79,7 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
     rules = Rules.of(config)
     if config.target_modules is None and (usual := _usual(config, sites)):
         return [usual]
-    if config.target_modules is None:
+    if config.target_modules is None and not aims(config):
         names = sorted({n.rpartition(".")[2] for n, s in sites.items() if s.kind in config.kinds})
         raise ConfigError(
             f"{config.where}: target_modules is not set: name the modules to adapt, such as "
@@ -92,6 +95,11 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
             "are excluded, saved whole, or of other layers"
         )
     return _with_parts(config, chosen, sites)
+
+
+def aims(config: Config) -> bool:
+    """Whether a configuration names targets: modules, or parameters."""
+    return bool(getattr(config, "target_modules", None) or getattr(config, "target_parameters", ()))
 
 
 def _usual(config: Tuner, sites: Mapping[str, Site]) -> str | None:
@@ -142,6 +150,7 @@ class Rules:
     saved: list[re.Pattern[str]]
     layers: list[int]
     patterns: list[re.Pattern[str]]
+    parameters: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Tuner) -> Rules:
@@ -171,10 +180,13 @@ class Rules:
             [expression(rf"(^|.*\.){m}($|\..*)", "modules_to_save") for m in saved_whole(config)],
             [layers] if isinstance(layers, int) else list(layers or []),
             [expression(rf"{p}\.(?P<idx>\d+)\.", "layers_pattern") for p in first],
+            tuple(get("target_parameters") or ()),
         )
 
     def wants(self, name: str, site: Site) -> bool:
         """Whether a layer is targeted."""
+        if site.kind in EXPERTS or is_parameter(site.weight, self.parameters):
+            return True
         if self.excluded(name):
             return False
         if self.all_linear:
@@ -220,6 +232,14 @@ class Rules:
     def unmatched_targets(self, names: Iterable[str]) -> list[str]:
         """Describe every target and layer index that matches nothing."""
         known, where = list(names), self.config.where
+        tensors = {*known, *(f"{name}.weight" for name in known)}
+        strange = [p for p in self.parameters if not any(is_parameter(t, (p,)) for t in tensors)]
+        if strange:
+            return [
+                f"{where}: target_parameters entry {p!r} matches no stack of matrices and no "
+                f"weight{_near(p, known)}"
+                for p in strange
+            ]
         if isinstance(self.targets, str):
             if self.all_linear or any(map(expression(self.targets, where).fullmatch, known)):
                 return []

@@ -9,7 +9,7 @@ from typing import Any
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, compute_dtype, namespace, to_numpy
 from peft_any.errors import ConfigError, nearest
-from peft_any.layer import Kind, Site
+from peft_any.layer import EXPERTS, Kind, Site
 from peft_any.rng import Fresh
 
 FOREIGN = {
@@ -28,16 +28,16 @@ VARIANTS = {
     "ensure_weight_tying": "one adapter would serve two tied modules",
     "kasa_config": "KaSA truncates the base by its singular values",
     "layer_replication": "it duplicates layers of the base",
-    "target_parameters": "its file does not name the parameters it adapts",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "use_qalora": "QALoRA needs its quantised base",
 }
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""
 
 
-MISFITS: dict[str, tuple[Kind, ...]] = {
-    "lora_bias": ("Embedding", "MultiheadAttention"),
-    "use_dora": ("MultiheadAttention",),
+MISFITS: dict[str, frozenset[Kind]] = {
+    "lora_bias": frozenset({"Embedding", "MultiheadAttention", *EXPERTS}),
+    "use_dora": frozenset({"MultiheadAttention", *EXPERTS}),
+    "lora_dropout": EXPERTS,
 }
 """Layer kinds that a flag of LoRA cannot adapt."""
 
@@ -46,6 +46,20 @@ GROUPS = (
     "cannot adapt a convolution of several groups: its factors mix all input channels; name it "
     "in exclude_modules"
 )
+
+
+def check_site(config: Any, site: Site) -> None:
+    """Refuse a layer that LoRA, or one of its flags, cannot adapt.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if site.groups > 1 and site.kind not in EXPERTS:
+        raise ConfigError(f"{site.name}: LORA {GROUPS}")
+    for flag, kinds in MISFITS.items():
+        if getattr(config, flag) and site.kind in kinds:
+            raise ConfigError(f"{site.name}: {flag} cannot adapt a {site.kind} layer")
 
 
 def has_start(init: bool | str | None) -> bool:

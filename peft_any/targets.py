@@ -11,11 +11,11 @@ from typing import Any
 
 from peft_any._typing import Params, Shape
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
-from peft_any.layer import CONVOLUTIONS, Kind, Site
+from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
 from peft_any.patterns import refuse_endless
-from peft_any.selection import Rules, in_projection, saved_whole, select
+from peft_any.selection import Rules, aims, in_projection, saved_whole, select
 
 __all__ = ["configured", "layout", "place", "saved_whole", "select", "site_of", "sites_of_params"]
 
@@ -101,15 +101,17 @@ def sites_of_params(
     here = {name: base[name] for name in params}
     config = config.among([*here.values()])
     for name, p in params.items():
-        fits = [s for s in _candidates(base[name]) if not _misfit(config, p, s, here)]
+        fits = [s for s in orientations_of(base[name]) if not _misfit(config, p, s, here)]
         if not fits:
             wrong.append(_misfit(config, p, base[name], here))
-        elif len(fits) > 1 and {s.kind for s in fits} == {"Linear", "Conv1D"}:
+        elif len(fits) > 1 and {s.kind for s in fits} in ({"Linear", "Conv1D"}, EXPERTS):
             undecided.append(fits)
         else:
             sites[name] = fits[0]
     if wrong:
         raise ShapeError("\n".join(wrong))
+    sites |= {fits[0].name: _turned(fits, sites) for fits in undecided if fits[0].kind in EXPERTS}
+    undecided = [fits for fits in undecided if fits[0].kind not in EXPERTS]
     told = orientations(weights, [fits[0].name for fits in undecided], kinds)
     proven = {s.kind for s in sites.values() if s.kind in ("Linear", "Conv1D")}
     flag: Kind = "Conv1D" if getattr(config, "fan_in_fan_out", False) else "Linear"
@@ -127,10 +129,14 @@ def sites_of_params(
     return {name: sites[name] for name in params}
 
 
-def _candidates(guess: Site) -> Iterator[Site]:
-    """What a layer can be, the guess first; a matrix has three readings, a kernel its groups."""
+def orientations_of(guess: Site) -> Iterator[Site]:
+    """Give what a layer can be, the guess first: a matrix three things, a kernel its groups."""
     yield guess
     if guess.kind == "Norm":
+        return
+    if guess.kind in EXPERTS:
+        (other,) = EXPERTS - {guess.kind}
+        yield replace(guess, kind=other, n_in=guess.n_out, n_out=guess.n_in)
         return
     a, b = guess.stored_shape[:2]
     if guess.is_conv:
@@ -143,6 +149,15 @@ def _candidates(guess: Site) -> Iterator[Site]:
         for kind in ("Conv1D", "Embedding"):
             if guess.kind != kind:
                 yield replace(guess, kind=kind, n_in=a, n_out=b)
+
+
+def _turned(fits: list[Site], known: Mapping[str, Site]) -> Site:
+    """Take square experts for what the others of the adapter are, or else for what `layout` says.
+
+    Hugging Face PEFT asks the module (`is_transposed`), which is the same for all of a model.
+    """
+    proven = {site.kind for site in known.values() if site.kind in EXPERTS}
+    return next((site for site in fits if proven == {site.kind}), fits[0])
 
 
 def _misfit(config: Tuner, p: Params, site: Site, sites: Mapping[str, Site]) -> str:
@@ -283,7 +298,7 @@ def place(
     wrong += [f"{name}: unexpected{nearest(name, shared)}" for name in extra]
     if wrong:
         raise ShapeError("\n".join(wrong))
-    if strict and config.target_modules and config.target_modules != "dummy-target-modules":
+    if strict and (aims(config)) and config.target_modules != "dummy-target-modules":
         every = layout(weights, kinds, config) | sites
         rules = Rules.of(config)
         lost = rules.unmatched_targets(every) if sites else []

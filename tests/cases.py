@@ -117,6 +117,7 @@ FACTORS = "compared live; its file would be too large"
 # Truncated Cayley loses length in planes of singular value 1: the default K = 5 may come near.
 TRUNCATED = 3000.0
 LOUD: dict[str, Any] = {"init_vector_bank_bound": 1.0}
+WHOLE = "compared live, on whole models"
 HARD = "HF initialises every vector at random"
 
 CASES = [
@@ -142,6 +143,18 @@ CASES = [
     Case("lora-conv2-1x1", LoraConfig(r=3), Site("c", 5, 7, "Conv2d", (1, 1), bias=False)),
     Case("lora-conv3", LoraConfig(r=3, use_rslora=True), Site("c", 2, 3, "Conv3d", (3, 2, 2))),
     Case("lora-attention", LoraConfig(r=3), Site("attn", 6, 18, "MultiheadAttention")),
+    Case(
+        "lora-experts",
+        LoraConfig(r=2, target_parameters=["experts.up"]),
+        Site("m.experts.up", 12, 20, "Experts", groups=4, bias=False),
+        hf=WHOLE,
+    ),
+    Case(
+        "lora-experts-transposed",
+        LoraConfig(r=3, use_rslora=True, target_parameters=["experts.up"]),
+        Site("m.experts.up", 12, 8, "TransposedExperts", groups=2, bias=False),
+        hf=WHOLE,
+    ),
     Case("dora", LoraConfig(r=4, lora_alpha=10, use_dora=True), FC, reverts=0),
     Case("dora-no-bias", LoraConfig(r=3, use_dora=True), Site("fc", 13, 7, bias=False), reverts=0),
     Case("dora-rslora", LoraConfig(r=4, use_dora=True, use_rslora=True), FC, reverts=0),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peft_any.backend import resolve
 from peft_any.errors import Irreversible
-from peft_any.layer import Dense
+from peft_any.layer import EXPERTS, Dense
 from peft_any.method import Additive
 from peft_any.rng import Fresh
 from tests.cases import CASES, Case
@@ -165,6 +165,7 @@ def test_the_factors_multiply_to_delta(case: Case, seed: int) -> None:
     assert relative(u @ v, delta) <= 1e-14
     if config.peft_type in OF_RANK_R:
         trained = p["start_A"].shape[0] if "start_A" in p else 0
-        assert u.shape[1] == config.r + trained
+        experts = case.site.groups if case.site.kind in EXPERTS else 1
+        assert u.shape[1] == (config.r + trained) * experts
     else:  # no wider than the matrix, or than the products of the parts' columns
         assert u.shape[1] <= max(min(delta.shape), (getattr(config, "r", None) or 0) ** 2)

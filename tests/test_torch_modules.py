@@ -22,6 +22,7 @@ from peft_any.integrations.torch import (  # noqa: E402
     detach_adapter,
     merge_into,
 )
+from peft_any.layer import EXPERTS  # noqa: E402
 from peft_any.methods.ia3 import IA3Config  # noqa: E402
 from peft_any.methods.lora import LoraConfig  # noqa: E402
 from peft_any.methods.oft import OFTConfig  # noqa: E402
@@ -31,7 +32,9 @@ from peft_any.model import PeftModel  # noqa: E402
 from tests.cases import CASES, Case  # noqa: E402
 from tests.torch_layers import Net, input_of, layer_of  # noqa: E402
 
-rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+MODULES = [case for case in CASES if case.site.kind not in EXPERTS]
+"""Rows whose layer is a module; experts are parameters of one: `tests.hf.test_parameters`."""
+rows = pytest.mark.parametrize("case", MODULES, ids=lambda case: case.name)
 RTOL = 1e-10
 
 

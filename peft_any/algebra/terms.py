@@ -118,6 +118,11 @@ def placed(
     out, faults = [], []
     for one in given:
         try:
+            if getattr(one.adapter.config, "target_parameters", None):
+                raise ConfigError(
+                    "target_parameters: stacks of experts cannot be combined or converted: merge "
+                    "the adapters into the base, with their weights"
+                )
             if view is None:
                 out.append(_alone(one))
             else:

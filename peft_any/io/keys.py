@@ -81,7 +81,7 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
         if at and parts[at[0]] in _TRAINING:
             places[key] = Place("spare", _module(parts[: at[0]]), parts[at[0]])
         elif at and not isinstance(config, Prompt) and not _shared(config, key):
-            suffixes[key] = _module(parts[: at[-1]]), parts[at[-1] :]
+            suffixes[key] = _layer(config, parts[: at[-1]]), parts[at[-1] :]
         else:
             rest.append(key)
     drop = _adapter_names(config, suffixes, unknown)
@@ -108,6 +108,14 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
 
 def _module(parts: list[str]) -> str:
     return ".".join(p for p in parts if p != "base_layer")
+
+
+def _layer(config: Config, parts: list[str]) -> str:
+    """Name a module with parameters; one around parameters keeps what tells its depth."""
+    path, depth = ".".join(parts), 0
+    while getattr(config, "target_parameters", None) and path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    return ".".join([_module(path.split(".")), *["base_layer"] * depth])
 
 
 def _given_name(config: Config, parts: list[str]) -> str | None:

@@ -10,8 +10,8 @@ from typing import ClassVar, Self
 from peft_any import starts
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, detach, namespace
-from peft_any.errors import ConfigError
-from peft_any.layer import Layer, Site, flat, linear, widen
+from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes
+from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear, widen
 from peft_any.linalg import row_norms
 from peft_any.method import Additive
 from peft_any.patterns import matching
@@ -26,6 +26,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
+    target_parameters: stacks of experts, each with factors of its own.
     init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
         (B·A = 0 with neither zero; r even), or a B₀·A₀ taken out of the base, so that ΔW =
         s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets (Meng
@@ -33,6 +34,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); a file folds them into rank 2r.
     """
 
+    kinds: ClassVar[frozenset[Kind]] = MATRICES | EXPERTS
     thins: ClassVar[str] = "lora_dropout"
     frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
     separable: ClassVar[bool] = True
@@ -53,6 +55,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         starts.check(self)
@@ -64,22 +67,14 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def per_site(self, site: Site) -> Self:
         """Resolve the patterns; refuse what has no merged form."""
-        if site.groups > 1:
-            raise ConfigError(f"{site.name}: LORA {starts.GROUPS}")
-        for flag, kinds in starts.MISFITS.items():
-            if getattr(self, flag) and site.kind in kinds:
-                raise ConfigError(f"{site.name}: {flag} cannot adapt a {site.kind} layer")
+        starts.check_site(self, site)
         r = matching(self.rank_pattern, site.name, self.r)
         alpha = matching(self.alpha_pattern, site.name, self.lora_alpha)
         return replace(self, r=r, lora_alpha=alpha)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A and B in the layouts of torch's own layers."""
-        ones, table = (1,) * len(site.kernel), site.kind == "Embedding"
-        shapes: dict[str, Shape] = {
-            "lora_embedding_A" if table else "lora_A.weight": (self.r, site.n_in, *site.kernel),
-            "lora_embedding_B" if table else "lora_B.weight": (site.n_out, self.r, *ones),
-        }
+        shapes, ones = factor_shapes(self.r, site), (1,) * len(site.kernel)
         if self.lora_bias:
             shapes["lora_B.bias"] = (site.n_out,)
         if self.use_dora:
@@ -118,10 +113,12 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
         if starts.has_start(self.init_lora_weights):
             a, b = starts.less_start(a, b, p)
-        return self.scaling * b, a
+        return self.scaling * by_expert(b, site), a
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B·A."""
+        if site.kind in EXPERTS:
+            return self.scaling * expert_delta(p, site)
         b, a = self.factors(p, site)
         return b @ a
 
@@ -131,6 +128,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """s·B·(A·x)."""
+        if site.kind in EXPERTS:
+            return self.scaling * expert_residual(p, x, site)
         b, a = self.factors(p, site)
         return linear(linear(x, a), b, self.bias_delta(p, site))
 

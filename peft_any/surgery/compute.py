@@ -13,19 +13,21 @@ from peft_any import parts as several
 from peft_any.backend import Backend, astype, compute_dtype, from_numpy, is_floating, move, to_numpy
 from peft_any.errors import BackendError
 from peft_any.extras import check_copies, token_indices
-from peft_any.layer import Dense, Site
+from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.parts import Part
 from peft_any.receipt import Change, Host
 from peft_any.surgery.measure import Moments, change_of
 from peft_any.surgery.patches import (
     Copied,
     Cut,
+    Experts,
     Merged,
     Patch,
     Product,
     Whole,
     cast,
     is_product,
+    product,
     scales,
 )
 from peft_any.surgery.plan import Plan
@@ -63,8 +65,10 @@ class Surgeon:
             return Copied(start)
         parts = [self._part(i, site) for i in self.plan.parts(site)]
         if self.backend.name == "numpy":
+            if site.kind in EXPERTS:
+                return Experts(start, site, parts)
             if tensor == site.weight and is_product(parts, site):
-                return Product(start, site, parts)
+                return Product(start, partial(product, parts, site))
             if all(several.cut(part, site, slice(0, 1)) is not None for part in parts):
                 return Cut(start, site, parts, self._layer(site))
         return Whole(start, partial(self._merged, site))

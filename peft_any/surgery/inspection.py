@@ -15,7 +15,7 @@ from peft_any.backend import Backend, astype, compute_dtype, is_floating, to_num
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint
-from peft_any.layer import Site
+from peft_any.layer import EXPERTS, Site
 from peft_any.method import Additive, Prompt, Tuner
 from peft_any.naming.rules import Names
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
@@ -255,7 +255,8 @@ def _delta_norm(config: Tuner, site: Site, params: Params) -> float | None:
 
 
 def _spectrum(config: Tuner, site: Site, params: Params) -> tuple[float, ...]:
-    if not isinstance(config, Additive) or site.n_out * site.width > _FORMED * 16:
+    large = site.n_out * site.width > _FORMED * 16
+    if not isinstance(config, Additive) or large or site.kind in EXPERTS:
         return ()
     wide = {k: widest(a) if is_floating(a) else a for k, a in params.items()}
     try:

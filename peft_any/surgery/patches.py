@@ -16,7 +16,8 @@ from peft_any import parts as several
 from peft_any._typing import Params
 from peft_any.backend import astype, is_floating, to_numpy
 from peft_any.errors import VerifyError
-from peft_any.layer import Dense, Site, flat
+from peft_any.factors import expert_factors
+from peft_any.layer import EXPERTS, Dense, Site, flat
 from peft_any.method import Additive
 from peft_any.parts import Part
 from peft_any.receipt import Host
@@ -48,11 +49,12 @@ class Patch(abc.ABC):
 
     @property
     def ready(self) -> Any:
-        """What `prepare` gave; every thread keeps that of its latest patch alone."""
-        if getattr(_own, "patch", None) is not self:
-            _own.prepared = None  # one at a time
-            _own.prepared, _own.patch = self.prepare(), self
-        return _own.prepared
+        """What `prepare` gave; every thread keeps that of its latest patch of each class alone."""
+        kept: dict[type, tuple[Patch, Any]] = _own.__dict__.setdefault("kept", {})
+        if kept.get(type(self), (None,))[0] is not self:
+            kept.pop(type(self), None)  # one at a time
+            kept[type(self)] = self, self.prepare()
+        return kept[type(self)][1]
 
     @property
     def step(self) -> int:
@@ -117,13 +119,13 @@ class Copied(Patch):
 class Product(Patch):
     """W + u·v, in the layout of the checkpoint, with factors that are small."""
 
-    def __init__(self, start: Start, site: Site, parts: list[Part]) -> None:
+    def __init__(self, start: Start, factors: Callable[[], tuple[Host, Host]]) -> None:
         super().__init__(start)
-        self.site, self.parts = site, parts
+        self.factors = factors
 
     def prepare(self) -> tuple[Host, Host, Sums | None]:
         """Give u, v, and how to sum in single precision, if that is possible."""
-        pair = product(self.parts, self.site)
+        pair = self.factors()
         return *pair, self.start.sums(*pair)
 
     @property
@@ -143,6 +145,47 @@ class Product(Patch):
         *_, sums = self.ready
         quick = None if sums is None else self.start.summed(sums, rows)
         return super().made(rows) if quick is None else quick
+
+
+class Experts(Patch):
+    """A stack of matrices, each W + u·v with small factors of its own."""
+
+    def __init__(self, start: Start, site: Site, parts: list[Part]) -> None:
+        super().__init__(start)
+        self.site, self.parts = site, parts
+
+    @property
+    def step(self) -> int:
+        """One expert."""
+        return 1
+
+    def prepare(self) -> tuple[Host, Host]:
+        """Give u (experts, rows, k) and v (experts, k, columns), in double precision."""
+        pairs = []
+        for part in self.parts:
+            config: Any = part.config
+            u, v = map(to_numpy, expert_factors(cast(part.params, "float64"), self.site))
+            pairs.append((part.weight * config.scaling * u, v))
+        u, v = (np.concatenate(some, axis=2 - i) for i, some in enumerate(zip(*pairs, strict=True)))
+        turned = self.site.kind == "TransposedExperts"
+        return (np.swapaxes(v, 1, 2), np.swapaxes(u, 1, 2)) if turned else (u, v)
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """W + u·v."""
+        u, v = self.ready
+        base = self.start.rows(rows.start, rows.stop)
+        delta = u[rows] @ v[rows]
+        return base + delta, None if self.start.replaced else delta
+
+    def made(self, rows: slice) -> tuple[Host, Moments]:
+        """As any patch's, part by part: an expert may be large."""
+        u, v = (a[rows.start] for a in self.ready)
+        stored = self.start.stored[rows.start]
+        small = replace(self.start, stored=stored, shape=stored.shape)
+        product = Product(small, lambda: (u, v))
+        made = [product.made(part) for part in product.blocks]
+        values = np.concatenate([block for block, _ in made])
+        return values[None], sum((moments for _, moments in made), Moments())
 
 
 class Cut(Patch):
@@ -256,7 +299,7 @@ def is_product(parts: list[Part], site: Site) -> bool:
     found = 0
     for part in parts:
         config = part.config
-        if not isinstance(config, Additive) or scales(part, site):
+        if not isinstance(config, Additive) or scales(part, site) or site.kind in EXPERTS:
             return False
         if type(config).factors is Additive.factors:
             return False

@@ -129,6 +129,7 @@ def make_plan(
     given = given_adapters(adapters, strict=fit.strict)
     given = mapped(given, fit.rules, base, fit.kinds)
     view = View(base, given)
+    given = [one.named(view, fit.kinds) for one in given]
     if not fit.strict:
         given = [pruned(one, view, fit.kinds) for one in given]
     placed, faults = [], []

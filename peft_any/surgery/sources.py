@@ -22,6 +22,8 @@ from peft_any.io.safetensors import SafetensorsFile
 from peft_any.layer import Kind, Site
 from peft_any.layout import layout, looks_like_embedding
 from peft_any.method import Prompt
+from peft_any.naming.nesting import named
+from peft_any.naming.nesting import names as names_of
 from peft_any.receipt import Host, Source, Use
 
 AdapterLike: TypeAlias = StrPath | Adapter
@@ -63,6 +65,16 @@ class Given:
     def weight(self) -> float:
         """The factor of its effect."""
         return self.source.weight
+
+    def named(self, base: Mapping[str, Any], kinds: Kinds) -> Given:
+        """Give nameless parameters the names of the base's tensors (`nesting.names`)."""
+        adapter = self.adapter
+        new = names_of(adapter.config, adapter.sites, base, kinds)
+        if not new:
+            return self
+        moved = {old: tuple(new.get(n, n) for n in ns) for old, ns in self.moved.items()}
+        moved |= {old: (name,) for old, name in new.items() if old not in moved}
+        return replace(self, adapter=adapter.replace(sites=named(adapter.sites, new)), moved=moved)
 
 
 def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
@@ -268,8 +280,9 @@ def _taken(
     modules = given.moved.get(module, (module,))
     if place.part == "site":
         hit = [sites[name] for name in modules if name in sites]
-        names = [n for site in hit for n in (site.weight, site.bias_name)]
-        return tuple(n for n in names if n.endswith("weight") or n in biases)
+        weights = [site.weight for site in hit]
+        both = [n for site in hit for n in (site.weight, site.bias_name)]
+        return tuple(n for n in both if n in weights or n in biases)
     if place.part == "shared":
         return tuple(site.weight for site in sites.values())
     if place.part == "copy":

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_any import placed as placing
 from peft_any._typing import Params
@@ -313,8 +313,11 @@ def _shares(root: nn.Module, name: str, placed: Placed) -> list[Share]:
 
 def _owner(root: nn.Module, name: str) -> str:
     """Name the module whose forward reads a layer's tensors: mostly the layer itself."""
-    parent = name.rpartition(".")[0]
-    inside = name and isinstance(root.get_submodule(parent), nn.MultiheadAttention)
+    parent, _, last = name.rpartition(".")
+    if not name:
+        return name
+    above = root.get_submodule(parent)
+    inside = isinstance(above, nn.MultiheadAttention) or isinstance(getattr(above, last), Tensor)
     return parent if inside else name
 
 
