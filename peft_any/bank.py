@@ -23,7 +23,7 @@ from peft_any.backend import (
 )
 from peft_any.bound import BoundLayer, Layers
 from peft_any.errors import ConfigError, ShapeError, nearest
-from peft_any.layer import EXPERTS, Dense, check_input
+from peft_any.layer import EXPERTS, Dense, Site, check_input
 from peft_any.layout import layout
 from peft_any.method import Additive, Tuner
 from peft_any.parts import Once
@@ -34,12 +34,13 @@ SMALL = 1 << 20
 """How many numbers the factors of all rows may be for the stacked path to be quicker."""
 
 
-def factored(config: Tuner) -> bool:
+def factored(config: Tuner, site: Site) -> bool:
     """Whether a method adds a product of small factors, and applies it as that."""
     return (
         isinstance(config, Additive)
         and type(config).factors is not Additive.factors
         and type(config).forward is Additive.forward
+        and site.kind not in EXPERTS
     )
 
 
@@ -57,9 +58,7 @@ def factors_of(layer: BoundLayer) -> dict[str, Array] | None:
     part = ready[0]
     if len(ready) > 1 or part.weight != 1.0 or part.noise is not None:
         return None
-    if not isinstance(part.config, Additive) or not factored(part.config):
-        return None
-    if base.site.kind in EXPERTS:
+    if not isinstance(part.config, Additive) or not factored(part.config, base.site):
         return None
     b, a = part.config.factors(part.params, base.site)
     more = {
@@ -212,7 +211,9 @@ class MixedLayer:
         """The factors of every row, where that is possible and, unless asked for, small."""
         base = self._shared
         ready = [layer.ready[0] for layer in self.layers]
-        if base is None or not all(factored(part.config) for parts in ready for part in parts):
+        if base is None or not all(
+            factored(part.config, base.site) for parts in ready for part in parts
+        ):
             return None
         found = [factors_of(layer) for layer in self.layers]
         known = [f for f in found if f is not None]

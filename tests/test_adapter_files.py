@@ -415,7 +415,7 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
         ({"target_modules": [1]}, r"Expected `str`, got `int` - at `\$.target_modules\[0\]`"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* cannot be used: BD-LoRA's"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* only after its"),
-        ({"target_parameters": ["w"], "use_qalora": True}, "(?s)target_parameters.*use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}, "use_qalora": True}, "(?s)use_bdlora.*use_qalora"),
         ({"init_lora_weights": "corda"}, "'corda' cannot be loaded: .*covariances"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' cannot be loaded: .*gradients"),
         ({"init_lora_weights": "loftq"}, "'loftq' cannot be loaded: .*quantised"),

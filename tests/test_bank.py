@@ -58,7 +58,7 @@ def test_each_row_is_its_own_adapters(case: Case, lib: Lib) -> None:
     x = inputs(case, (len(ROWS), 3), "float32", 0)
     alone = mixed(case, p, q, base.weight, base.bias, path=None).layers
     want = np.stack([alone[k](x[i]) for i, k in enumerate(ROWS)])
-    stackable = factored(config) and case.site.kind != "Embedding"
+    stackable = factored(config, case.site) and case.site.kind != "Embedding"
     paths = ["grouped", "stacked"] if stackable else ["grouped"]
 
     def apply(p, q, weight, bias, x):
