@@ -210,10 +210,8 @@ class MixedLayer:
     def _stacked(self) -> tuple[Dense, dict[str, Array]] | None:
         """The factors of every row, where that is possible and, unless asked for, small."""
         base = self._shared
-        ready = [layer.ready[0] for layer in self.layers]
-        if base is None or not all(
-            factored(part.config, base.site) for parts in ready for part in parts
-        ):
+        parts = [part for layer in self.layers for part in layer.ready[0]]
+        if base is None or not all(factored(part.config, base.site) for part in parts):
             return None
         found = [factors_of(layer) for layer in self.layers]
         known = [f for f in found if f is not None]

@@ -216,6 +216,8 @@ MADE: dict[str, Made] = {
     "hra": (make_net, lambda: peft.HRAConfig(r=2, target_modules=["q", "conv2"])),
     "miss": (make_net, lambda: peft.MissConfig(r=2, target_modules=PAIR)),
     "miss-bat": (make_net, lambda: peft.MissConfig(r=2, init_weights="bat", target_modules=PAIR)),
+    "ln-tuning": (make_net, lambda: peft.LNTuningConfig(target_modules=["norm"])),
+    "trainable-tokens": (make_net, lambda: peft.TrainableTokensConfig(token_indices=[1, 5])),
     "osf": (make_net, lambda: peft.OSFConfig(effective_rank=3, target_modules=PAIR)),
     "peanut": (make_net, lambda: peft.PeanutConfig(r=2, depth=1, target_modules=PAIR)),
     "pvera": (make_net, lambda: peft.PveraConfig(r=2, target_modules=PAIR)),
