@@ -72,6 +72,8 @@ LORA = over(
     "LORA",
     [
         *on_mlp(dropouts=[{"lora_alpha": 4, "lora_dropout": 0.1}]),
+        ("mlp", [], {"target_parameters": ["lin0.weight"]}),
+        ("mlp", SECOND, {"target_parameters": ["lin0.weight"]}),
         ("mlp", FIRST, DORA),
         ("mlp", BOTH, DORA),
         ("mlp", "lin1", {**DORA, "lora_alpha": 32}),
@@ -222,7 +224,6 @@ ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
 
 LEFT_OUT = {
     "LORA with kasa_config": (1, "KaSA comes with the methods that follow"),
-    "LORA with target_parameters": (2, "likewise"),
     "LORA with use_bdlora": (3, "likewise"),
 }
 """Rows of the table that are not here: how many, and why."""
