@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from peft_any.layer import KINDS, Site  # noqa: E402 - from this tree, wherever Sphinx starts
 from peft_any.method import Additive, Tuner  # noqa: E402
 from peft_any.registry import Config, method_for, method_names  # noqa: E402
+from peft_any.routed import Routed  # noqa: E402
 
 RESULTS = ROOT / "build" / "junit.xml"
 """What the last complete run of the tests found (``--junitxml=build/junit.xml``), if there is."""
@@ -131,14 +132,14 @@ def rows_of(peft_type: str) -> list[Row]:
     """Find a method's rows in the table."""
     from tests import cases  # noqa: PLC0415 - the tests' requirements are the docs' too
 
-    every = [*cases.CASES, *getattr(cases, "PROMPTS", [])]
+    every = [*cases.CASES, *cases.PROMPTS, *cases.ROUTED]
     return [row for row in every if row.config.peft_type == peft_type]
 
 
 def reverts(row: Row) -> str:
     """Say whether a row's merge can be undone, and how exactly."""
     bound = getattr(row, "reverts", None)
-    if bound is None:
+    if bound is None or isinstance(row.config, Routed):
         return "–"
     return f"to {bound:g} ulp" if bound else "no"
 
@@ -224,6 +225,20 @@ def tally(rows: Sequence[Row], library: str, counts: Mapping[str, Counter[str]])
     return f"{found['passed']} passed" if found["passed"] else "not run"
 
 
+def merges(cls: type[Config]) -> bool:
+    """Whether a method has a merge."""
+    return issubclass(cls, Tuner) and not issubclass(cls, Routed)
+
+
+def mode(cls: type[Config]) -> str:
+    """Say in a word or two what a method does."""
+    if issubclass(cls, Additive):
+        return "adds to W"
+    if issubclass(cls, Routed):
+        return "adds to W·x"
+    return "maps W" if issubclass(cls, Tuner) else "tokens"
+
+
 def status_page() -> str:
     """Compose the overview: every method, what it supports and what ran where."""
     counts = results()
@@ -237,8 +252,8 @@ def status_page() -> str:
             (
                 page,
                 "all" if kinds == KINDS else ", ".join(sorted(kinds)) or "–",
-                "adds to W" if issubclass(cls, Additive) else "maps W" if kinds else "tokens",
-                f"{undone[True]} of {len(rows)} rows" if kinds else "–",
+                mode(cls),
+                f"{undone[True]} of {len(rows)} rows" if merges(cls) else "–",
                 sum(getattr(r, "hf", None) is None for r in rows),
                 len(rows),
             )

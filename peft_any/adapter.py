@@ -27,6 +27,7 @@ from peft_any.extras import (
     non_finite,
     refuse_faults,
     token_indices,
+    trained_sites,
     with_rows,
 )
 from peft_any.io import config as files
@@ -268,7 +269,7 @@ class Adapter:
         loose = {k: a for k, a in self.shared.items() if k not in frozen}
         loose |= {k: a for k, a in self.extra.items() if is_trained(self.config, k)}
         loose |= {f"{module}.trainable_tokens_delta": a for module, a in self.tokens.items()}
-        sites = {s: {k: a for k, a in p.items() if k not in frozen} for s, p in self.sites.items()}
+        sites = trained_sites(self.config, self.sites)
         return {"": loose, **sites} if loose else sites
 
     @property

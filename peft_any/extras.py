@@ -10,7 +10,7 @@ from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, n
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import Site
 from peft_any.layout import shape_of
-from peft_any.method import Prompt
+from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
@@ -71,6 +71,16 @@ def refuse_faults(adapter: Any, where: str) -> None:
     dummy = getattr(config, "target_modules", None) == "dummy-target-modules"
     if not (adapter.sites or adapter.shared or adapter.extra or adapter.tokens or dummy):
         raise TargetError(f"{where}: holds no adapter of {config.where}")
+
+
+def trained_sites(config: Config, sites: Mapping[str, Params]) -> dict[str, Params]:
+    """Give what is trained at each site: nothing frozen, nor what repeats another site's."""
+    frozen: frozenset[str] = getattr(config, "frozen", frozenset())
+    tied = config.ties(sites) if isinstance(config, Tuner) else {}
+    return {
+        s: {k: a for k, a in p.items() if k not in frozen and (s, k) not in tied}
+        for s, p in sites.items()
+    }
 
 
 def is_trained(config: Config, tensor: str) -> bool:

@@ -152,6 +152,10 @@ class Tuner(Config):
         """Add what the parameters lack, from the base (`new.base`)."""
         return p
 
+    def ties(self, sites: Mapping[str, Params]) -> dict[tuple[str, str], str]:  # noqa: ARG002
+        """Say of parameters (site, name) at which other site the one stands that they repeat."""
+        return {}
+
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Give configuration and parameters in the form that a file carries."""
         return self, dict(sites)

@@ -11,6 +11,24 @@ from peft_any.rng import Host
 _SIZES = ("uint8", 2**8), ("int16", 2**15), ("int32", 2**31)
 
 
+def softmax(logits: Array) -> Array:
+    """Shares along the last axis.
+
+    Parameters
+    ----------
+    logits : array (..., n)
+
+    Examples
+    --------
+    >>> softmax(np.asarray([0.0, 0.0]))
+    array([0.5, 0.5])
+    """
+    xp = namespace(logits)
+    e = xp.exp(logits - xp.max(detach(logits), axis=-1, keepdims=True))
+    shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
+    return shares
+
+
 def largest_shares(logits: Array, count: int) -> Array:
     """Softmax of the largest logits along the last axis; the other shares are zero.
 

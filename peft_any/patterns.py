@@ -82,6 +82,22 @@ def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     return default
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names as their layers follow one another: numbers in them by value.
+
+    Examples
+    --------
+    >>> in_order(["h.10.fc", "h.9.fc"])
+    ['h.9.fc', 'h.10.fc']
+    """
+
+    def key(name: str) -> list[tuple[int, str]]:
+        parts = re.split("([0-9]+)", name)
+        return [(int(part) if i % 2 else -1, part) for i, part in enumerate(parts)]
+
+    return sorted(names, key=key)
+
+
 def refuse_endless(config: Any, names: Iterable[str]) -> None:
     r"""Refuse expressions that would be tried on these names until the end of days.
 

@@ -28,6 +28,12 @@ class Placed:
     sites: dict[str, Site]
     configs: dict[str, Tuner]
 
+    @property
+    def ties(self) -> dict[tuple[str, str], str]:
+        """Parameters that repeat those of another site (`Tuner.ties`)."""
+        config = self.adapter.config
+        return config.ties(self.adapter.sites) if isinstance(config, Tuner) else {}
+
 
 def dense(weights: Mapping[str, Array], site: Site) -> Dense:
     """Take a layer out of a mapping of weights."""
@@ -95,6 +101,8 @@ def fresh(
     for name, site in sites.items():
         _refuse_nameless(config, params[name])
         check_params(configs[name], params[name], site)
+    for (at, key), first in config.ties(params).items():
+        params[at][key] = params[first][key]
     shared = config.init_shared([*sites.values()], root)
     made = Adapter(config, params, shared).with_copies(weights, sites)
     made = made.replace(metadata={**made.metadata, **made_on(weights, sites.values())})
@@ -229,8 +237,12 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
                 )
     loose = values.get("", {})
     rows = {f"{module}.trainable_tokens_delta": module for module in adapter.tokens}
+    sites = {s: {**p, **values.get(s, {})} for s, p in adapter.sites.items()}
+    for (site, name), first in placed.ties.items():
+        if name in values.get(first, {}):
+            sites[site][name] = values[first][name]
     changed = adapter.replace(
-        sites={s: {**p, **values.get(s, {})} for s, p in adapter.sites.items()},
+        sites=sites,
         shared={k: loose.get(k, a) for k, a in adapter.shared.items()},
         extra={k: loose.get(k, a) for k, a in adapter.extra.items()},
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},

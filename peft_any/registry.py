@@ -42,7 +42,6 @@ _ABSENT = {
         (
             "ADAPTION_PROMPT",
             "CPT",
-            "LILY",
             "POLY",
         ),
         (_LATER, _RUN),

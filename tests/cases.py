@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from peft_any.methods.gralora import GraloraConfig
 from peft_any.methods.hira import HiraConfig
 from peft_any.methods.hra import HRAConfig
 from peft_any.methods.ia3 import IA3Config
+from peft_any.methods.lily import LilyConfig
 from peft_any.methods.ln_tuning import LNTuningConfig
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lokr import LoKrConfig
@@ -730,6 +731,28 @@ CASES = [
         reverts=0,
         hf="HF's call forgets the layer's bias, and its merge does not",
     ),
+]
+
+
+@dataclass(frozen=True)
+class RoutedCase(Case):
+    """One row of a method that is applied and cannot be merged.
+
+    Attributes
+    ----------
+    routing : dict
+        What a call needs beside its input, for an input whose first axis is 2.
+    """
+
+    reverts: float = 0
+    routing: dict[str, Any] = field(default_factory=dict)
+
+
+ROUTED = [
+    RoutedCase("lily", LilyConfig(r=4, scaling=1.5), FC),
+    RoutedCase("lily-more", LilyConfig(r=3, num_B=5), Site("a.fc", 13, 7, bias=False)),
+    RoutedCase("lily-stride", LilyConfig(r=2, stride_A=3), FC),
+    RoutedCase("lily-random", LilyConfig(r=4, init_weights=False), FC, identity=RANDOM),
 ]
 
 

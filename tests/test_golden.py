@@ -17,13 +17,13 @@ import safetensors.numpy
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError
 from peft_any.model import PeftModel
-from tests.cases import CASES, PROMPTS, Case, PromptCase
+from tests.cases import CASES, PROMPTS, ROUTED, Case, PromptCase, RoutedCase
 from tests.conftest import Lib
 
 HERE = Path(__file__).parent / "golden"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-ROWS: dict[str, Any] = {case.name: case for case in [*CASES, *PROMPTS]}
+ROWS: dict[str, Any] = {case.name: case for case in [*CASES, *PROMPTS, *ROUTED]}
 NAMES = sorted(path.stem for path in HERE.glob("*.safetensors"))
 REDERIVED = ("pissa", "olora")
 
@@ -68,14 +68,18 @@ def golden(name: str) -> Golden:
 
 
 def having(form: str, kind: type = Case) -> list[str]:
-    found = [name for name in NAMES if isinstance(ROWS.get(name.partition("@")[0]), kind)]
+    found = [name for name in NAMES if type(ROWS.get(name.partition("@")[0])) is kind]
     return [name for name in found if golden(name).has(form)]
 
 
 whole = pytest.mark.parametrize("name", having(""))
 unconverted = pytest.mark.parametrize("name", having("raw/"))
 prompts = pytest.mark.parametrize("name", having("", PromptCase))
-files = pytest.mark.parametrize("name", [*having(""), *having("", PromptCase)])
+routed = pytest.mark.parametrize("name", having("", RoutedCase))
+adapted = pytest.mark.parametrize("name", [*having(""), *having("", RoutedCase)])
+files = pytest.mark.parametrize(
+    "name", [*having(""), *having("", PromptCase), *having("", RoutedCase)]
+)
 
 
 def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float) -> None:
@@ -89,11 +93,11 @@ def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float) -> Non
 
 def test_every_row_that_hf_has_is_recorded_and_no_other() -> None:
     recorded = {name.partition("@")[0] for name in NAMES}
-    assert recorded == {case.name for case in [*CASES, *PROMPTS] if case.hf is None}
+    assert recorded == {case.name for case in [*CASES, *PROMPTS, *ROUTED] if case.hf is None}
 
 
 def test_every_method_is_recorded_in_float64_too() -> None:
-    methods = {case.config.peft_type for case in CASES if case.hf is None}
+    methods = {case.config.peft_type for case in [*CASES, *ROUTED] if case.hf is None}
     double = {golden(n).case.config.peft_type for n in NAMES if n.endswith("@float64")}
     assert double == methods
 
@@ -123,6 +127,20 @@ def test_merging_and_applying_give_hfs_weights_and_output(
         lib.check(y, gold.tensors["y"], rtol=gold.tolerance)
 
 
+@routed
+def test_applying_gives_hfs_output(name: str, lib: Lib, tmp_path: Path) -> None:
+    gold = golden(name)
+    adapter, site = Adapter.load(gold.write(tmp_path / "a")), gold.case.site.name
+
+    def adapt(weights: Any, sites: Any, x: Any) -> Any:
+        model = PeftModel(weights)
+        model.add("a", adapter.replace(sites=sites))
+        return model.bind().layers[site](x)
+
+    y = lib.call(adapt, gold.part("base"), dict(adapter.sites), gold.tensors["x"])
+    lib.check(y, gold.tensors["y"], rtol=gold.tolerance)
+
+
 @files
 def test_a_loaded_adapter_is_saved_byte_for_byte(name: str, tmp_path: Path) -> None:
     source = golden(name).write(tmp_path / "a")
@@ -131,7 +149,7 @@ def test_a_loaded_adapter_is_saved_byte_for_byte(name: str, tmp_path: Path) -> N
         assert (tmp_path / "b" / file).read_bytes() == (source / file).read_bytes()
 
 
-@whole
+@adapted
 def test_a_fresh_adapter_has_hfs_keys_shapes_and_fields(name: str, tmp_path: Path) -> None:
     gold = golden(name)
     model = PeftModel(gold.part("base"), kinds={gold.case.site.name: gold.case.site})

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from tests.cases import CASES, PROMPTS, Case, PromptCase
+from tests.cases import CASES, PROMPTS, ROUTED, Case, PromptCase
 from tests.hf.reference import config_text, run, run_prompt
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ def rows() -> Iterator[tuple[str, Case | PromptCase, str]]:
     """Name every file to make: one for each row, and the first of each method in float64 too."""
     yield from ((case.name, case, "float32") for case in PROMPTS if case.hf is None)
     methods = set()
-    for case in CASES:
+    for case in [*CASES, *ROUTED]:
         if case.hf is not None:
             continue
         yield case.name, case, "float32"

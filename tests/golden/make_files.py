@@ -215,6 +215,10 @@ MADE: dict[str, Made] = {
     "hira": (make_net, lambda: peft.HiraConfig(r=2, target_modules=["q", "emb", "conv2", "c1d"])),
     "hra": (make_net, lambda: peft.HRAConfig(r=2, target_modules=["q", "conv2"])),
     "miss": (make_net, lambda: peft.MissConfig(r=2, target_modules=PAIR)),
+    "lily": (
+        make_net,
+        lambda: peft.LilyConfig(r=2, stride_A=2, num_B=3, target_modules=PAIR),
+    ),
     "miss-bat": (make_net, lambda: peft.MissConfig(r=2, init_weights="bat", target_modules=PAIR)),
     "ln-tuning": (make_net, lambda: peft.LNTuningConfig(target_modules=["norm"])),
     "trainable-tokens": (make_net, lambda: peft.TrainableTokensConfig(token_indices=[1, 5])),

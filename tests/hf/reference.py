@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_any.layer import Dense, Site
 from peft_any.registry import Config
-from tests.cases import Case, PromptCase
+from tests.cases import Case, PromptCase, RoutedCase
 
 PREFIX = "base_model.model."
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
@@ -236,10 +236,12 @@ def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Resu
         result.x = inputs(case, dtype)
         leaf = model.base_model.model.get_submodule(case.site.name)
         with quietly(), torch.no_grad():
-            result.y = host(leaf(torch.tensor(result.x)))
+            result.y = host(leaf(torch.tensor(result.x), **routing_of(case)))
         if case.site.kind == "Norm":  # what is adapted comes after the normalisation
             x = torch.tensor(result.x)
             result.x = host(nn.functional.layer_norm(x, x.shape[-1:]))
+    if isinstance(case, RoutedCase):
+        return result
     with quietly():
         result.merged = state_of(model.merge_and_unload())
     return result
@@ -261,7 +263,14 @@ def inputs(case: Case, dtype: str) -> np.ndarray:
     rng = np.random.default_rng([0, 3])
     if case.site.kind == "Embedding":
         return rng.integers(0, case.site.n_in, (2, 3))
-    return rng.standard_normal((3, case.site.n_in)).astype(dtype)
+    lead = (2, 3) if isinstance(case, RoutedCase) else (3,)
+    return rng.standard_normal((*lead, case.site.n_in)).astype(dtype)
+
+
+def routing_of(case: Case) -> dict[str, torch.Tensor]:
+    """Give what a call of a row's layer needs beside its input."""
+    given = case.routing if isinstance(case, RoutedCase) else {}
+    return {name: torch.tensor(value) for name, value in given.items()}
 
 
 def prompt_model(config: Any) -> Any:

@@ -289,6 +289,10 @@ def _shares(root: nn.Module, name: str, placed: Placed) -> list[Share]:
         made.append(share)
         at.setdefault(owner, share)
 
+    owners = {share.site.name: share for share in made if share.site is not None}
+    for (key, parameter), first in placed.ties.items():
+        owners[key].own.repeat(parameter, owners[first].own)
+
     def of(full: str) -> Share:
         owner = _owner(root, full.rpartition(".")[0])
         if owner not in at:

@@ -107,6 +107,13 @@ class Arrays(nn.Module):
         found: Tensor = getattr(self.get_submodule(".".join(path)), last)
         return found
 
+    def repeat(self, name: str, other: Arrays) -> None:
+        """Hold another's parameter of the same name itself, in the place of the own array."""
+        *path, last = name.split(".")
+        node = self.get_submodule(".".join(path))
+        delattr(node, last)
+        node.register_parameter(last, other.get_submodule(".".join(path)).get_parameter(last))
+
     def arrays(self) -> dict[str, Tensor]:
         """Give the arrays themselves, by name."""
         return {name: self[name] for name in self.names}

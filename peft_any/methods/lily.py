@@ -1,0 +1,92 @@
+"""Lily: low-rank interconnected adaptation. Zhong et al. 2024, https://arxiv.org/abs/2407.09946."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.layer import Kind, Site, linear
+from peft_any.mixtures import softmax
+from peft_any.patterns import in_order
+from peft_any.rng import Fresh
+from peft_any.routed import Routed
+
+
+@dataclass(frozen=True, kw_only=True)
+class LilyConfig(Routed, peft_type="LILY", prefix="lily_"):
+    """y = W·x + b + s·(Σₑ pₑ·Bₑ)ᵀ·h, h = A·x, with a mixture p of k = `num_B` factors Bₑ.
+
+    `lily_A.weight` is A (r, n_in), `lily_B.weight` the Bₑ (r, n_out) one below the other
+    (k·r, n_out), and `lily_router.weight` R (k, r): p is the mean of softmax(R·h) over all tokens
+    of all rows of the batch, so that what a row gives depends on the others.
+
+    stride_A: this many consecutive layers share A, and all share B, of those that one entry of
+        `target_modules` names and that have one shape; a file holds them once for every layer.
+    num_B: k. scaling: s. init_weights: true (B = 0), false (B random).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+    why: ClassVar[str] = "its mixture of factors depends on the whole batch"
+
+    r: int = 32
+    stride_A: int = 1  # noqa: N815 - HF's name
+    num_B: int = 2  # noqa: N815 - HF's name
+    scaling: float = 1.0
+    init_weights: bool = True
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", "stride_A")
+        refuse(self, num_B=(self.num_B >= 2, "at least 2: the router chooses among them"))
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """A, the Bₑ, and the router."""
+        return {
+            "lily_A.weight": (self.r, site.n_in),
+            "lily_B.weight": (self.num_B * self.r, site.n_out),
+            "lily_router.weight": (self.num_B, self.r),
+        }
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """A and the router uniform, B zero unless `init_weights` is false."""
+        a, b, router = self.shapes(site).items()
+        blank = new.zeros if self.init_weights else new.kaiming
+        return {a[0]: new.kaiming(a[1]), b[0]: blank(b[1]), router[0]: new.kaiming(router[1])}
+
+    def ties(self, sites: Mapping[str, Params]) -> dict[tuple[str, str], str]:
+        """B is the group's first layer's; A that of the first of each `stride_A` layers."""
+        groups: dict[object, list[str]] = {}
+        for name in in_order(sites):
+            p = sites[name]
+            sizes = p["lily_A.weight"].shape[1], p["lily_B.weight"].shape[1]
+            groups.setdefault((self._target(name), *sizes), []).append(name)
+        tied: dict[tuple[str, str], str] = {}
+        for names in groups.values():
+            for i, name in enumerate(names):
+                first = names[i // self.stride_A * self.stride_A]
+                tied |= {(name, "lily_A.weight"): first, (name, "lily_B.weight"): names[0]}
+        return {(name, key): first for (name, key), first in tied.items() if name != first}
+
+    def _target(self, name: str) -> str:
+        """The entry of `target_modules` that names a layer; HF asks for no dot before it."""
+        named = self.target_modules
+        if isinstance(named, str) and named != "all-linear":
+            return named
+        listed = named if isinstance(named, list) else []
+        return max((t for t in listed if name.endswith(t)), key=len, default=name)
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """Two products, with the factor mixed in between."""
+        xp, k = namespace(x, p["lily_A.weight"]), self.num_B
+        h = linear(x, p["lily_A.weight"])
+        shares = softmax(linear(h, p["lily_router.weight"]))
+        mean = xp.mean(xp.reshape(shares, (-1, k)), axis=0)
+        flat = xp.reshape(p["lily_B.weight"], (k, self.r * site.n_out))
+        mixed = xp.reshape(mean[None, :] @ flat, (self.r, site.n_out))
+        return self.scaling * linear(h, xp.matrix_transpose(mixed))

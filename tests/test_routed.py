@@ -1,0 +1,187 @@
+"""Methods that are applied and never merged: their laws, on every library."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_any import Adapter, ConfigError, PeftModel, merge_checkpoint
+from peft_any.backend import namespace, resolve
+from peft_any.io.safetensors import write_safetensors
+from peft_any.layer import Dense
+from peft_any.methods.lily import LilyConfig
+from peft_any.rng import Fresh
+from tests.cases import ROUTED, RoutedCase
+from tests.conftest import Lib
+from tests.gradients import ENGINES, difference, finite_differences, gradients, like
+from tests.test_laws import ROUNDING, inputs, relative
+
+table = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
+
+
+def parameters(case: RoutedCase, base: Dense, seed: int, dtype: str) -> dict[str, Any]:
+    """Draw trained-looking parameters, with what a call needs."""
+    return {**case.params(base, seed, dtype), **case.routing}
+
+
+@table
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
+def test_a_fresh_adapter_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
+    base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
+    p, x = {**case.fresh(base, seed, dtype), **case.routing}, inputs(case, (2, 3), dtype, seed)
+    change = relative(config.forward(p, x, base), base(x))
+    assert change > 1e-3 if case.identity else change <= ROUNDING[dtype]
+
+
+@table
+@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
+def test_preparing_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
+    base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
+    p, x = parameters(case, base, seed, dtype), inputs(case, (2, 3), dtype, seed)
+    y = config.forward(p, x, base)
+    assert y.dtype == x.dtype
+    assert y.shape == (2, 3, case.site.n_out)
+    assert relative(config.forward(config.prepare(p, base), x, base), y) <= 200 * ROUNDING[dtype]
+    assert relative(y, base(x)) > 1e-3
+
+
+@table
+def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
+    base = case.base()
+    p, config = case.params(base), case.config.at(case.site)
+    refusal = f"{case.site.name}: {config.peft_type} cannot be merged: .+: .+"
+    for refused in (config.merge, config.effect):
+        with pytest.raises(ConfigError, match=refusal):
+            refused(p, base)
+    model = PeftModel({case.site.weight: base.weight})
+    model.add("a", replace(case.config, target_modules=[case.site.name]))
+    with pytest.raises(ConfigError, match=refusal):
+        model.merge()
+
+
+@table
+def test_every_library_gives_numpys_numbers(case: RoutedCase, lib: Lib) -> None:
+    config, base = case.config.at(case.site), case.base()
+    p, x = parameters(case, base, 0, "float32"), inputs(case, (2, 3), "float32", 0)
+
+    def adapt(p, x, weight, bias):
+        return config.forward(p, x, Dense(weight, bias, case.site))
+
+    y = lib.call(adapt, p, x, base.weight, base.bias)
+    lib.check(y, config.forward(p, x, base), rtol=5e-6)
+
+
+@table
+def test_one_seed_draws_the_same_numbers_everywhere(case: RoutedCase, lib: Lib) -> None:
+    if not lib.has_values:
+        pytest.skip("torch's meta device holds no numbers")
+    config = case.config.at(case.site)
+    drawn = config.init(case.site, Fresh(7, lib.backend, key=case.site.name))
+    want = config.init(case.site, Fresh(7, resolve("numpy"), key=case.site.name))
+    assert {k: v.shape for k, v in want.items()} == config.shapes(case.site)
+    for name, value in want.items():
+        lib.check(drawn[name], value, rtol=0.0)
+
+
+class Problem:
+    """A loss of a row's trained parameters."""
+
+    def __init__(self, case: RoutedCase) -> None:
+        self.config, self.site = case.config.at(case.site), case.site
+        base = case.base(dtype="float64")
+        self.trained, self.routing = case.params(base, dtype="float64"), case.routing
+        self.rest = inputs(case, (2, 3), "float64", 0), base.weight, base.bias
+
+    def loss(self, trained: Any, x: Any, weight: Any, bias: Any) -> Any:
+        p = {**trained, **self.routing}
+        y = self.config.forward(p, x, Dense(weight, bias, self.site))
+        n = np.arange(np.prod(y.shape, dtype=int))
+        return namespace(y).sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
+
+
+@table
+def test_gradients_are_finite_differences(case: RoutedCase) -> None:
+    problem = Problem(case)
+    _, got = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    want = finite_differences(problem.loss, problem.trained, *problem.rest)
+    assert difference(got, want) < 1e-8
+
+
+@table
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_gradients_agree_on_every_engine(case: RoutedCase, engine: str) -> None:
+    problem = Problem(case)
+    _, want = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    _, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
+    assert difference(got, want) < 1e-12
+
+
+def stacked(config: LilyConfig) -> PeftModel:
+    """Put a Lily adapter on eleven layers of two names."""
+    rng = np.random.default_rng(0)
+    names = [f"h.{i}.{end}" for i in range(11) for end in ("q", "v")]
+    weights = {f"{n}.weight": rng.standard_normal((5, 4)).astype("float32") for n in names}
+    model = PeftModel(weights)
+    model.add("a", config)
+    return model
+
+
+def test_lily_shares_factors_in_the_file_and_in_training(tmp_path) -> None:
+    model = stacked(LilyConfig(r=2, stride_A=4, target_modules=["q", "v"], init_weights=False))
+    trained = model.parameters["a"]
+    assert [s for s, p in trained.items() if "lily_B.weight" in p] == ["h.0.q", "h.0.v"]
+    heads = [s for s, p in trained.items() if "lily_A.weight" in p]
+    assert heads == [f"h.{i}.{end}" for i in (0, 4, 8) for end in ("q", "v")]
+    moved = {"a": {s: {k: v + 1 for k, v in p.items()} for s, p in trained.items()}}
+    model.update(moved)
+    sites = model["a"].sites
+    for name, p in sites.items():
+        i, end = int(name.split(".")[1]), name[-1]
+        first = sites[f"h.{i // 4 * 4}.{end}"]
+        np.testing.assert_array_equal(p["lily_A.weight"], first["lily_A.weight"])
+        np.testing.assert_array_equal(p["lily_B.weight"], sites[f"h.0.{end}"]["lily_B.weight"])
+    np.testing.assert_array_equal(
+        sites["h.10.v"]["lily_B.weight"], moved["a"]["h.0.v"]["lily_B.weight"]
+    )
+    model["a"].save(tmp_path / "a")
+    again = Adapter.load(tmp_path / "a")
+    assert again.num_parameters == model["a"].num_parameters
+    assert again.sites.keys() == sites.keys()
+
+
+def test_lily_shares_nothing_between_layers_named_one_by_one() -> None:
+    model = stacked(LilyConfig(r=2, stride_A=4, target_modules="all-linear"))
+    assert all(len(p) == 3 for p in model.parameters["a"].values())
+    model = stacked(LilyConfig(r=2, target_modules=r"h\.\d+\.[qv]"))
+    assert sum("lily_B.weight" in p for p in model.parameters["a"].values()) == 1
+
+
+def test_lily_trains_one_factor_in_torch_modules() -> None:
+    torch = pytest.importorskip("torch")
+    from peft_any.integrations.torch import attach
+
+    root = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    attach(root, LilyConfig(r=2, stride_A=2, target_modules=r"\d", init_weights=False))
+    trained = [p for p in root.parameters() if p.requires_grad]
+    inside = {n.rpartition("lily_")[2]: p for n, p in root.named_parameters() if "lily_" in n}
+    assert set(inside) == {"A.weight", "B.weight", "router.weight"}
+    factors = [n for n, _ in root.named_parameters() if "lily_" in n]
+    assert len([n for n in factors if n.endswith("lily_B.weight")]) == 1
+    assert len([n for n in factors if n.endswith("lily_A.weight")]) == 2
+    assert len([n for n in factors if n.endswith("lily_router.weight")]) == 3
+    root(torch.ones(1, 4)).sum().backward()
+    assert all(p.grad is not None for p in trained if p.shape != (4, 4) and p.ndim == 2)
+
+
+def test_a_checkpoint_is_not_merged(tmp_path) -> None:
+    model = stacked(LilyConfig(r=2, target_modules=["q"]))
+    model["a"].save(tmp_path / "a")
+    write_safetensors(tmp_path / "base.safetensors", model.weights)
+    with pytest.raises(ConfigError, match=r"a: LILY cannot be merged: .+ whole batch: apply it"):
+        merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
