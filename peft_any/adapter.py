@@ -23,11 +23,10 @@ from peft_any.errors import FormatError
 from peft_any.extras import (
     check_copies,
     fresh_copies,
-    is_trained,
     non_finite,
     refuse_faults,
     token_indices,
-    trained_sites,
+    trained,
     with_rows,
 )
 from peft_any.io import config as files
@@ -265,12 +264,7 @@ class Adapter:
 
     def trainable(self) -> dict[str, Params]:
         """Give the trained arrays by site and name; what belongs to no site stands under ``""``."""
-        frozen: frozenset[str] = getattr(self.config, "frozen", frozenset())
-        loose = {k: a for k, a in self.shared.items() if k not in frozen}
-        loose |= {k: a for k, a in self.extra.items() if is_trained(self.config, k)}
-        loose |= {f"{module}.trainable_tokens_delta": a for module, a in self.tokens.items()}
-        sites = trained_sites(self.config, self.sites)
-        return {"": loose, **sites} if loose else sites
+        return trained(self)
 
     @property
     def num_parameters(self) -> int:

@@ -73,14 +73,19 @@ def refuse_faults(adapter: Any, where: str) -> None:
         raise TargetError(f"{where}: holds no adapter of {config.where}")
 
 
-def trained_sites(config: Config, sites: Mapping[str, Params]) -> dict[str, Params]:
-    """Give what is trained at each site: nothing frozen, nor what repeats another site's."""
+def trained(adapter: Any) -> dict[str, Params]:
+    """Give what of an adapter is trained: nothing frozen, nor what repeats another site's."""
+    config, sites = adapter.config, adapter.sites
     frozen: frozenset[str] = getattr(config, "frozen", frozenset())
     tied = config.ties(sites) if isinstance(config, Tuner) else {}
-    return {
+    loose = {k: a for k, a in adapter.shared.items() if k not in frozen}
+    loose |= {k: a for k, a in adapter.extra.items() if is_trained(config, k)}
+    loose |= {f"{module}.trainable_tokens_delta": a for module, a in adapter.tokens.items()}
+    own = {
         s: {k: a for k, a in p.items() if k not in frozen and (s, k) not in tied}
         for s, p in sites.items()
     }
+    return {"": loose, **own} if loose else own
 
 
 def is_trained(config: Config, tensor: str) -> bool:
