@@ -18,7 +18,8 @@ from xml.etree import ElementTree as ET
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from peft_any.layer import KINDS, Site  # noqa: E402 - from this tree, wherever Sphinx starts
+from peft_any.cli.report import WIDTH, parameters, trains  # noqa: E402 - from this tree
+from peft_any.layer import MATRICES, Kind, Site  # noqa: E402
 from peft_any.method import Additive, Tuner  # noqa: E402
 from peft_any.registry import Config, method_for, method_names  # noqa: E402
 from peft_any.routed import Routed  # noqa: E402
@@ -116,6 +117,14 @@ def layer(site: Site) -> str:
     groups = f", {site.groups} groups" if site.groups > 1 else ""
     bias = "" if site.bias else ", no bias"
     return f"{site.kind} {site.n_in} → {site.n_out}{kernel}{groups}{bias}"
+
+
+def layers(kinds: frozenset[Kind]) -> str:
+    """List the layer kinds of a method."""
+    if not kinds:
+        return "–"
+    every = ["every matrix"] if kinds >= MATRICES else []
+    return ", ".join([*every, *sorted(kinds - MATRICES if every else kinds)])
 
 
 def shapes(row: Row) -> str:
@@ -251,7 +260,8 @@ def status_page() -> str:
         declared.append(
             (
                 page,
-                "all" if kinds == KINDS else ", ".join(sorted(kinds)) or "–",
+                layers(kinds),
+                trains(parameters(cls)),
                 mode(cls),
                 f"{undone[True]} of {len(rows)} rows" if merges(cls) else "–",
                 sum(getattr(r, "hf", None) is None for r in rows),
@@ -259,7 +269,8 @@ def status_page() -> str:
             )
         )
         ran.append((page, *(tally(rows, library, counts) for library in LIBRARIES)))
-    head = ("method", "layers", "kind", "merge can be undone", "compared with PEFT", "rows")
+    wide = f"trains, by default, of a layer {WIDTH} wide"
+    head = ("method", "layers", wide, "kind", "merge can be undone", "compared with PEFT", "rows")
     parts = ["# Methods", table(head, declared)]
     if counts:
         parts += [

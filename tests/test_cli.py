@@ -351,6 +351,12 @@ def test_methods_lists_all(shell: Shell) -> None:
     assert found["LORA"]["kind"] == "adds to W"
     assert "Embedding" in found["LORA"]["layers"]
     assert found["OFT"]["extensions"] == ["linalg"]
+    assert found["LORA"]["parameters"] == {"layer": 8 * 2 * 4096, "shared": 0}
+    assert found["VERA"]["parameters"] == {"layer": 4096 + 256, "shared": 0}
+    assert found["VBLORA"]["parameters"]["shared"] == 256 * 256
+    assert found["LN_TUNING"]["parameters"]["layer"] == 2 * 4096
+    assert found["PROMPT_TUNING"]["parameters"] is None
+    assert "65,536" in text
     assert found["OFT"]["kind"] == "maps W"
     assert found["PROMPT_TUNING"]["kind"] == "tokens"
     assert not found["PROMPT_TUNING"]["reversible"]

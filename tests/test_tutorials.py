@@ -48,3 +48,15 @@ def test_accuracy(tmp_path: Path) -> None:
     ]
     assert all(0 < float(row[4]) < float(base[4]) for row in rows)
     assert figure.exists() == FIGURES
+
+
+def test_choosing(tmp_path: Path) -> None:
+    figure = tmp_path / "figure.png"
+    drawing = ["--figure", str(figure)] if FIGURES else []
+    said = run("choosing.py", "--only", "lora", "oft", "beft", *drawing)
+    _, _, *rows = (line.strip("| ").split(" | ") for line in said.splitlines())
+    ranks = {(method, size): (trained, int(rank)) for method, size, trained, rank, _ in rows}
+    assert ranks["lora", "r=4"] == ("512", 4)
+    assert ranks["oft", "oft_block_size=4"] == ("96", 64)
+    assert ranks["beft", "–"] == ("64", 0)
+    assert figure.exists() == FIGURES

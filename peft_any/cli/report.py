@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peft_any.errors import PeftError
+from peft_any.layer import Site
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
-from peft_any.registry import method_for
+from peft_any.registry import Config, method_for
 
 if TYPE_CHECKING:
     from peft_any.algebra.record import Record
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
+WIDTH = 4096
+"""Of the layer whose parameters are counted."""
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
 _NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
 _NUMBERS |= {"CL error", "CD error", "trainable", "seconds", "‖Δ‖", "at best"}
@@ -190,19 +194,57 @@ def described(peft_type: str) -> dict[str, Any]:
         "source": " ".join((sys.modules[cls.__module__].__doc__ or "").split()),
         "equation": (cls.__doc__ or "").partition("\n")[0],
         "layers": layers,
+        "parameters": parameters(cls),
         "kind": "adds to W" if issubclass(cls, Additive) else "maps W" if layers else "tokens",
         "reversible": issubclass(cls, Tuner) and cls.unmerge is not Tuner.unmerge,
         "extensions": list(needs) if isinstance(needs, tuple) else ["linalg"],
     }
 
 
+def parameters(cls: type[Config]) -> dict[str, int] | None:
+    """Count what a method trains by default: for a layer 4096 wide, and once for all layers.
+
+    None where its defaults adapt no such layer, or the number depends on a model.
+    """
+    try:
+        config: Any = cls()
+        if not isinstance(config, Tuner):
+            return None
+        norm = "Norm" in config.kinds
+        site = Site("layer", WIDTH, WIDTH, *(("Norm", (), WIDTH) if norm else ()))
+        own = config.at(site).shapes(site)
+        shared = config.shared_shapes([site])
+    except (PeftError, TypeError):
+        return None
+    frozen = config.frozen
+    return {
+        "layer": sum(prod(s) for k, s in own.items() if k not in frozen),
+        "shared": sum(prod(s) for k, s in shared.items() if k not in frozen),
+    }
+
+
+def trains(count: Mapping[str, int] | None) -> str:
+    """Say what is trained of a layer 4096 wide.
+
+    Examples
+    --------
+    >>> trains({"layer": 8192, "shared": 0}), trains({"layer": 64, "shared": 100}), trains(None)
+    ('8,192', '64, shared 100', '–')
+    """
+    if count is None:
+        return "–"
+    shared = f", shared {count['shared']:,}" if count["shared"] else ""
+    return f"{count['layer']:,}{shared}"
+
+
 def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Show the methods."""
-    made = table("method", "what it computes", "layers", "kind", "unmerges", "needs")
+    made = table("method", "what it computes", "trains", "layers", "kind", "unmerges", "needs")
     for row in rows:
         layers, needs = ", ".join(row["layers"]), ", ".join(row["extensions"])
         undone = "–" if not layers else "yes" if row["reversible"] else "no"
-        cells = row["peft_type"], row["equation"], layers or "–", row["kind"], undone, needs or "–"
+        first = row["peft_type"], row["equation"], trains(row["parameters"])
+        cells = *first, layers or "–", row["kind"], undone, needs or "–"
         made.add_row(*map(Text, cells))
     return made
 

@@ -1,0 +1,106 @@
+"""What a change can be, against what it costs: rank of ΔW and trained parameters, by method.
+
+    pip install "peft_any[plot]"
+    python choosing.py --figure choosing.png
+
+Seconds. Parameters are drawn at random on a layer of 64 inputs and outputs, not trained: what
+counts is which changes a method can express.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from accuracy import FAMILIES, configs
+
+from peft_any import PeftModel
+
+SIDE = 64
+
+
+class Point(NamedTuple):
+    """A configuration: what it trains, and the change that random values of that make."""
+
+    method: str
+    size: str
+    trained: int
+    rank: int
+    spread: float
+
+
+def base() -> dict[str, np.ndarray]:
+    """Draw a layer."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((SIDE, SIDE)) / SIDE**0.5
+    return {"fc.weight": weight, "fc.bias": np.zeros(SIDE)}
+
+
+def change(name: str, config: object) -> tuple[int, np.ndarray]:
+    """Give how many numbers an adapter trains, and ΔW at random ones of them."""
+    rng, model = np.random.default_rng(1), PeftModel(base())
+    adapter = model.add(name, replace(config, target_modules=["fc"]), dtype="float64")
+    model.update(
+        {
+            name: {
+                site: {k: v + 0.3 * rng.standard_normal(v.shape) for k, v in p.items()}
+                for site, p in adapter.trainable().items()
+            }
+        }
+    )
+    return adapter.num_parameters, model.merge()["fc.weight"] - base()["fc.weight"]
+
+
+def points(names: list[str]) -> Iterator[Point]:
+    """Measure every configuration: the rank, and how evenly the singular values are spread."""
+    for name in names:
+        for size, config in configs(name, None):
+            trained, delta = change(name, config)
+            values = np.linalg.svd(delta, compute_uv=False)
+            rank = int(np.sum(values > 1e-9 * max(values[0], 1e-30)))
+            shares = values[values > 0] / max(values.sum(), 1e-30)
+            spread = float(np.exp(-np.sum(shares * np.log(shares)))) if rank else 0.0
+            yield Point(name, size, trained, rank, spread)
+
+
+def draw(found: list[Point], path: str) -> None:
+    """Draw the ranks, a line for each method."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    names = dict.fromkeys(point.method for point in found)
+    for i, name in enumerate(names):
+        here = [point for point in found if point.method == name and point.rank]
+        if here:
+            x, y = [p.trained for p in here], [p.spread for p in here]
+            axes.plot(x, y, marker="osD^v"[i // 10 % 5], color=f"C{i % 10}", lw=1, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="trained parameters")
+    axes.set(ylabel="effective rank of ΔW", title=f"A layer of {SIDE} inputs and outputs")
+    axes.axvline(SIDE * SIDE, color="0.7", lw=1, ls=":")
+    axes.legend(ncols=2, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the table, and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--figure", metavar="PATH")
+    parser.add_argument("--only", nargs="*", default=[*FAMILIES], choices=[*FAMILIES])
+    given = parser.parse_args()
+    found = [*points(given.only)]
+    print("| method | size | trained parameters | rank of ΔW | effective rank |")
+    print("|---|---|---|---|---|")
+    for method, size, trained, rank, spread in found:
+        print(f"| {method} | {size} | {trained:,} | {rank} | {spread:.1f} |")
+    if given.figure:
+        draw(found, given.figure)
+
+
+if __name__ == "__main__":
+    main()
