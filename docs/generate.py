@@ -18,11 +18,10 @@ from xml.etree import ElementTree as ET
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from peft_any.cli.report import WIDTH, parameters, trains  # noqa: E402 - from this tree
+from peft_any.cli.report import WIDTH, merges, mode, parameters, trains  # noqa: E402 - from this tree
 from peft_any.layer import MATRICES, Kind, Site  # noqa: E402
-from peft_any.method import Additive, Tuner  # noqa: E402
+from peft_any.method import Tuner  # noqa: E402
 from peft_any.registry import Config, method_for, method_names  # noqa: E402
-from peft_any.routed import Routed  # noqa: E402
 
 RESULTS = ROOT / "build" / "junit.xml"
 """What the last complete run of the tests found (``--junitxml=build/junit.xml``), if there is."""
@@ -148,7 +147,7 @@ def rows_of(peft_type: str) -> list[Row]:
 def reverts(row: Row) -> str:
     """Say whether a row's merge can be undone, and how exactly."""
     bound = getattr(row, "reverts", None)
-    if bound is None or isinstance(row.config, Routed):
+    if bound is None or not merges(type(row.config)):
         return "–"
     return f"to {bound:g} ulp" if bound else "no"
 
@@ -232,20 +231,6 @@ def tally(rows: Sequence[Row], library: str, counts: Mapping[str, Counter[str]])
     if failed:
         return f"{failed} failed"
     return f"{found['passed']} passed" if found["passed"] else "not run"
-
-
-def merges(cls: type[Config]) -> bool:
-    """Whether a method has a merge."""
-    return issubclass(cls, Tuner) and not issubclass(cls, Routed)
-
-
-def mode(cls: type[Config]) -> str:
-    """Say in a word or two what a method does."""
-    if issubclass(cls, Additive):
-        return "adds to W"
-    if issubclass(cls, Routed):
-        return "adds to W·x"
-    return "maps W" if issubclass(cls, Tuner) else "tokens"
 
 
 def status_page() -> str:

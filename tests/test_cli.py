@@ -358,6 +358,9 @@ def test_methods_lists_all(shell: Shell) -> None:
     assert found["PROMPT_TUNING"]["parameters"] is None
     assert "65,536" in text
     assert found["OFT"]["kind"] == "maps W"
+    assert found["LILY"]["kind"] == "adds to W·x"
+    assert found["OFT"]["merges"]
+    assert not found["LILY"]["merges"]
     assert found["PROMPT_TUNING"]["kind"] == "tokens"
     assert not found["PROMPT_TUNING"]["reversible"]
 

@@ -16,6 +16,7 @@ from peft_any.layer import Site
 from peft_any.method import Additive, Tuner
 from peft_any.receipt import Change, Receipt
 from peft_any.registry import Config, method_for
+from peft_any.routed import Routed
 
 if TYPE_CHECKING:
     from peft_any.algebra.record import Record
@@ -195,10 +196,25 @@ def described(peft_type: str) -> dict[str, Any]:
         "equation": (cls.__doc__ or "").partition("\n")[0],
         "layers": layers,
         "parameters": parameters(cls),
-        "kind": "adds to W" if issubclass(cls, Additive) else "maps W" if layers else "tokens",
+        "kind": mode(cls),
+        "merges": merges(cls),
         "reversible": issubclass(cls, Tuner) and cls.unmerge is not Tuner.unmerge,
         "extensions": list(needs) if isinstance(needs, tuple) else ["linalg"],
     }
+
+
+def merges(cls: type[Config]) -> bool:
+    """Whether a method has a merge."""
+    return issubclass(cls, Tuner) and not issubclass(cls, Routed)
+
+
+def mode(cls: type[Config]) -> str:
+    """Say in a word or two what a method does."""
+    if issubclass(cls, Additive):
+        return "adds to W"
+    if issubclass(cls, Routed):
+        return "adds to W·x"
+    return "maps W" if issubclass(cls, Tuner) else "tokens"
 
 
 def parameters(cls: type[Config]) -> dict[str, int] | None:
