@@ -105,6 +105,10 @@ class Noise:
         """Draw standard normal numbers."""
         return self.array(self.host.standard_normal(shape), like)
 
+    def logistic(self, shape: Shape, like: Array) -> Array:
+        """Draw standard logistic numbers."""
+        return self.array(self.host.logistic(size=shape), like)
+
     def chosen_in(self, rows: int, n: int, rate: float, like: Array) -> Array:
         """Choose int(rate·n) of the n places of one row: a mask (rows, n, 1, 1), 1 where chosen."""
         host, mask = self.host, np.zeros((rows, n, 1, 1))

@@ -216,6 +216,11 @@ class Dense:
             return weight
         return self.weight
 
+    def tensors(self) -> dict[str, Array]:
+        """Give weight and bias under their checkpoint names and in its layout."""
+        found = {self.site.weight: self.stored()}
+        return found if self.bias is None else {**found, self.site.bias_name: self.bias}
+
     def replace(self, **changes: Any) -> Dense:
         """Copy with another weight or bias."""
         return replace(self, **changes)

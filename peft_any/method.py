@@ -47,6 +47,9 @@ class Tuner(Config):
     certain: ClassVar[bool] = False
     """Whether what the parameters lack follows from the base without doubt: it is taken unasked."""
 
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""
+
     target_modules: list[str] | str | None = None
 
     def at(self, site: Site) -> Self:

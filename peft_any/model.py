@@ -20,7 +20,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, attached, dense, fitted, given, summed
+from peft_any.placed import Placed, attached, dense, fitted, given, summed, taken
 from peft_any.registry import Config
 from peft_any.view import weights as view
 
@@ -60,6 +60,7 @@ class PeftModel:
         self._active: dict[str, float] = {}
         self._stacked = True
         self._noise: Noise | None = None
+        self._routing: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)
@@ -190,6 +191,12 @@ class PeftModel:
         values = {name: placed.adapter.trainable() for name, placed in self._placed.items()}
         return Parameters(values, sum(prod(w.shape) for w in self.weights.values()))
 
+    def routed(self, **routing: Any) -> PeftModel:
+        """Copy whose calls and merge use more than x: ``routed(task_ids=[0, 2])`` for Poly."""
+        model = copy(self)
+        model._routing = taken(routing, self._placed)  # noqa: SLF001 - its own class
+        return model
+
     @overload
     def bind(self, params: Given = None, *, rng: Seed | None = None) -> Bound: ...
 
@@ -236,10 +243,8 @@ class PeftModel:
         merged = {name: self.replaced(name) for name in self.weights}
         changed = self.adapted()
         for site in self.sites().values():
-            layer = self.merged_site(site)
-            merged[site.weight] = layer.stored()
-            if layer.bias is not None and site.bias_name in changed:
-                merged[site.bias_name] = layer.bias
+            new = self.merged_site(site).tensors()
+            merged |= {name: array for name, array in new.items() if name in changed}
         return merged
 
     def unmerge(self, merged: Mapping[str, Array] | None = None) -> dict[str, Array]:
@@ -260,10 +265,7 @@ class PeftModel:
                 part = self._part(name, site)
                 base = dense(out, site)
                 (p,), wide = widen([part.params], base)
-                plain = narrow(part.config.unmerge(p, wide), base)
-                out[site.weight] = plain.stored()
-                if plain.bias is not None:
-                    out[site.bias_name] = plain.bias
+                out |= narrow(part.config.unmerge(p, wide), base).tensors()
             for tensor in self._placed[name].adapter.replaced(self.weights):
                 out[tensor] = self.weights[tensor]
         return out
@@ -333,7 +335,7 @@ class PeftModel:
 
     def _part(self, name: str, site: Site) -> Part:
         placed = self._placed[name]
-        params = {**placed.adapter.shared, **placed.adapter.sites[site.name]}
+        params = placed.params(site, self._routing)
         noise = None if self._noise is None else self._noise.at(f"{name}/{site.name}")
         return Part(placed.configs[site.name], params, self._active[name], noise)
 

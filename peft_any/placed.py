@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
@@ -27,6 +28,12 @@ class Placed:
     adapter: Adapter
     sites: dict[str, Site]
     configs: dict[str, Tuner]
+
+    def params(self, site: Site, routing: Mapping[str, Any]) -> Params:
+        """Join a site's parameters, the shared ones, and what its method takes of a call."""
+        takes = self.configs[site.name].takes
+        more = {name: value for name, value in routing.items() if name in takes}
+        return {**self.adapter.shared, **self.adapter.sites[site.name], **more}
 
     @property
     def ties(self) -> dict[tuple[str, str], str]:
@@ -248,6 +255,20 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
     )
     return Placed(changed, placed.sites, placed.configs)
+
+
+def taken(routing: Mapping[str, Any], adapters: Mapping[str, Placed]) -> dict[str, Any]:
+    """Check that what a call is given beside its input is something that an adapter takes.
+
+    Raises
+    ------
+    ConfigError
+    """
+    takes = {n for placed in adapters.values() for c in placed.configs.values() for n in c.takes}
+    for name in routing:
+        if name not in takes:
+            raise ConfigError(f"{name}: no adapter takes it{nearest(name, takes)}")
+    return dict(routing)
 
 
 def summed(

@@ -42,7 +42,6 @@ _ABSENT = {
         (
             "ADAPTION_PROMPT",
             "CPT",
-            "POLY",
         ),
         (_LATER, _RUN),
     ),

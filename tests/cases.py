@@ -34,6 +34,7 @@ from peft_any.methods.oft import OFTConfig
 from peft_any.methods.osf import OSFConfig
 from peft_any.methods.p_tuning import PromptEncoderConfig
 from peft_any.methods.peanut import PeanutConfig
+from peft_any.methods.poly import PolyConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.methods.pvera import PveraConfig
@@ -752,6 +753,21 @@ ROUTED = [
     RoutedCase("lily", LilyConfig(r=4, scaling=1.5), FC),
     RoutedCase("lily-more", LilyConfig(r=3, num_B=5), Site("a.fc", 13, 7, bias=False)),
     RoutedCase("lily-stride", LilyConfig(r=2, stride_A=3), FC),
+    RoutedCase("poly", PolyConfig(r=3), FC, reverts=20, routing={"task_ids": [0, 0]}),
+    RoutedCase("poly-tasks", PolyConfig(r=4, n_tasks=3), FC, routing={"task_ids": [2, 0]}),
+    RoutedCase(
+        "poly-heads",
+        PolyConfig(r=2, n_tasks=4, n_skills=3, n_splits=4),
+        Site("a.fc", 12, 8, bias=False),
+        routing={"task_ids": [1, 3]},
+    ),
+    RoutedCase(
+        "poly-random",
+        PolyConfig(r=4, n_tasks=2, init_weights=False),
+        FC,
+        RANDOM,
+        routing={"task_ids": [1, 0]},
+    ),
     RoutedCase("lily-random", LilyConfig(r=4, init_weights=False), FC, identity=RANDOM),
 ]
 

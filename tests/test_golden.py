@@ -135,7 +135,7 @@ def test_applying_gives_hfs_output(name: str, lib: Lib, tmp_path: Path) -> None:
     def adapt(weights: Any, sites: Any, x: Any) -> Any:
         model = PeftModel(weights)
         model.add("a", adapter.replace(sites=sites))
-        return model.bind().layers[site](x)
+        return model.routed(**gold.case.routing).bind().layers[site](x)
 
     y = lib.call(adapt, gold.part("base"), dict(adapter.sites), gold.tensors["x"])
     lib.check(y, gold.tensors["y"], rtol=gold.tolerance)

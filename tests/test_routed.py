@@ -10,17 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_any import Adapter, ConfigError, PeftModel, merge_checkpoint
+from peft_any import Adapter, ConfigError, PeftModel, ShapeError, merge_checkpoint
 from peft_any.backend import namespace, resolve
 from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Dense
 from peft_any.methods.lily import LilyConfig
+from peft_any.methods.poly import PolyConfig
 from peft_any.rng import Fresh
+from peft_any.routed import Routed
 from tests.cases import ROUTED, RoutedCase
 from tests.conftest import Lib
 from tests.gradients import ENGINES, difference, finite_differences, gradients, like
 from tests.test_laws import ROUNDING, inputs, relative
 
+never = pytest.mark.parametrize(
+    "case", [c for c in ROUTED if isinstance(c.config, Routed)], ids=lambda case: case.name
+)
 table = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
 
 
@@ -50,7 +55,7 @@ def test_preparing_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> N
     assert relative(y, base(x)) > 1e-3
 
 
-@table
+@never
 def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
     base = case.base()
     p, config = case.params(base), case.config.at(case.site)
@@ -185,3 +190,68 @@ def test_a_checkpoint_is_not_merged(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"a: LILY cannot be merged: .+ whole batch: apply it"):
         merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def poly(**fields: Any) -> tuple[PeftModel, np.ndarray]:
+    """Make a model with a Poly adapter of random factors."""
+    rng = np.random.default_rng(0)
+    model = PeftModel({"fc.weight": rng.standard_normal((6, 4)).astype("float64")})
+    config = PolyConfig(r=2, target_modules=["fc"], init_weights=False, **fields)
+    made = model.add("a", config, dtype="float64")
+    p = made.sites["fc"]
+    z = 3 * rng.standard_normal(p["poly_router.module_logits"].shape)
+    model.update({"a": {"fc": {**p, "poly_router.module_logits": z}}})
+    return model, rng.standard_normal((3, 5, 4))
+
+
+def test_one_task_of_poly_can_be_merged(tmp_path) -> None:
+    model, x = poly(n_tasks=3, n_splits=2)
+    tasks = [2, 0, 2]
+    y = model.routed(task_ids=tasks).bind().layers["fc"](x)
+    for row, task in enumerate(tasks):
+        alone = model.routed(task_ids=task)
+        np.testing.assert_allclose(alone.bind().layers["fc"](x)[row], y[row], rtol=1e-12)
+        merged = alone.merge()
+        np.testing.assert_allclose(x[row] @ merged["fc.weight"].T, y[row], rtol=1e-11)
+        back = alone.unmerge(merged)["fc.weight"]
+        np.testing.assert_allclose(back, model.weights["fc.weight"], rtol=1e-12)
+        adapter = model["a"]
+        config, sites = adapter.config.of_task(adapter.sites, task)
+        adapter.replace(config=config, sites=sites).save(tmp_path / f"{row}")
+        write_safetensors(tmp_path / "base.safetensors", model.weights, overwrite=True)
+        merge_checkpoint(tmp_path / "base.safetensors", tmp_path / f"{row}", tmp_path / f"m{row}")
+        again = PeftModel(model.weights)
+        again.add("a", Adapter.load(tmp_path / f"{row}"))
+        np.testing.assert_allclose(again.merge()["fc.weight"], merged["fc.weight"], rtol=1e-12)
+
+
+def test_poly_refuses_what_it_cannot_route() -> None:
+    model, x = poly(n_tasks=3)
+    for refused in (model.merge, lambda: model.bind().layers["fc"](x)):
+        with pytest.raises(ConfigError, match=r"n_tasks=3 .*routed\(task_ids=…\).* of_task"):
+            refused()
+    with pytest.raises(ConfigError, match="2 tasks have no ΔW in common"):
+        model.routed(task_ids=[0, 1]).merge()
+    with pytest.raises(ShapeError, match="2 tasks for input"):
+        model.routed(task_ids=[0, 1]).bind().layers["fc"](x)
+    for ids in (3, [-1], []):
+        with pytest.raises(ConfigError, match="n_tasks=3"):
+            model.routed(task_ids=ids).bind().layers["fc"](x)
+    with pytest.raises(ConfigError, match="nearest: 'task_ids'"):
+        model.routed(task_id=0)
+    with pytest.raises(ConfigError, match="task 3 is not there"):
+        model["a"].config.of_task(model["a"].sites, 3)
+    with pytest.raises(ShapeError, match="n_splits=3"):
+        poly(n_splits=3)
+    with pytest.raises(ConfigError, match="poly_type"):
+        PolyConfig(poly_type="other")
+
+
+def test_poly_draws_its_shares_in_training() -> None:
+    model, x = poly(n_tasks=2)
+    for ids in (1, [1, 0, 1]):
+        routed = model.routed(task_ids=ids)
+        y, first, same, other = (routed.bind(rng=seed).layers["fc"](x) for seed in (None, 1, 1, 2))
+        np.testing.assert_array_equal(first, same)
+        assert not np.allclose(first, other)
+        assert not np.allclose(first, y)

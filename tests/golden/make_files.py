@@ -224,6 +224,7 @@ MADE: dict[str, Made] = {
     "trainable-tokens": (make_net, lambda: peft.TrainableTokensConfig(token_indices=[1, 5])),
     "osf": (make_net, lambda: peft.OSFConfig(effective_rank=3, target_modules=PAIR)),
     "peanut": (make_net, lambda: peft.PeanutConfig(r=2, depth=1, target_modules=PAIR)),
+    "poly": (make_net, lambda: peft.PolyConfig(r=2, n_tasks=2, n_skills=3, target_modules=PAIR)),
     "pvera": (make_net, lambda: peft.PveraConfig(r=2, target_modules=PAIR)),
     "randlora": (make_net, lambda: peft.RandLoraConfig(r=2, target_modules=PAIR)),
     "road": (make_net, lambda: peft.RoadConfig(group_size=2, target_modules=PAIR)),
