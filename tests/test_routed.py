@@ -255,3 +255,39 @@ def test_poly_draws_its_shares_in_training() -> None:
         np.testing.assert_array_equal(first, same)
         assert not np.allclose(first, other)
         assert not np.allclose(first, y)
+
+
+def test_tasks_reach_rows_modules_and_compiled_calls() -> None:
+    model, x = poly(n_tasks=3)
+    routed = model.routed(task_ids=1)
+    y = routed.bind().layers["fc"](x)
+    mixed = routed.bind(rows=["a", None, "a"]).layers["fc"](x)
+    np.testing.assert_allclose(mixed[::2], y[::2], rtol=1e-12)
+    np.testing.assert_allclose(mixed[1], x[1] @ model.weights["fc.weight"].T, rtol=1e-12)
+    weights = routed.bind().weights
+    np.testing.assert_allclose(x @ weights["fc.weight"].T, y, rtol=1e-12)
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    there = PeftModel({"fc.weight": jax.numpy.asarray(model.weights["fc.weight"])})
+    there.add("a", model["a"])
+
+    def call(x: Any, ids: Any) -> Any:
+        return there.routed(task_ids=ids).bind().layers["fc"](x)
+
+    tasks = [2, 0, 1]
+    want = model.routed(task_ids=tasks).bind().layers["fc"](x)
+    got = jax.jit(call)(jax.numpy.asarray(x), jax.numpy.asarray(tasks))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_a_poly_adapter_of_one_task_acts_in_torch_modules() -> None:
+    torch = pytest.importorskip("torch")
+    from peft_any.integrations.torch import attach
+
+    model, x = poly()
+    layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.float64)
+    layer.weight.data = torch.tensor(model.weights["fc.weight"])
+    root = torch.nn.ModuleDict({"fc": layer})
+    attach(root, model["a"])
+    y = root["fc"](torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(y, model.bind().layers["fc"](x), rtol=1e-12)
