@@ -33,8 +33,6 @@ class Tuner(Config):
     """Layer kinds that the method supports."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are kept beside the trained ones and never trained."""
-    separable: ClassVar[bool] = False
-    """Whether each row of the merged weight depends on no other row, of weight or parameters."""
     copied: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
     thins: ClassVar[str] = ""
@@ -44,13 +42,21 @@ class Tuner(Config):
     usual: ClassVar[tuple[str, ...]] = ()
     """Modules, by their last part and the likeliest first, of which the first that is there is
     the target where `target_modules` names none."""
-    certain: ClassVar[bool] = False
-    """Whether what the parameters lack follows from the base without doubt: it is taken unasked."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
     """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""
 
     target_modules: list[str] | str | None = None
+
+    @property
+    def separable(self) -> bool:
+        """Whether no row of the merged weight depends on another row, of weight or parameters."""
+        return False
+
+    @property
+    def certain(self) -> bool:
+        """Whether what parameters lack follows from the base without doubt: it is taken unasked."""
+        return False
 
     def at(self, site: Site) -> Self:
         """Resolve per-site numbers (patterns, block sizes) and check that the site is possible.

@@ -26,7 +26,6 @@ VARIANTS = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
     "arrow_config": "Arrow routes every token between experts",
     "ensure_weight_tying": "one adapter would serve two tied modules",
-    "kasa_config": "KaSA truncates the base by its singular values",
     "layer_replication": "it duplicates layers of the base",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "use_qalora": "QALoRA needs its quantised base",

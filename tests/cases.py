@@ -48,6 +48,7 @@ from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
+from peft_any.variants import KasaConfig
 
 SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
 """Methods that Hugging Face PEFT computes in float32, whatever the dtypes."""
@@ -81,7 +82,8 @@ class Case:
     @property
     def single(self) -> bool:
         """Whether Hugging Face PEFT computes it in float32, even where all is float64."""
-        return self.config.peft_type in SINGLE
+        kasa = getattr(self.config, "kasa_config", None)
+        return self.config.peft_type in SINGLE or kasa is not None
 
     def base(self, seed: int = 0, *, dtype: str = "float32", bias: bool | None = None) -> Dense:
         """Draw a base layer for the row, on the host."""
@@ -111,6 +113,7 @@ class Case:
 
 RANDOM = "HF's init_weights=False draws every factor"
 DRAWN = "its initial values are random in HF too"
+KASA = "it takes the smallest singular values out of the base"
 FC = Site("fc", 12, 32)
 UP = Site("up", 12, 32)
 MASK = [True, False, False, True, True, False]
@@ -156,6 +159,19 @@ CASES = [
         LoraConfig(r=3, use_rslora=True, target_parameters=["experts.up"]),
         Site("m.experts.up", 12, 8, "TransposedExperts", groups=2, bias=False),
         hf=WHOLE,
+    ),
+    Case("kasa", LoraConfig(r=4, lora_alpha=10, kasa_config=KasaConfig()), FC, KASA),
+    Case(
+        "kasa-rslora",
+        LoraConfig(r=2, use_rslora=True, kasa_config=KasaConfig(beta=0.5, gamma=0)),
+        Site("a.fc", 13, 7, bias=False),
+        KASA,
+    ),
+    Case(
+        "kasa-pattern",
+        LoraConfig(r=9, rank_pattern={"fc": 3}, kasa_config=KasaConfig(), init_lora_weights=False),
+        FC,
+        KASA,
     ),
     Case("dora", LoraConfig(r=4, lora_alpha=10, use_dora=True), FC, reverts=0),
     Case("dora-no-bias", LoraConfig(r=3, use_dora=True), Site("fc", 13, 7, bias=False), reverts=0),

@@ -36,7 +36,7 @@ LAYERS = [
     },
     {"activations", "mixtures", "projections", "spectra", "wavelets"},
     {"starts", "registry", "factors"},
-    {"prompt"},
+    {"prompt", "variants"},
     {"prompts"},
     {"encoders", "prefixes"},
     {"method"},

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import ClassVar, Self
 
-from peft_any import starts
+from peft_any import starts, variants
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, detach, namespace
-from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes
-from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear, widen
+from peft_any.backend import detach, namespace
+from peft_any.factors import by_expert, expert_delta, expert_residual
+from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear
 from peft_any.linalg import row_norms
 from peft_any.method import Additive
 from peft_any.patterns import matching
@@ -27,6 +27,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
     target_parameters: stacks of experts, each with factors of its own.
+    kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
+        smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
     init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
         (B·A = 0 with neither zero; r even), or a B₀·A₀ taken out of the base, so that ΔW =
         s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets (Meng
@@ -37,7 +39,6 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     kinds: ClassVar[frozenset[Kind]] = MATRICES | EXPERTS
     thins: ClassVar[str] = "lora_dropout"
     frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
-    separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = starts.VARIANTS
 
     r: int = 8
@@ -56,9 +57,20 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
+    kasa_config: variants.KasaConfig | None = None
 
     def __post_init__(self) -> None:
-        starts.check(self)
+        variants.check(self)
+
+    @property
+    def separable(self) -> bool:
+        """All but KaSA, which decomposes the weight."""
+        return self.kasa_config is None
+
+    @property
+    def certain(self) -> bool:
+        """What KaSA takes out of the base."""
+        return self.kasa_config is not None
 
     @property
     def scaling(self) -> float:
@@ -67,32 +79,19 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def per_site(self, site: Site) -> Self:
         """Resolve the patterns; refuse what has no merged form."""
-        starts.check_site(self, site)
         r = matching(self.rank_pattern, site.name, self.r)
         alpha = matching(self.alpha_pattern, site.name, self.lora_alpha)
-        return replace(self, r=r, lora_alpha=alpha)
+        own = replace(self, r=r, lora_alpha=alpha)
+        variants.check_site(own, site)
+        return own
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A and B in the layouts of torch's own layers."""
-        shapes, ones = factor_shapes(self.r, site), (1,) * len(site.kernel)
-        if self.lora_bias:
-            shapes["lora_B.bias"] = (site.n_out,)
-        if self.use_dora:
-            shapes["lora_magnitude_vector"] = (1, site.n_out, *ones) if ones else (site.n_out,)
-        return shapes
+        return variants.shapes(self, site)
 
     def init(self, site: Site, new: Fresh) -> Params:
         """A uniform and B zero unless `init_lora_weights` says otherwise."""
-        shapes = self.shapes(site)
-        p = starts.initial_factors(self.init_lora_weights, shapes, site, self.scaling, new)
-        if self.lora_bias:
-            bound = 0.0 if self.init_lora_weights else self.r**-0.5
-            p["lora_B.bias"] = new.uniform((site.n_out,), bound)
-        if self.use_dora:
-            (q,), base = widen([p], new.base_for(site.name, "use_dora"))
-            m = astype(row_norms(base.weight, *self.factors(q, site)), new.dtype)
-            p |= {k: namespace(m).reshape(m, v) for k, v in shapes.items() if k not in p}
-        return p
+        return variants.initial(self, site, new)
 
     def changes_bias(self, site: Site) -> bool:
         """With `lora_bias`."""
@@ -100,19 +99,17 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def lacks(self, p: Params) -> str | None:
         """The product taken out of the base."""
-        return starts.missing(self.init_lora_weights, p)
+        return variants.missing(self, p)
 
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
         """Add A₀ and B₀."""
-        a, b = starts.starting_pair(str(self.init_lora_weights), site, self.r, self.scaling, new)
-        return {**p, "start_A": a, "start_B": b}
+        return variants.rederived(self, p, site, new)
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
         names = ("lora_embedding_A", "lora_embedding_B")
         a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
-        if starts.has_start(self.init_lora_weights):
-            a, b = starts.less_start(a, b, p)
+        a, b = variants.pair(self, p, a, b)
         return self.scaling * by_expert(b, site), a
 
     def delta(self, p: Params, site: Site) -> Array:
@@ -146,4 +143,4 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Fold the product taken out of the base into factors of rank 2r."""
-        return starts.folded(self, sites)
+        return variants.portable(self, sites)

@@ -7,7 +7,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ def model_of(base: Dense) -> nn.Module:
 def config_of(config: Config, **changes: Any) -> Any:
     """Make Hugging Face PEFT's configuration: only what differs from our default is passed."""
     changed = {
-        f.name: getattr(config, f.name)
+        f.name: asdict(value) if is_dataclass(value) else value
         for f in fields(config)
-        if f.name not in OURS_ALONE and getattr(config, f.name) != _default(f)
+        if f.name not in OURS_ALONE and (value := getattr(config, f.name)) != _default(f)
     }
     cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(config.peft_type)]
     return cls(**{**copy.deepcopy(changed), **changes})
@@ -149,7 +149,7 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     return copies | {
         (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
         for k, v in params.items()
-        if k in own or saved
+        if k in own or (saved and not k.startswith("start_"))
     }
 
 
@@ -188,7 +188,8 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
 
 def takes_from_base(case: Case, base: Dense) -> bool:
     """Whether a row's initial values are taken out of the base."""
-    return "start_A" in case.fresh(base)
+    kasa = getattr(case.config, "kasa_config", None)
+    return kasa is None and "start_A" in case.fresh(base)
 
 
 def shapes_of(case: Case) -> dict[str, tuple[int, ...]]:

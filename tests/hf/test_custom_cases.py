@@ -72,6 +72,7 @@ LORA = over(
     "LORA",
     [
         *on_mlp(dropouts=[{"lora_alpha": 4, "lora_dropout": 0.1}]),
+        ("mlp", FIRST, {"kasa_config": {}}),
         ("mlp", [], {"target_parameters": ["lin0.weight"]}),
         ("mlp", SECOND, {"target_parameters": ["lin0.weight"]}),
         ("mlp", FIRST, DORA),
@@ -223,7 +224,6 @@ VERA = over("VERA", [*on_mlp(dropouts=[]), ("table", ["conv1d"], {})])
 ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
 
 LEFT_OUT = {
-    "LORA with kasa_config": (1, "KaSA comes with the methods that follow"),
     "LORA with use_bdlora": (3, "likewise"),
 }
 """Rows of the table that are not here: how many, and why."""
