@@ -27,7 +27,6 @@ VARIANTS = {
     "arrow_config": "Arrow routes every token between experts",
     "ensure_weight_tying": "one adapter would serve two tied modules",
     "layer_replication": "it duplicates layers of the base",
-    "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "use_qalora": "QALoRA needs its quantised base",
 }
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""

@@ -1,4 +1,4 @@
-"""LoRA's variants: what a flag adds to its parameters, and KaSA's truncated base."""
+"""LoRA's variants: what a flag makes of its parameters; BD-LoRA's blocks, KaSA's base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
 from peft_any.factors import factor_shapes
-from peft_any.layer import Site, widen
+from peft_any.layer import Site, linear, widen
 from peft_any.linalg import row_norms
 from peft_any.rng import Fresh
 
@@ -42,6 +42,51 @@ class KasaConfig:
             refuse(self, **{name: (getattr(self, name) >= 0, "at least 0")})
 
 
+@dataclass(frozen=True, kw_only=True)
+class BdLoraConfig:
+    """Which factors BD-LoRA makes block-diagonal.
+
+    Attributes
+    ----------
+    target_modules_bd_a, target_modules_bd_b : list of str, optional
+        What stands in the names of layers of which A, or B, is block-diagonal.
+    nblocks : int
+    match_strict : bool
+        Whether a layer that neither list names is an error, or else a plain LoRA's.
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+    @property
+    def where(self) -> str:
+        """The class's name, with which its errors begin."""
+        return type(self).__name__
+
+    def __post_init__(self) -> None:
+        refuse(self, nblocks=(self.nblocks >= 1, "at least 1"))
+
+    def factor(self, site: Site) -> str | None:
+        """Name the factor that is block-diagonal: "A", "B" or none.
+
+        Raises
+        ------
+        ConfigError
+            If the layer is named twice, or not at all.
+        """
+        lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
+        found = [f for f, parts in lists.items() if any(part in site.name for part in parts or ())]
+        if len(found) == 1 or not (found or self.match_strict):
+            return found[0] if found else None
+        raise ConfigError(
+            f"{site.name}: use_bdlora cannot tell which factor is block-diagonal: "
+            f"target_modules_bd_a and target_modules_bd_b name it {len(found)} times; name it in "
+            "one, or set match_strict=False"
+        )
+
+
 def check(config: Any) -> None:
     """Refuse a LoRA configuration that contradicts itself, or variants that exclude each other.
 
@@ -50,6 +95,13 @@ def check(config: Any) -> None:
     ConfigError
     """
     starts.check(config)
+    init = config.init_lora_weights
+    others = (config.use_dora, config.lora_bias, config.target_parameters, config.kasa_config)
+    if config.use_bdlora and (any(others) or init not in (True, False, None, "gaussian")):
+        raise ConfigError(
+            f"{config.where}: use_bdlora cannot go with use_dora, lora_bias, target_parameters, "
+            "kasa_config or an init_lora_weights but true, false and gaussian"
+        )
     if config.kasa_config is None:
         return
     start = starts.has_start(config.init_lora_weights)
@@ -68,6 +120,8 @@ def check_site(config: Any, site: Site) -> None:
     ConfigError
     """
     starts.check_site(config, site)
+    if config.use_bdlora:
+        _check_blocks(config, site)
     if config.kasa_config is None:
         return
     side = min(site.n_in, site.n_out)
@@ -75,6 +129,17 @@ def check_site(config: Any, site: Site) -> None:
         raise ConfigError(
             f"{site.name}: kasa_config cannot adapt a {site.kind} of {site.n_in} inputs and "
             f"{site.n_out} outputs at r={config.r}: it needs a linear layer of more than r of each"
+        )
+
+
+def _check_blocks(config: Any, site: Site) -> None:
+    k, factor = config.use_bdlora.nblocks, config.use_bdlora.factor(site)
+    size = site.n_in if factor == "A" else site.n_out
+    if site.kind != "Linear" or (factor and (size % k or config.r % k)):
+        raise ConfigError(
+            f"{site.name}: use_bdlora cannot adapt a {site.kind} of {site.n_in} inputs and "
+            f"{site.n_out} outputs at r={config.r} by nblocks={k}: it needs a linear layer, and "
+            "both sizes of the factor divisible"
         )
 
 
@@ -87,6 +152,9 @@ def shapes(config: Any, site: Site) -> dict[str, Shape]:
         found["lora_magnitude_vector"] = (1, site.n_out, *ones) if ones else (site.n_out,)
     if config.kasa_config:
         found["lora_diag"] = (config.r,)
+    if config.use_bdlora and (factor := config.use_bdlora.factor(site)):
+        rows, columns = found[f"lora_{factor}.weight"]
+        found[f"lora_{factor}.weight"] = (rows, columns // config.use_bdlora.nblocks)
     return found
 
 
@@ -101,6 +169,10 @@ def initial(config: Any, site: Site, new: Fresh) -> Params:
         (q,), base = widen([p], new.base_for(site.name, "use_dora"))
         m = astype(row_norms(base.weight, *config.factors(q, site)), new.dtype)
         p |= {k: namespace(m).reshape(m, v) for k, v in own.items() if k not in p}
+    if config.use_bdlora and (factor := config.use_bdlora.factor(site)):
+        name = f"lora_{factor}.weight"
+        wide = (6 / own[name][1]) ** 0.5  # HF draws these by He's rule, unlike LoRA's own A
+        p[name] = new.uniform(own[name], wide) if factor == "A" else new.zeros(own[name])
     if config.kasa_config:
         p["lora_diag"] = new.normal((config.r,))
         p = {**p, **minor_part(config, site, new)}
@@ -155,13 +227,50 @@ def rederived(config: Any, p: Params, site: Site, new: Fresh) -> Params:
     return {**p, "start_A": a, "start_B": b}
 
 
-def pair(config: Any, p: Params, a: Array, b: Array) -> tuple[Array, Array]:
-    """Give A and B with what stands between them, and less what was taken out of the base."""
+def pair(config: Any, p: Params, a: Array, b: Array, site: Site) -> tuple[Array, Array]:
+    """Give A and B whole, with what stands between them, less what was taken out of the base."""
+    if config.use_bdlora and (factor := config.use_bdlora.factor(site)):
+        k = config.use_bdlora.nblocks
+        return (block_diagonal(a, k), b) if factor == "A" else (a, block_diagonal(b, k))
     if config.kasa_config:
         b = b * p["lora_diag"]
     if config.kasa_config or starts.has_start(config.init_lora_weights):
         a, b = starts.less_start(a, b, p)
     return a, b
+
+
+def block_diagonal(w: Array, k: int) -> Array:
+    """Put k blocks (m/k, n), which stand one above the other, along the diagonal of (m, k·n).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block_diagonal(np.asarray([[1, 2], [3, 4]]), 2)
+    array([[1, 2, 0, 0],
+           [0, 0, 3, 4]])
+    """
+    xp, m = namespace(w), w.shape[0] // k
+    rows = []
+    for i in range(k):
+        block = w[i * m : (i + 1) * m, :]
+        none = xp.zeros_like(block)
+        rows.append(xp.concat([block if j == i else none for j in range(k)], axis=1))
+    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
+
+
+def block_linear(x: Array, w: Array, k: int) -> Array:
+    """Multiply x (..., k·n) by `block_diagonal(w, k)`, block by block."""
+    n, m = x.shape[-1] // k, w.shape[0] // k
+    parts = [linear(x[..., i * n : (i + 1) * n], w[i * m : (i + 1) * m, :]) for i in range(k)]
+    return namespace(x).concat(parts, axis=-1)  # type: ignore[no-any-return]
+
+
+def by_blocks(config: Any, p: Params, x: Array, site: Site) -> Array:
+    """B·(A·x) of BD-LoRA."""
+    k, factor = config.use_bdlora.nblocks, config.use_bdlora.factor(site)
+    for name in "AB":
+        x = block_linear(x, p[f"lora_{name}.weight"], k if name == factor else 1)
+    return x
 
 
 def portable(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Params]]:

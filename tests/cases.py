@@ -48,7 +48,7 @@ from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
 from peft_any.registry import Config
 from peft_any.rng import Fresh
-from peft_any.variants import KasaConfig
+from peft_any.variants import BdLoraConfig, KasaConfig
 
 SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
 """Methods that Hugging Face PEFT computes in float32, whatever the dtypes."""
@@ -159,6 +159,28 @@ CASES = [
         LoraConfig(r=3, use_rslora=True, target_parameters=["experts.up"]),
         Site("m.experts.up", 12, 8, "TransposedExperts", groups=2, bias=False),
         hf=WHOLE,
+    ),
+    Case(
+        "bdlora-a",
+        LoraConfig(
+            r=4, lora_alpha=10, use_bdlora=BdLoraConfig(target_modules_bd_a=["f"], nblocks=2)
+        ),
+        FC,
+    ),
+    Case(
+        "bdlora-b",
+        LoraConfig(
+            r=6,
+            use_rslora=True,
+            init_lora_weights=False,
+            use_bdlora=BdLoraConfig(target_modules_bd_b=["a."], nblocks=3),
+        ),
+        Site("a.fc", 13, 9, bias=False),
+    ),
+    Case(
+        "bdlora-neither",
+        LoraConfig(r=3, use_bdlora=BdLoraConfig(nblocks=4, match_strict=False)),
+        Site("a.fc", 13, 7),
     ),
     Case("kasa", LoraConfig(r=4, lora_alpha=10, kasa_config=KasaConfig()), FC, KASA),
     Case(

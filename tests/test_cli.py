@@ -523,7 +523,7 @@ BAD: dict[str, tuple[Bad, int, tuple[str, ...]]] = {
     ),
     "config of wrong types": (config(r="eight"), 3, ("adapter_config.json", "r")),
     "unknown method": (config(peft_type="LORAX"), 3, ("LORAX", "LORA")),
-    "unsupported field": (config(use_bdlora=True), 3, ("use_bdlora",)),
+    "unsupported field": (config(use_qalora=True), 3, ("use_qalora",)),
     "no config": (lambda _, a: (a / "adapter_config.json").unlink(), 3, ("adapter_config.json",)),
     "pickled adapter": (pickled(base_too=False), 5, ("adapter_model.bin", "safetensors")),
     "pickled base": (pickled(base_too=True), 5, ("pytorch_model.bin", "safetensors")),

@@ -153,7 +153,7 @@ def _untouched(layer: Layer, whole: Factors) -> tuple[Factors, float]:
     """Give a LoRA's own B and A and its scale; any other method's factors, with scale 1."""
     (term,) = layer.terms
     config = term.config
-    if not isinstance(config, LoraConfig) or "start_A" in term.params:
+    if not isinstance(config, LoraConfig) or config.use_bdlora or "start_A" in term.params:
         return whole, 1.0
     (a, _), (b, _) = list(config.shapes(term.site).items())[:2]
     return (flat(term.params[b]), flat(term.params[a])), config.scaling

@@ -291,7 +291,7 @@ def _apart(layer: Layer, options: Options) -> Factors:
 def _plain_factors(term: Term, method: str) -> tuple[Array, Array]:
     """Give A and B as they are stored."""
     config: Any = term.config
-    if config.peft_type != "LORA" or config.use_dora or "start_A" in term.params:
+    if config.peft_type != "LORA" or _altered(term):
         kind = "DoRA" if getattr(config, "use_dora", False) else config.peft_type
         raise ConfigError(
             f"{term.site.name}: {method} cannot combine {kind}: it acts on LoRA's A and B apart; "
@@ -299,6 +299,12 @@ def _plain_factors(term: Term, method: str) -> tuple[Array, Array]:
         )
     (a, _), (b, _) = list(config.shapes(term.site).items())[:2]
     return term.params[a], term.params[b]
+
+
+def _altered(term: Term) -> bool:
+    """Whether a LoRA is more than A and B."""
+    config: Any = term.config
+    return bool(config.use_dora or config.use_bdlora) or "start_A" in term.params
 
 
 def _on_delta(layer: Layer, effects: Sequence[Factors], options: Options) -> Array:

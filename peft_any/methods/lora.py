@@ -27,6 +27,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
     target_parameters: stacks of experts, each with factors of its own.
+    use_bdlora: A, then stored (r, n_in/k), or B, (n_out, r/k), of k blocks on the diagonal.
     kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
         smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
     init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
@@ -58,14 +59,15 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     kasa_config: variants.KasaConfig | None = None
+    use_bdlora: variants.BdLoraConfig | None = None
 
     def __post_init__(self) -> None:
         variants.check(self)
 
     @property
     def separable(self) -> bool:
-        """All but KaSA, which decomposes the weight."""
-        return self.kasa_config is None
+        """All but KaSA, which decomposes the weight, and BD-LoRA, whose rows' places matter."""
+        return self.kasa_config is None and self.use_bdlora is None
 
     @property
     def certain(self) -> bool:
@@ -109,7 +111,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
         names = ("lora_embedding_A", "lora_embedding_B")
         a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
-        a, b = variants.pair(self, p, a, b)
+        a, b = variants.pair(self, p, a, b, site)
         return self.scaling * by_expert(b, site), a
 
     def delta(self, p: Params, site: Site) -> Array:
@@ -127,6 +129,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         """s·B·(A·x)."""
         if site.kind in EXPERTS:
             return self.scaling * expert_residual(p, x, site)
+        if self.use_bdlora:
+            return self.scaling * variants.by_blocks(self, p, x, site)
         b, a = self.factors(p, site)
         return linear(linear(x, a), b, self.bias_delta(p, site))
 
