@@ -221,6 +221,39 @@ BOFT = over(
     ],
 )
 VERA = over("VERA", [*on_mlp(dropouts=[]), ("table", ["conv1d"], {})])
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "BEFT": [{}],
+    "C3A": [{"block_size": 2}, {"block_size": 1}],
+    "DEFT": [{}, {"decomposition_method": "qr"}, {"para": True}],
+    "DELORA": [{}, {"delora_lambda": 3.0}],
+    "FOURIERFT": [{"n_frequency": 10}, {"n_frequency": 40, "scaling": 2.0}],
+    "GLORA": [{}, {"config_A_B": "vector", "config_C": "vector"}],
+    "GRALORA": [{"r": 4}, {"r": 4, "hybrid_r": 2}],
+    "HIRA": [{}, {"r": 3}],
+    "HRA": [{"r": 4}, {"r": 4, "apply_GS": True}],
+    "LN_TUNING": [{}],
+    "MISS": [{"r": 2}, {"r": 2, "init_weights": "bat"}],
+    "PEANUT": [{}],
+    "PVERA": [{"r": 4}],
+    "RANDLORA": [{"r": 2}],
+    "ROAD": [{"group_size": 2, "variant": v} for v in ("road_1", "road_2", "road_4")],
+    "SHIRA": [{"r": 1, "random_seed": 0}],
+    "SUPERTUNING": [{"sparsity": 0.8}],
+    "VBLORA": [{"vector_length": 2, "num_vectors": 6, "topk": 2}],
+    "WAVEFT": [{"n_frequency": 8}, {"n_frequency": 8, "wavelet_family": "db2"}],
+}
+"""The other methods, each on the two linear layers."""
+NEWER = [
+    row
+    for method, every in OPTIONS.items()
+    for options in every
+    for row in over(method, [(m, t, {**options, **f}) for m, t, f in on_mlp(dropouts=[])])
+    if method != "LN_TUNING" or "modules_to_save" not in row[3]  # HF leaves the wrapper of those
+]
+TOKENS: list[Row] = [
+    ("TRAINABLE_TOKENS", "table", "emb", {"token_indices": [0, 99, 5]}),
+    ("TRAINABLE_TOKENS", "table", ["emb"], {"token_indices": [1]}),
+]
 ROWS = [*LORA, *ADALORA, *IA3, *LOHA, *LOKR, *OFT, *BOFT, *VERA]
 
 LEFT_OUT = {
@@ -271,7 +304,7 @@ def label(row: Row) -> str:
     return "-".join([method.lower(), model, "+".join(np.atleast_1d(targets)), *said])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=label)
+@pytest.mark.parametrize("row", [*ROWS, *NEWER, *TOKENS], ids=label)
 def test_our_merge_is_hfs(row: Row, tmp_path: Path) -> None:
     method, model, targets, fields = row
     weights, theirs = adapted(method, model, targets, fields)

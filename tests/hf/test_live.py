@@ -136,6 +136,7 @@ def test_few_rows_make_hf_warn_of_its_own_files() -> None:
         "rank_pattern keys did not match",  # AdaLoRA's masks, taken for LoRA's patterns
         "`r` is not used in AdaLora",  # the row sets it
         "NOT be performed when r is odd",  # HRA's start; the row's rank is
+        "Unsupported layer type",  # norms, which it asks for their features
         "Specified to not",  # save or load projections: the row asks for that
         "save_precomputed_indices=False",  # likewise Super-Tuning's places
     )

@@ -406,13 +406,18 @@ def base_of(name: str) -> Any:
     return model
 
 
+FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B"}
+
+
 def fill(model: Any, name: str, seed: int) -> None:
     """Give an adapter trained-looking values; frozen projections keep theirs."""
     torch.manual_seed(seed)
     with quietly():
         state = peft.get_peft_model_state_dict(model, adapter_name=name)
     new = {
-        k: v if "vera_A" in k or "vera_B" in k else v + 0.2 * torch.randn_like(v)
+        k: v + 0.2 * torch.randn_like(v)
+        if v.is_floating_point() and not FROZEN & {*k.split(".")}
+        else v
         for k, v in state.items()
     }
     load(model, new, name)
