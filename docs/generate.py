@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from peft_any.cli.report import WIDTH, merges, mode, parameters, trains  # noqa: E402 - from this tree
 from peft_any.layer import MATRICES, Kind, Site  # noqa: E402
 from peft_any.method import Tuner  # noqa: E402
+from peft_any.prompt import Attended  # noqa: E402
 from peft_any.registry import Config, method_for, method_names  # noqa: E402
 
 RESULTS = ROOT / "build" / "junit.xml"
@@ -131,6 +132,8 @@ def shapes(row: Row) -> str:
     if isinstance(row.config, Tuner):
         site, config = row.site, row.config.at(row.site)
         found = {**config.shared_shapes([site]), **config.shapes(site)}
+    elif isinstance(row.config, Attended):
+        found = row.config.shapes(row.width)
     else:
         found = row.config.shapes()
     return ", ".join(f"`{name}` {shape}" for name, shape in found.items())
@@ -140,7 +143,7 @@ def rows_of(peft_type: str) -> list[Row]:
     """Find a method's rows in the table."""
     from tests import cases  # noqa: PLC0415 - the tests' requirements are the docs' too
 
-    every = [*cases.CASES, *cases.PROMPTS, *cases.ROUTED]
+    every = [*cases.CASES, *cases.PROMPTS, *cases.ROUTED, *cases.ATTENDED]
     return [row for row in every if row.config.peft_type == peft_type]
 
 

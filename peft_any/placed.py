@@ -15,6 +15,7 @@ from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting
 from peft_any.origin import made_on
+from peft_any.prompt import Attended
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import select
@@ -149,6 +150,9 @@ def attached(
     ConfigError, ShapeError, TargetError
         If it does not fit the base, or lacks what its writer took from it.
     """
+    config = adapter.config if isinstance(adapter, Adapter) else adapter
+    if isinstance(config, Attended):
+        raise ConfigError(f"adapter {name!r}: {config.refusal}")
     if isinstance(adapter, Config):
         placed = fresh(adapter, weights, kinds, seed, dtype)
     elif isinstance(adapter, Adapter):

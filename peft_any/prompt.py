@@ -13,6 +13,25 @@ from peft_any.rng import Fresh
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attended(Config):
+    """A method that acts within attention: its sites are attention modules, not layers.
+
+    Its files are read and written; the code of the attention calls `attend`.
+    """
+
+    unmerged: ClassVar[str]
+    """Why a merge is refused."""
+
+    @property
+    def refusal(self) -> str:
+        """What a refused merge, or attachment, says."""
+        return (
+            f"{self.peft_type} cannot be merged or attached to layers: {self.unmerged}: load it "
+            "with Adapter.load and call config.attend in the attention"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt(Config):
     """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
 

@@ -39,10 +39,7 @@ _ABSENT = {
     "UNILORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now, and the files have other names", _MERGE),
     **dict.fromkeys(
-        (
-            "ADAPTION_PROMPT",
-            "CPT",
-        ),
+        ("CPT",),
         (_LATER, _RUN),
     ),
 }

@@ -11,6 +11,7 @@ from peft_any.backend import resolve
 from peft_any.layer import Dense, Site
 from peft_any.method import Prompt
 from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.methods.adaption_prompt import AdaptionPromptConfig
 from peft_any.methods.beft import BeftConfig
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.c3a import C3AConfig
@@ -889,5 +890,41 @@ PROMPTS = [
     PromptCase(
         "cartridge-unfrozen",
         CartridgeConfig(num_virtual_tokens=4, token_dim=6, num_frozen_tokens=0, **HEADS),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class AttendedCase:
+    """One row of a method that acts within attention.
+
+    Attributes
+    ----------
+    model : str
+        transformers' name of the architecture.
+    width, heads, groups : int
+        Of its attention; 3 blocks.
+    """
+
+    name: str
+    config: AdaptionPromptConfig
+    model: str
+    width: int = 16
+    heads: int = 4
+    groups: int = 4
+    hf: str | None = None
+
+
+ATTENDED = [
+    AttendedCase("adaption-prompt", AdaptionPromptConfig(adapter_len=5, adapter_layers=2), "llama"),
+    AttendedCase(
+        "adaption-prompt-groups",
+        AdaptionPromptConfig(adapter_len=3, adapter_layers=3, target_modules="self_attn"),
+        "mistral",
+        width=16,
+        groups=2,
+    ),
+    AttendedCase(
+        "adaption-prompt-gpt", AdaptionPromptConfig(adapter_len=1, adapter_layers=1), "gpt2"
     ),
 ]

@@ -31,6 +31,7 @@ from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.method import Prompt, Tuner
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
+from peft_any.prompt import Attended
 from peft_any.registry import method_for, method_names
 
 FILES = Path(__file__).parent / "golden" / "files"
@@ -65,7 +66,7 @@ def test_loading_and_saving_gives_the_same_bytes(name: str, tmp_path: Path) -> N
         assert (tmp_path / "a" / part).read_bytes() == (FILES / name / part).read_bytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "adaption-prompt"])
 def test_every_tensor_has_a_place_on_the_base(name: str) -> None:
     adapter = Adapter.load(FILES / name)
     base = base_of(name)
@@ -643,4 +644,4 @@ def test_every_method_has_a_file() -> None:
     for name in NAMES:
         config = Adapter.load(FILES / name).config
         assert config_to_dict(config)["peft_type"] == config.peft_type
-        assert isinstance(config, Prompt | Tuner)
+        assert isinstance(config, Attended | Prompt | Tuner)

@@ -16,14 +16,15 @@ import safetensors.numpy
 
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError
+from peft_any.layer import linear
 from peft_any.model import PeftModel
-from tests.cases import CASES, PROMPTS, ROUTED, Case, PromptCase, RoutedCase
+from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED, AttendedCase, Case, PromptCase, RoutedCase
 from tests.conftest import Lib
 
 HERE = Path(__file__).parent / "golden"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
-ROWS: dict[str, Any] = {case.name: case for case in [*CASES, *PROMPTS, *ROUTED]}
+ROWS: dict[str, Any] = {case.name: case for case in [*CASES, *PROMPTS, *ROUTED, *ATTENDED]}
 NAMES = sorted(path.stem for path in HERE.glob("*.safetensors"))
 REDERIVED = ("pissa", "olora")
 
@@ -77,8 +78,10 @@ unconverted = pytest.mark.parametrize("name", having("raw/"))
 prompts = pytest.mark.parametrize("name", having("", PromptCase))
 routed = pytest.mark.parametrize("name", having("", RoutedCase))
 adapted = pytest.mark.parametrize("name", [*having(""), *having("", RoutedCase)])
+attended = pytest.mark.parametrize("name", having("", AttendedCase))
 files = pytest.mark.parametrize(
-    "name", [*having(""), *having("", PromptCase), *having("", RoutedCase)]
+    "name",
+    [*having(""), *having("", PromptCase), *having("", RoutedCase), *having("", AttendedCase)],
 )
 
 
@@ -93,7 +96,9 @@ def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float) -> Non
 
 def test_every_row_that_hf_has_is_recorded_and_no_other() -> None:
     recorded = {name.partition("@")[0] for name in NAMES}
-    assert recorded == {case.name for case in [*CASES, *PROMPTS, *ROUTED] if case.hf is None}
+    assert recorded == {
+        case.name for case in [*CASES, *PROMPTS, *ROUTED, *ATTENDED] if case.hf is None
+    }
 
 
 def test_every_method_is_recorded_in_float64_too() -> None:
@@ -139,6 +144,33 @@ def test_applying_gives_hfs_output(name: str, lib: Lib, tmp_path: Path) -> None:
 
     y = lib.call(adapt, gold.part("base"), dict(adapter.sites), gold.tensors["x"])
     lib.check(y, gold.tensors["y"], rtol=gold.tolerance)
+
+
+def last_block(adapter: Adapter, gold: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Give the last block's prompts, and a function of them and the recorded arrays."""
+    config: Any = adapter.config
+    (name,) = [name for name in adapter.sites if ".2." in name]
+
+    def apply(p: Any, g: Any) -> Any:
+        def proj(side: str) -> Any:
+            return lambda x: linear(x, g[side], g.get(f"{side}_bias"))
+
+        term = config.attend(p, g["q"], proj("k"), proj("v"))
+        return g["y0"] + (linear(term, g["o"]) if "o" in g else term)
+
+    return dict(adapter.sites[name]), apply
+
+
+@attended
+def test_attention_gains_what_it_does_in_hf(name: str, lib: Lib, tmp_path: Path) -> None:
+    gold = golden(name)
+    adapter = Adapter.load(gold.write(tmp_path / "a"))
+    arrays = {k: v for k, v in gold.tensors.items() if k != TENSORS}
+    p, apply = last_block(adapter, arrays)
+    assert np.max(np.abs(arrays["y"] - arrays["y0"])) > 0.1
+    lib.check(lib.call(apply, p, arrays), arrays["y"], rtol=TOLERANCE["float32"])
+    shapes = gold.case.config.shapes(gold.case.width)
+    assert all({k: v.shape for k, v in q.items()} == shapes for q in adapter.sites.values())
 
 
 @files

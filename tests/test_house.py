@@ -11,7 +11,7 @@ import pytest
 
 import peft_any
 from peft_any.registry import method_for, method_names
-from tests.cases import CASES, PROMPTS, ROUTED
+from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED
 
 PACKAGE = Path(peft_any.__file__).parent
 LAYERS = [
@@ -119,12 +119,12 @@ def test_files_are_short(path: Path) -> None:
 
 
 def test_every_method_has_rows() -> None:
-    rows = {case.config.peft_type for case in [*CASES, *PROMPTS, *ROUTED]}
+    rows = {case.config.peft_type for case in [*CASES, *PROMPTS, *ROUTED, *ATTENDED]}
     assert rows == set(method_names())
 
 
 def test_rows_have_names_of_their_own() -> None:
-    names = [case.name for case in [*CASES, *PROMPTS, *ROUTED]]
+    names = [case.name for case in [*CASES, *PROMPTS, *ROUTED, *ATTENDED]]
     assert len(names) == len(set(names))
     assert len(names) >= 60
 

@@ -18,6 +18,7 @@ from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.layer import EXPERTS, Site
 from peft_any.method import Additive, Prompt, Tuner
 from peft_any.naming.rules import Names
+from peft_any.prompt import Attended
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.fitting import Fitting
@@ -179,7 +180,7 @@ def inspect_adapter(
     """
     fit = Fitting.read(strict=strict, rederive=rederive, backend=backend, kinds=kinds, names=names)
     given = given_one(adapter, strict=strict)
-    if base is None or isinstance(given.adapter.config, Prompt):
+    if base is None or isinstance(given.adapter.config, Prompt | Attended):
         return _describe(*mapped([given], fit.rules, None), spectra=spectra)
     with Checkpoint(base) as checkpoint:
         plan = make_plan(checkpoint, [given], fit)

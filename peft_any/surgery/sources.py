@@ -24,6 +24,7 @@ from peft_any.layout import layout, looks_like_embedding
 from peft_any.method import Prompt
 from peft_any.naming.nesting import named
 from peft_any.naming.nesting import names as names_of
+from peft_any.prompt import Attended
 from peft_any.receipt import Host, Source, Use
 
 AdapterLike: TypeAlias = StrPath | Adapter
@@ -94,6 +95,8 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
             raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
         given = given_one(item, float(weight), strict=strict)
+        if isinstance(given.adapter.config, Attended):
+            raise ConfigError(f"{given.label}: {given.adapter.config.refusal}")
         if isinstance(given.adapter.config, Prompt):
             raise ConfigError(
                 f"{given.label}: {given.source.peft_type} cannot be merged: it makes virtual "

@@ -22,17 +22,17 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from tests.cases import CASES, PROMPTS, ROUTED, Case, PromptCase
-from tests.hf.reference import config_text, run, run_prompt
+from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED, AttendedCase, Case, PromptCase
+from tests.hf.reference import config_text, run, run_attended, run_prompt
 
 HERE = Path(__file__).parent
 WEIGHTS = "adapter_model.safetensors"
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
 
 
-def rows() -> Iterator[tuple[str, Case | PromptCase, str]]:
+def rows() -> Iterator[tuple[str, Case | PromptCase | AttendedCase, str]]:
     """Name every file to make: one for each row, and the first of each method in float64 too."""
-    yield from ((case.name, case, "float32") for case in PROMPTS if case.hf is None)
+    yield from ((case.name, case, "float32") for case in [*PROMPTS, *ATTENDED] if case.hf is None)
     methods = set()
     for case in [*CASES, *ROUTED]:
         if case.hf is not None:
@@ -43,11 +43,14 @@ def rows() -> Iterator[tuple[str, Case | PromptCase, str]]:
             yield f"{case.name}@float64", case, "float64"
 
 
-def record(case: Case | PromptCase, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def record(
+    case: Case | PromptCase | AttendedCase, dtype: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Let Hugging Face PEFT work on a row, and pack what it gives."""
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(case, PromptCase):
-            tensors = run_prompt(case, Path(folder))
+        if isinstance(case, PromptCase | AttendedCase):
+            inside = isinstance(case, AttendedCase)
+            tensors = (run_attended if inside else run_prompt)(case, Path(folder))
             data = (Path(folder) / WEIGHTS).read_bytes()
             tensors[WEIGHTS] = np.frombuffer(data, dtype="uint8")
             return tensors, {"adapter_config.json": config_text(Path(folder))}
@@ -65,14 +68,14 @@ def record(case: Case | PromptCase, dtype: str) -> tuple[dict[str, np.ndarray], 
     return tensors, texts
 
 
-def tolerance(case: Case | PromptCase, dtype: str) -> float:
+def tolerance(case: Case | PromptCase | AttendedCase, dtype: str) -> float:
     """Say what may differ from one processor to another.
 
     Singular vectors turn by what rounding moves the weight, over the gap to the next singular
     value (Wedin 1972): PiSSA's factors hold some, and OSF takes some out of the weight, of
     which torch's SVD is in float32.
     """
-    if isinstance(case, PromptCase):
+    if isinstance(case, PromptCase | AttendedCase):
         return TOLERANCE[dtype]
     config: Any = case.config.at(case.site)
     start = str(getattr(config, "init_lora_weights", ""))

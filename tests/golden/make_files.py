@@ -286,6 +286,10 @@ MADE: dict[str, Made] = {
         make_net,
         lambda: VeraConfig(r=4, target_modules=["q", "fc1", "c1d"], save_projection=False),
     ),
+    "adaption-prompt": (
+        make_gpt,
+        lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **LANGUAGE),
+    ),
     "cartridge": (make_gpt, lambda: peft.CartridgeConfig(num_virtual_tokens=3, **LANGUAGE)),
     "multitask": (
         make_gpt,

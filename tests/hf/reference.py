@@ -16,13 +16,14 @@ import peft
 import peft.tuners.boft.layer as hf_boft
 import torch
 import transformers
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_any.layer import Dense, Site
 from peft_any.registry import Config
-from tests.cases import Case, PromptCase, RoutedCase
+from tests.cases import AttendedCase, Case, PromptCase, RoutedCase
 
 PREFIX = "base_model.model."
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
@@ -319,3 +320,63 @@ def config_text(folder: Path) -> str:
     text = (folder / "adapter_config.json").read_text()
     assert not Path(json.loads(text)["base_model_name_or_path"] or "").is_absolute()
     return text
+
+
+def attended_model(case: AttendedCase, dtype: str = "float32") -> Any:
+    """Make a small transformer of a row's architecture, its adapter's numbers not yet set."""
+    sizes = {"vocab_size": 20, "initializer_range": 0.4}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        case.model,
+        hidden_size=case.width,
+        num_attention_heads=case.heads,
+        num_hidden_layers=3,
+        **({} if case.model == "gpt2" else {"num_key_value_heads": case.groups}),
+        **({} if case.model == "gpt2" else {"intermediate_size": 8}),
+        **sizes,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def run_attended(case: AttendedCase, folder: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Let Hugging Face PEFT make, fill and save a row's prompts, and apply the last block's."""
+    with quietly():
+        config = config_of(case.config, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(attended_model(case, dtype), config)
+        torch.manual_seed(4)
+        for name, parameter in model.named_parameters():
+            if "adaption_" in name:
+                parameter.data.add_(torch.randn_like(parameter))
+        model.save_pretrained(folder)
+    return within_attention(model.base_model.model, case)
+
+
+def within_attention(model: Any, case: AttendedCase) -> dict[str, np.ndarray]:
+    """Give what the last block's attention reads and gives, and its projections."""
+    (name,) = [n for n, _ in model.named_modules() if n.endswith(("2.self_attn", "2.attn"))]
+    adapted, seen = model.get_submodule(name), {}
+
+    def watch(key: str) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+            seen.update({key: out[0], "args": args, "kwargs": kwargs})
+
+        return hook
+
+    adapted.model.register_forward_hook(watch("y0"), with_kwargs=True)
+    adapted.register_forward_hook(watch("y"), with_kwargs=True)
+    queries = TRANSFORMERS_MODEL_CONFIG[case.model].compute_query_states
+    given = torch.arange(8).reshape(2, 4)
+    with quietly(), torch.no_grad():
+        model(given)
+        if case.model == "gpt2":
+            x = seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"]
+            q = queries(adapted.model, hidden_states=x)
+            _, k, v = adapted.model.c_attn.weight.T.chunk(3)
+            _, kb, vb = adapted.model.c_attn.bias.chunk(3)
+            found = {"k": k, "v": v, "k_bias": kb, "v_bias": vb}
+        else:
+            q = queries(adapted.model, **seen["kwargs"])
+            found = {n: getattr(adapted.model, f"{n}_proj").weight for n in "kvo"}
+    found |= {"q": q, "y0": seen["y0"], "y": seen["y"]}
+    return {key: host(value.contiguous()) for key, value in found.items()}
