@@ -14,6 +14,7 @@ from rich.text import Text
 from peft_any.errors import PeftError
 from peft_any.layer import Site
 from peft_any.method import Additive, Tuner
+from peft_any.prompt import Attended
 from peft_any.receipt import Change, Receipt
 from peft_any.registry import Config, method_for
 from peft_any.routed import Routed
@@ -214,6 +215,8 @@ def mode(cls: type[Config]) -> str:
         return "adds to W"
     if issubclass(cls, Routed):
         return "adds to W·x"
+    if issubclass(cls, Attended):
+        return "adds to attention"
     return "maps W" if issubclass(cls, Tuner) else "tokens"
 
 
