@@ -36,9 +36,9 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "ensure_weight_tying": "one adapter would serve two tied modules",
-        "layer_replication": "it duplicates layers of the base",
+        "layer_replication": "its model repeats layers of the base, which merging there writes out",
         "loftq_config": "AdaLoRA has no quantised base",
-        "target_parameters": "its file does not name the parameters it adapts",
+        "target_parameters": "AdaLoRA adapts modules alone",
         "use_dora": "AdaLoRA has no magnitude vector",
     }
 
