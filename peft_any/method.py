@@ -31,8 +31,6 @@ class Tuner(Config):
 
     kinds: ClassVar[frozenset[Kind]] = MATRICES
     """Layer kinds that the method supports."""
-    frozen: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that are kept beside the trained ones and never trained."""
     copied: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
     thins: ClassVar[str] = ""
@@ -47,6 +45,11 @@ class Tuner(Config):
     """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""
 
     target_modules: list[str] | str | None = None
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Parameters that are kept beside the trained ones and never trained."""
+        return frozenset()
 
     @property
     def separable(self) -> bool:

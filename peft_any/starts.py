@@ -17,7 +17,6 @@ FOREIGN = {
     "eva": "it needs the layer's inputs",
     "loftq": "it needs a quantiser",
     "lora_ga": "it needs gradients",
-    "mica": "it is not supported yet",
 }
 """Inits that cannot be computed from the base alone, and why."""
 
@@ -38,6 +37,13 @@ MISFITS: dict[str, frozenset[Kind]] = {
     "lora_dropout": EXPERTS,
 }
 """Layer kinds that a flag of LoRA cannot adapt."""
+
+
+FROZEN = (
+    frozenset({"start_A", "start_B"}),
+    frozenset({"start_A", "start_B", "lora_B.weight", "lora_embedding_B"}),
+)
+"""Parameters of LoRA that are never trained: of any, and of MiCA."""
 
 
 GROUPS = (
@@ -91,7 +97,7 @@ def check(config: Any) -> None:
     if config.use_dora and config.lora_bias:
         raise ConfigError(f"{config.where}: lora_bias cannot go with use_dora")
     init = config.init_lora_weights
-    known = ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", *FOREIGN)
+    known = ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", *FOREIGN)
     if isinstance(init, str) and init not in known and not has_start(init):
         raise ConfigError(
             f"{config.where}: init_lora_weights={init!r} is not known{nearest(init, known)}: "
@@ -137,6 +143,8 @@ def initial_factors(
 ) -> Params:
     """Draw A and B, the first two of `shapes`, as an `init_lora_weights` says."""
     (a, of_a), (b, of_b) = list(shapes.items())[:2]
+    if init == "mica":
+        return {a: new.zeros(of_a), b: new.array(_minor_vectors(site, of_a[0], new))}
     if site.kind == "Embedding":  # HF gives embeddings these values whatever the init's name
         return {a: new.zeros(of_a) if init else new.normal(of_a), b: new.normal(of_b)}
     if init == "gaussian":
@@ -146,6 +154,19 @@ def initial_factors(
     first, second = starting_pair(init, site, of_a[0], scale, new)
     kept = {"start_A": first, "start_B": second} if has_start(init) else {}
     return {a: first, b: second, **kept}
+
+
+def _minor_vectors(site: Site, r: int, new: Fresh) -> Array:
+    """The left singular vectors (n_out, r) of the base's r smallest singular values."""
+    if site.kind not in ("Linear", "Conv1D", "Embedding") or r > min(site.n_in, site.n_out):
+        raise ConfigError(
+            f"{site.name}: init_lora_weights='mica' cannot start a {site.kind} of {site.n_in} "
+            f"inputs and {site.n_out} outputs at r={r}: it needs a linear layer or an embedding "
+            "of that rank"
+        )
+    base = new.base_for(site.name, "init_lora_weights='mica'").weight
+    w = to_numpy(astype(base, compute_dtype(base)))
+    return namespace(w).linalg.svd(w, full_matrices=False)[0][:, -r:]  # type: ignore[no-any-return]
 
 
 def less_start(a: Array, b: Array, p: Params) -> tuple[Array, Array]:

@@ -205,7 +205,8 @@ def site_of(
         here = replace(site, name=name)
         try:
             own = config.at(here)
-            if own.shapes(here) == {k: s for k, s in shapes.items() if k not in config.frozen}:
+            want = own.shapes(here)
+            if want == {k: s for k, s in shapes.items() if k in want or k not in config.frozen}:
                 hits.append((own, here))
         except PeftError:
             continue

@@ -12,7 +12,7 @@ from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
 from peft_any.factors import factor_shapes
-from peft_any.layer import Site, linear, widen
+from peft_any.layer import Layer, Site, linear, widen
 from peft_any.linalg import row_norms
 from peft_any.rng import Fresh
 
@@ -102,13 +102,18 @@ def check(config: Any) -> None:
             f"{config.where}: use_bdlora cannot go with use_dora, lora_bias, target_parameters, "
             "kasa_config or an init_lora_weights but true, false and gaussian"
         )
+    if init == "mica" and (config.use_dora or config.lora_bias or config.target_parameters):
+        raise ConfigError(
+            f"{config.where}: init_lora_weights='mica' cannot go with use_dora, lora_bias or "
+            "target_parameters"
+        )
     if config.kasa_config is None:
         return
-    start = starts.has_start(config.init_lora_weights)
+    start = starts.has_start(init) or init == "mica"
     if config.use_dora or config.target_parameters or start or config.lora_alpha == 0:
         raise ConfigError(
             f"{config.where}: kasa_config cannot go with use_dora, target_parameters, lora_alpha=0 "
-            "or an init_lora_weights that takes a product out of the base"
+            "or an init_lora_weights that decomposes the base"
         )
 
 
@@ -273,6 +278,15 @@ def by_blocks(config: Any, p: Params, x: Array, site: Site) -> Array:
     return x
 
 
+def gain(config: Any, p: Params, base: Layer) -> Array | None:
+    """DoRA's factor of the rows, if it is one: the norms are constants (§4.3)."""
+    if not config.use_dora or "gain" in p:
+        return p.get("gain")
+    norms = detach(row_norms(base.original, *config.factors(p, base.site)))
+    m = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,))
+    return m / norms  # type: ignore[no-any-return]
+
+
 def portable(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Params]]:
     """Give configuration and parameters as a file has them: KaSA's part of the base is found again.
 
@@ -280,5 +294,5 @@ def portable(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, P
     """
     if config.kasa_config is None:
         return starts.folded(config, sites)
-    own = {s: {k: v for k, v in p.items() if k not in config.frozen} for s, p in sites.items()}
+    own = {s: {k: v for k, v in p.items() if k not in starts.FROZEN[0]} for s, p in sites.items()}
     return config, own

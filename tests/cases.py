@@ -183,6 +183,13 @@ CASES = [
         LoraConfig(r=3, use_bdlora=BdLoraConfig(nblocks=4, match_strict=False)),
         Site("a.fc", 13, 7),
     ),
+    Case("mica", LoraConfig(r=4, lora_alpha=10, init_lora_weights="mica"), FC),
+    Case(
+        "mica-conv1d-transposed",
+        LoraConfig(r=3, fan_in_fan_out=True, init_lora_weights="mica"),
+        Site("fc", 6, 9, "Conv1D"),
+    ),
+    Case("mica-embedding", LoraConfig(r=4, init_lora_weights="mica"), WTE),
     Case("kasa", LoraConfig(r=4, lora_alpha=10, kasa_config=KasaConfig()), FC, KASA),
     Case(
         "kasa-rslora",

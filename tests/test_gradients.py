@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import blocks, mixtures
+from peft_any import blocks, mixtures, variants
 from peft_any.backend import namespace
 from peft_any.layer import Dense
-from peft_any.methods import lora, osf
+from peft_any.methods import osf
 from peft_any.tape import var
 from tests.cases import CASES, Case
 from tests.gradients import ENGINES, difference, gradients, like
@@ -75,7 +75,7 @@ class Constants:
 def constants(monkeypatch: pytest.MonkeyPatch) -> Constants:
     """Hold what a method detaches at the values of its first computation."""
     found = Constants()
-    for module in (blocks, lora, mixtures, osf):
+    for module in (blocks, mixtures, osf, variants):
         monkeypatch.setattr(module, "detach", found)
     return found
 

@@ -9,10 +9,8 @@ from typing import ClassVar, Self
 
 from peft_any import starts, variants
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import detach, namespace
 from peft_any.factors import by_expert, expert_delta, expert_residual
 from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear
-from peft_any.linalg import row_norms
 from peft_any.method import Additive
 from peft_any.patterns import matching
 from peft_any.rng import Fresh
@@ -31,15 +29,15 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
         smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
     init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
-        (B·A = 0 with neither zero; r even), or a B₀·A₀ taken out of the base, so that ΔW =
-        s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading singular triplets (Meng
-        et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR factors
-        (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); a file folds them into rank 2r.
+        (B·A = 0 with neither zero; r even), "mica" (A = 0, and B, which stays, the left singular
+        vectors of W's smallest values, https://arxiv.org/abs/2604.01694), or a B₀·A₀ taken out of
+        the base, so that ΔW = s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading
+        singular triplets (Meng et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR
+        factors (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); files fold them into rank 2r.
     """
 
     kinds: ClassVar[frozenset[Kind]] = MATRICES | EXPERTS
     thins: ClassVar[str] = "lora_dropout"
-    frozen: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
     refused: ClassVar[Mapping[str, str]] = starts.VARIANTS
 
     r: int = 8
@@ -63,6 +61,11 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def __post_init__(self) -> None:
         variants.check(self)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """What was taken out of the base; MiCA's B."""
+        return starts.FROZEN[self.init_lora_weights == "mica"]
 
     @property
     def separable(self) -> bool:
@@ -136,10 +139,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def gain(self, p: Params, base: Layer) -> Array | None:
         """m/‖W + ΔW‖ by rows, with `use_dora`: W before any adapter, norms constant (§4.3)."""
-        if not self.use_dora or "gain" in p:
-            return p.get("gain")
-        norms = detach(row_norms(base.original, *self.factors(p, base.site)))
-        return namespace(norms).reshape(p["lora_magnitude_vector"], (-1,)) / norms  # type: ignore[no-any-return]
+        return variants.gain(self, p, base)
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Measure the rows once, with `use_dora`."""
