@@ -40,6 +40,9 @@ class Tuner(Config):
     usual: ClassVar[tuple[str, ...]] = ()
     """Modules, by their last part and the likeliest first, of which the first that is there is
     the target where `target_modules` names none."""
+    ordered: ClassVar[bool] = False
+    """Whether what they lack follows from the order of the model's layers: it is taken unasked
+    where there is one site. A file may then hold no tensor of any site."""
 
     takes: ClassVar[frozenset[str]] = frozenset()
     """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""

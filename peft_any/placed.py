@@ -74,7 +74,7 @@ def fitted(
     if new := nesting.names(adapter.config, adapter.sites, weights, kinds):
         adapter = adapter.replace(sites=nesting.named(adapter.sites, new))
     sites = place(adapter, weights, kinds)
-    adapter = adapter.to(library(weights)).with_shared([*sites.values()])
+    adapter = filled(adapter.to(library(weights)), sites).with_shared([*sites.values()])
     config = adapter.config
     configs = configured(config, sites) if isinstance(config, Tuner) else {}
     return completed(Placed(adapter, sites, configs), weights)
@@ -102,6 +102,7 @@ def fresh(
     every = layout(weights, kinds, config)
     sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)
+    root = Fresh(seed, library(weights), dtype=dtype, sites=(*sites.values(),))
     params = {
         name: configs[name].init(site, root.at(name, dense(weights, site)))
         for name, site in sites.items()
@@ -181,7 +182,7 @@ def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
             f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
             "nothing"
         )
-    root, params = Fresh(0, library(weights)), {}
+    root, params = Fresh(0, library(weights), sites=(*placed.sites.values(),)), {}
     for name, site in placed.sites.items():
         new = root.at(name, dense(weights, site))
         params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)
@@ -191,8 +192,14 @@ def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
 def completed(placed: Placed, weights: Mapping[str, Array]) -> Placed:
     """Add unasked what follows from the base without doubt (`Tuner.certain`)."""
     config = placed.adapter.config
-    sure = isinstance(config, Tuner) and config.certain and lacking(placed)
-    return rederived(placed, weights) if sure else placed
+    alone = len(placed.sites) == 1
+    sure = isinstance(config, Tuner) and (config.certain or (config.ordered and alone))
+    return rederived(placed, weights) if sure and lacking(placed) else placed
+
+
+def filled(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+    """Give an adapter an entry for every site, where its file holds no tensor of any."""
+    return adapter if adapter.sites else adapter.replace(sites={name: {} for name in sites})
 
 
 def lacking(placed: Placed) -> dict[str, str]:
@@ -209,7 +216,15 @@ def refuse_lacking(placed: Placed) -> None:
     ConfigError
         Naming it, and the ways out.
     """
+    ordered = getattr(placed.adapter.config, "ordered", False)
     for name, what in lacking(placed).items():
+        if ordered:
+            raise ConfigError(
+                f"{name}: the adapter lacks {what}, which follow from the order of the model's "
+                "layers: give rederive=True if the base's tensors are in that order, as those of a "
+                "state_dict are and those of a safetensors file are not, or save it in Hugging "
+                "Face PEFT with save_indices=True"
+            )
         raise ConfigError(
             f"{name}: the adapter lacks {what}: give rederive=True (--rederive) with the very "
             "base it was made for, or convert the adapter where it was made "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
@@ -94,3 +95,33 @@ def _normalised(host: Any) -> Any:
     spread = astype(np.std(host.astype(np.float64), ddof=1), host.dtype.name)
     wide = host.astype(np.float32) / np.float32(spread)
     return astype(astype(wide, host.dtype.name), "float32")
+
+
+@lru_cache(maxsize=2)
+def even_places(count: int, d: int, seed: int) -> tuple[Any, Any]:
+    """Share a vector's d entries out, each as often as any other or once more.
+
+    Parameters
+    ----------
+    count, d, seed : int
+        `seed` is that of NumPy's generator.
+
+    Returns
+    -------
+    places : array of int64 (count,)
+    scales : array of float32 (d,)
+        1/√c of the c places of each entry, 1 where there is none.
+
+    Examples
+    --------
+    >>> places, scales = even_places(5, 2, seed=0)
+    >>> sorted(places.tolist()), scales.round(3).tolist()
+    ([0, 0, 0, 1, 1], [0.5770000219345093, 0.7070000171661377])
+    """
+    rng = np.random.default_rng(seed)
+    places = np.repeat(np.arange(d), count // d)
+    if count % d:
+        places = np.concatenate([places, rng.choice(d, size=count % d, replace=False)])
+    rng.shuffle(places)
+    uses = np.maximum(np.bincount(places, minlength=d), 1).astype(np.float32)
+    return places, np.float32(1) / np.sqrt(uses)

@@ -36,7 +36,6 @@ _ABSENT = {
     ),
     "FROD": (_LATER, _MERGE),
     "TINYLORA": (_LATER, _MERGE),
-    "UNILORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now, and the files have other names", _MERGE),
     **dict.fromkeys(
         ("CPT",),

@@ -249,6 +249,8 @@ class Fresh:
         The arrays' dtype.
     base : Dense, optional
         The base layer, for initial values that read it.
+    sites : tuple of Site
+        All the sites, in the model's order, for what depends on it.
 
     Raises
     ------
@@ -261,8 +263,6 @@ class Fresh:
     --------
     >>> from peft_any.backend import resolve
     >>> new = Fresh(0, resolve("numpy"), key="fc")
-    >>> new.zeros((2,))
-    array([0., 0.], dtype=float32)
     >>> bool((new.at("other").normal((3,)) == new.normal((3,))).any())
     False
     """
@@ -275,21 +275,23 @@ class Fresh:
         key: str = "",
         dtype: str = "float32",
         base: Any = None,
+        sites: tuple[Any, ...] = (),
     ) -> None:
         if seed < 0:
             raise ConfigError(f"seed {seed}: cannot be negative: use any integer from 0 on")
         dtype_by_name(backend.xp, dtype)
         if not is_floating(dtype):
             raise ConfigError(f"dtype {dtype!r}: cannot hold parameters: they are floats")
-        digest = hashlib.sha256(key.encode()).digest()
-        words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)]
+        words = np.frombuffer(hashlib.sha256(key.encode()).digest(), "<u4").tolist()
         self.seed, self.backend, self.key, self.dtype, self.base = seed, backend, key, dtype, base
+        self.sites = sites
         stream = np.random.SeedSequence(seed, spawn_key=words)
         self.host = np.random.Generator(np.random.PCG64(stream))
 
     def at(self, key: str, base: Any = None) -> Fresh:
         """Give the draws of another site: same seed, library and dtype."""
-        return Fresh(self.seed, self.backend, key=key, dtype=self.dtype, base=base)
+        sites = self.sites
+        return Fresh(self.seed, self.backend, key=key, dtype=self.dtype, base=base, sites=sites)
 
     def base_for(self, name: str, why: str) -> Any:
         """Give the base layer, which `why` needs.

@@ -281,19 +281,27 @@ def place(
         faults.append(error)
     try:
         if isinstance(config, Tuner):
-            sites = sites_of_params(config, adapter.sites, weights, kinds)
+            params = adapter.sites
+            if config.ordered and not params:
+                params = {name: {} for name in select(config, layout(weights, kinds, config))}
+            sites = sites_of_params(config, params, weights, kinds)
     except PeftError as error:
         faults.append(error)
     if faults:
         raise type(faults[-1])("\n".join(map(str, faults))) from faults[-1]
     if not isinstance(config, Tuner):
         return {}
-    shared = config.shared_shapes([*sites.values()]) if sites and adapter.shared else {}
+    shared = config.shared_shapes([*sites.values()]) if sites else {}
     wrong = [
         f"{name}: shape {tuple(adapter.shared[name].shape)} cannot fit: {config.where} needs "
         f"{shape} or larger"
         for name, shape in shared.items()
         if name in adapter.shared and not _holds(tuple(adapter.shared[name].shape), shape)
+    ]
+    wrong += [
+        f"{name}: missing, of shape {shape}"
+        for name, shape in shared.items()
+        if name not in adapter.shared and name not in config.frozen
     ]
     extra = [name for name in adapter.shared if name not in shared]
     wrong += [f"{name}: unexpected{nearest(name, shared)}" for name in extra]

@@ -44,6 +44,7 @@ from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
 from peft_any.methods.trainable_tokens import TrainableTokensConfig
+from peft_any.methods.unilora import UniLoraConfig
 from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
@@ -733,6 +734,26 @@ CASES = [
         FC,
         identity=DRAWN,
         hf="HF takes the weights' logarithms: compared live, in tests/hf/test_vblora.py",
+    ),
+    # UniLoRA
+    Case("unilora", UniLoraConfig(r=3, theta_d_length=50, init_theta_d_bound=1.0), FC, DRAWN),
+    Case(
+        "unilora-saved",
+        UniLoraConfig(r=2, theta_d_length=9, proj_seed=3, save_indices=True, init_theta_d_bound=1),
+        Site("a.fc", 13, 7, bias=False),
+        identity=DRAWN,
+    ),
+    Case(
+        "unilora-longer",  # some of θ has no place
+        UniLoraConfig(r=2, theta_d_length=300, init_weights=False),
+        FC,
+        identity=DRAWN,
+    ),
+    Case(
+        "unilora-conv1d-transposed",
+        UniLoraConfig(r=4, theta_d_length=20, init_theta_d_bound=1.0, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        identity=DRAWN,
     ),
     # OSF
     Case("osf", OSFConfig(), FC, reverts=0),

@@ -29,7 +29,8 @@ class Problem:
         self.case, self.way = case, way
         self.config, base = case.config.at(case.site), case.base(dtype="float64")
         p = case.params(base, dtype="float64")
-        names = set(self.config.shapes(case.site)) - self.config.frozen
+        shared = self.config.shared_shapes([case.site])
+        names = {*self.config.shapes(case.site), *shared} - self.config.frozen
         self.trained = {k: v for k, v in p.items() if k in names}
         frozen = {k: v for k, v in p.items() if k not in names}
         x = inputs(case, (2, 3), "float64", 0)

@@ -12,7 +12,7 @@ from peft_any.layer import Site
 from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
-from peft_any.placed import Placed, completed, lacking, rederived, refuse_lacking
+from peft_any.placed import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.routed import Routed
 from peft_any.selection import saved_whole
@@ -174,9 +174,15 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
     config = given.adapter.config
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is no method that changes layers")
-    adapter = given.adapter.with_shared([*sites.values()])
+    adapter = filled(given.adapter, sites).with_shared([*sites.values()])
     placed = Placed(adapter, sites, configured(config, sites))
     placed = completed(placed, view)
+    if config.ordered and isinstance(view, View) and lacking(placed):
+        raise ConfigError(
+            f"{config.where}: save_indices=false, and files do not keep the order of the model's "
+            "layers, on which the adapter depends: merge it in memory, with a state_dict as the "
+            "base (PeftModel.add with rederive=True), or save it with save_indices=True"
+        )
     if fit.rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
     refuse_lacking(placed)

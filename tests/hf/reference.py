@@ -143,6 +143,8 @@ class Result:
 def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name parameters as a file does."""
     own, saved = shapes_of(case), getattr(case.config, "save_projection", True)
+    config: Any = case.config.at(case.site)
+    shared = config.shared_shapes([case.site]) if saved else {}
     copies = {
         f"{PREFIX}{case.site.name}.{k}": np.asarray(params[k])
         for k in (case.config.copied if saved else ())
@@ -150,7 +152,7 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     return copies | {
         (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
         for k, v in params.items()
-        if k in own or (saved and not k.startswith("start_"))
+        if k in own or k in shared
     }
 
 
