@@ -271,6 +271,14 @@ MADE: dict[str, Made] = {
             boft_block_size=4, target_modules=["q", "fc1", "conv2"], bias="boft_only"
         ),
     ),
+    "unilora": (
+        make_net,
+        lambda: peft.UniLoraConfig(r=2, theta_d_length=20, save_indices=True, target_modules=PAIR),
+    ),
+    "unilora-seeded": (
+        make_net,
+        lambda: peft.UniLoraConfig(r=2, theta_d_length=20, target_modules=PAIR[:1]),
+    ),
     "vblora": (
         make_net,
         lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, target_modules=PAIR),
