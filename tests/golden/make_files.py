@@ -275,10 +275,6 @@ MADE: dict[str, Made] = {
         make_net,
         lambda: peft.UniLoraConfig(r=2, theta_d_length=20, save_indices=True, target_modules=PAIR),
     ),
-    "unilora-seeded": (
-        make_net,
-        lambda: peft.UniLoraConfig(r=2, theta_d_length=20, target_modules=PAIR[:1]),
-    ),
     "vblora": (
         make_net,
         lambda: peft.VBLoRAConfig(r=2, num_vectors=5, vector_length=2, target_modules=PAIR),
