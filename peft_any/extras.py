@@ -186,6 +186,12 @@ def _embedding(entry: str | None, weights: Collection[str]) -> str | None:
     return None
 
 
+def input_table(weights: Collection[str]) -> str | None:
+    """Name the tensor of the input embedding, if one has a usual name."""
+    module = _embedding(None, weights)
+    return None if module is None else f"{module}.weight"
+
+
 def _rows(table: Array, indices: list[int], module: str) -> Array:
     check_rows(indices, table.shape[0], module)
     rows: Array = namespace(table).take(table, from_numpy_like(indices, table), axis=0)

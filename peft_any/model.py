@@ -159,17 +159,13 @@ class PeftModel:
         """Bring arrays that an optimiser has moved to where their methods keep them.
 
         A training loop calls it before the first step and after every one, as `fit` does; it
-        matters to OFT's `coft` alone, whose blocks are drawn back to their bound.
+        matters to OFT's `coft` and to CPT, whose parameters are drawn back to their bounds.
 
         Parameters
         ----------
         params : mapping {adapter: {site: {name: array}}}
         """
-        return {
-            name: {s: configs[s].settled(p) if s in configs else p for s, p in sites.items()}
-            for name, sites in params.items()
-            for configs in [self._known(name).configs]
-        }
+        return {name: self._known(name).settled(sites) for name, sites in params.items()}
 
     def exchange(self, name: str, adapter: Adapter) -> None:
         """Put another state of an adapter, a pruned one say, in its place."""
@@ -231,7 +227,7 @@ class PeftModel:
             site = adapted[name] if name in adapted else every()[name]
             return model.bound_layer(site)
 
-        trained = {name: model[name].trainable() for name in self._active}
+        trained = {name: model._known(name).read() for name in self._active}  # noqa: SLF001
         return Bound(Layers(adapted, every, make), trained, view.weights(model, make))
 
     def merge(self) -> dict[str, Array]:

@@ -10,12 +10,14 @@ from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
+from peft_any.extras import input_table
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting
 from peft_any.origin import made_on
 from peft_any.prompt import Attended
+from peft_any.prompts import table_of
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import select
@@ -29,6 +31,17 @@ class Placed:
     adapter: Adapter
     sites: dict[str, Site]
     configs: dict[str, Tuner]
+
+    def read(self) -> dict[str, Params]:
+        """Give the arrays that a loss reads: the trained ones, and all of a prompt."""
+        adapter = self.adapter
+        return {"": adapter.shared} if isinstance(adapter.config, Prompt) else adapter.trainable()
+
+    def settled(self, params: Mapping[str, Params]) -> dict[str, Params]:
+        """Bring trained arrays, by site, to where the method keeps them."""
+        config = self.adapter.config
+        rules = {"": config} if isinstance(config, Prompt) else self.configs
+        return {s: rules[s].settled(p) if s in rules else p for s, p in params.items()}
 
     def params(self, site: Site, routing: Mapping[str, Any]) -> Params:
         """Join a site's parameters, the shared ones, and what its method takes of a call."""
@@ -76,6 +89,8 @@ def fitted(
     sites = place(adapter, weights, kinds)
     adapter = filled(adapter.to(library(weights)), sites).with_shared([*sites.values()])
     config = adapter.config
+    if isinstance(config, Prompt):
+        adapter = adapter.replace(shared=config.resumed(adapter.shared))
     configs = configured(config, sites) if isinstance(config, Tuner) else {}
     return completed(Placed(adapter, sites, configs), weights)
 
@@ -96,6 +111,8 @@ def fresh(
     """
     root = Fresh(seed, library(weights), dtype=dtype)
     if isinstance(config, Prompt):
+        if config.reads_table and (name := input_table(weights)):
+            root.base = table_of(weights[name])
         return Placed(Adapter(config, {}, config.init(root)), {}, {})
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")

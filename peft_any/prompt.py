@@ -37,6 +37,8 @@ class Prompt(Config):
 
     tables: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
     """The tensors of a file."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are kept beside the trained ones and never trained."""
 
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -64,6 +66,11 @@ class Prompt(Config):
         """How many transformers take a prompt: an encoder-decoder's two, otherwise one."""
         return self.num_transformer_submodules or 1 + (self.task_type == "SEQ_2_SEQ_LM")
 
+    @property
+    def reads_table(self) -> bool:
+        """Whether fresh parameters are taken out of the model's embedding table."""
+        return False
+
     @abc.abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """Name the parameters of the file, with their shapes."""
@@ -74,4 +81,12 @@ class Prompt(Config):
 
     def portable(self, p: Params) -> Params:
         """Give the parameters in the form that a file carries, `shapes`."""
+        return p
+
+    def resumed(self, p: Params) -> Params:
+        """Give what is trained of a file's parameters."""
+        return p
+
+    def settled(self, p: Params) -> Params:
+        """Bring parameters that an optimiser has moved to where the method keeps them."""
         return p

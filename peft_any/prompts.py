@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft_any._typing import Array, Shape
 from peft_any.backend import (
     astype,
     creation_device,
+    detach,
     dtype_name,
     from_numpy_like,
     is_floating,
@@ -50,6 +52,94 @@ def extend_mask(mask: Array, count: int, value: int = 1) -> Array:
     virtual = xp.full(shape, fill, dtype=mask.dtype, device=device)
     longer: Array = xp.concat([virtual, mask], axis=-1)
     return longer
+
+
+def prepend_numbers(numbers: Sequence[int], x: Array) -> Array:
+    """Put numbers before those of every row.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> prepend_numbers([7, 8], np.asarray([[1], [2]]))
+    array([[7, 8, 1],
+           [7, 8, 2]])
+    """
+    head = astype(from_numpy_like(list(numbers), x), dtype_name(x))
+    longer: Array = namespace(x).concat([spread(head, tuple(x.shape[:-1])), x], axis=-1)
+    return longer
+
+
+def token_losses(logits: Array, labels: Any) -> Array:
+    """Give each token's cross-entropy, log Σ exp(z) - z of its label.
+
+    Parameters
+    ----------
+    logits : array (..., vocabulary)
+    labels : array (...) of int
+        Numbers below 0 give an arbitrary finite value.
+
+    Returns
+    -------
+    array (...)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> token_losses(np.asarray([[0.0, 0.0]]), np.asarray([1])).round(4)
+    array([0.6931])
+    """
+    xp = namespace(logits)
+    places = astype(from_numpy_like(list(range(logits.shape[-1])), labels), dtype_name(labels))
+    hits = astype(xp.expand_dims(labels, axis=-1) == places, dtype_name(logits))
+    shifted = logits - detach(xp.max(logits, axis=-1, keepdims=True))
+    total = xp.log(xp.sum(xp.exp(shifted), axis=-1))
+    losses: Array = total - xp.sum(shifted * hits, axis=-1)
+    return losses
+
+
+def numbered(
+    own: Sequence[int], ids: Sequence[int], labels: Array, types: Array | None
+) -> tuple[Any, Any]:
+    """Give CPT's labels behind its prompt's, and the number of each one's example, 0 for no label.
+
+    Parameters
+    ----------
+    own, ids : sequences of int
+        Types and numbers of the prompt's tokens.
+    labels, types : arrays (batch, tokens) of int
+        `types` are counted on from the largest of `own`; by default all are labels.
+
+    Returns
+    -------
+    kinds, labels : arrays (batch, T + tokens - 1) of int
+        Without the first token, which nothing predicts.
+    """
+    xp = namespace(labels)
+    kinds: Any = xp.full_like(labels, 4) if types is None else types
+    kinds = prepend_numbers(own, xp.where(kinds > 0, kinds + max(own), kinds))[:, 1:]
+    chosen = (kinds > 0) & (kinds % 4 == 0)
+    return xp.where(chosen, kinds, xp.zeros_like(kinds)), prepend_numbers(ids, labels)[:, 1:]
+
+
+def distinct_above(ids: Any) -> Array:
+    """Count, for each number, how many different positive ones of its row are larger.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> distinct_above(np.asarray([[4, 8, 8, 0, 12]]))
+    array([[2, 1, 1, 3, 0]])
+    """
+    xp, n = namespace(ids), ids.shape[1]
+    here: Any
+    there: Any
+    here, there = xp.expand_dims(ids, axis=2), xp.expand_dims(ids, axis=1)
+    ones = xp.ones((n, n), dtype=ids.dtype, device=creation_device(ids))
+    same = astype(here == there, dtype_name(ids)) * xp.tril(ones, k=-1)
+    first = astype((xp.sum(same, axis=2) == 0) & (ids > 0), dtype_name(ids))
+    larger = astype(there > here, dtype_name(ids))
+    count: Array = xp.sum(larger * xp.expand_dims(first, axis=1), axis=2)
+    return count
 
 
 def prepend(rows: Array, x: Array) -> Array:
@@ -124,9 +214,13 @@ def fresh(seed: int, backend: str, dtype: str, weight: Array | None = None) -> F
     """Open the draws of a prompt that stands alone, perhaps beside an embedding table (V, d)."""
     if weight is None:
         return Fresh(seed, resolve(backend), dtype=dtype)
+    return Fresh(seed, resolve(backend, weight), dtype=dtype, base=table_of(weight))
+
+
+def table_of(weight: Array) -> Dense:
+    """See an embedding table (V, d) as a layer."""
     vocabulary, d = weight.shape
-    base = Dense.of(weight, None, Site("embeddings", vocabulary, d, "Embedding", bias=False))
-    return Fresh(seed, resolve(backend, weight), dtype=dtype, base=base)
+    return Dense.of(weight, None, Site("embeddings", vocabulary, d, "Embedding", bias=False))
 
 
 def table_rows(columns: Array, count: int, tokens: Sequence[int] | None, new: Fresh) -> Array:

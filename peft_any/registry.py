@@ -37,10 +37,6 @@ _ABSENT = {
     "FROD": (_LATER, _MERGE),
     "TINYLORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now, and the files have other names", _MERGE),
-    **dict.fromkeys(
-        ("CPT",),
-        (_LATER, _RUN),
-    ),
 }
 """Methods of Hugging Face PEFT that are not here: why, and the way out."""
 

@@ -16,6 +16,7 @@ from peft_any.methods.beft import BeftConfig
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.c3a import C3AConfig
 from peft_any.methods.cartridge import CartridgeConfig
+from peft_any.methods.cpt import CPTConfig
 from peft_any.methods.deft import DeftConfig
 from peft_any.methods.delora import DeloraConfig
 from peft_any.methods.fourierft import FourierFTConfig
@@ -918,6 +919,29 @@ PROMPTS = [
     PromptCase(
         "cartridge-unfrozen",
         CartridgeConfig(num_virtual_tokens=4, token_dim=6, num_frozen_tokens=0, **HEADS),
+    ),
+    PromptCase("cpt", CPTConfig(cpt_token_ids=[3, 1, 4], token_dim=12, task_type="CAUSAL_LM")),
+    PromptCase(
+        "cpt-types",
+        CPTConfig(
+            cpt_token_ids=[3, 1, 4, 1, 5, 9],
+            cpt_tokens_type_mask=[0, 1, 2, 3, 4, 6],
+            opt_projection_epsilon=0.3,
+            opt_projection_format_epsilon=5.0,
+            token_dim=8,
+            task_type="CAUSAL_LM",
+        ),
+    ),
+    PromptCase(
+        "cpt-decay",
+        CPTConfig(
+            cpt_token_ids=[3, 1, 4, 1, 5, 9],
+            cpt_tokens_type_mask=[2, 4, 4, 6, 8, 8],
+            opt_weighted_loss_type="decay",
+            opt_loss_decay_factor=0.7,
+            token_dim=8,
+            task_type="CAUSAL_LM",
+        ),
     ),
 ]
 

@@ -40,7 +40,7 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors")
 BASES = {"lora-gpt": "gpt", "lora-many": "deep", "prefix": "gpt", "prompt": "gpt"}
 BASES |= {"prefix-projected": "gpt", "lora-classifier": "classifier"}
 BASES |= {"prompt-classifier": "classifier"}
-BASES |= dict.fromkeys(("cartridge", "multitask", "p-tuning"), "gpt")
+BASES |= dict.fromkeys(("cartridge", "cpt", "multitask", "p-tuning"), "gpt")
 KINDS = {"out_proj": "Linear"}  # square, in a net of both orientations
 
 

@@ -41,7 +41,17 @@ from tests.models import BF16, adapter, llama, random_adapter, sharded, single
 
 FILES = Path(__file__).parent / "golden" / "files"
 BASES = {"lora-gpt": "gpt", "lora-many": "deep", "lora-classifier": "classifier"}
-UNMERGED = "adaption", "cartridge", "lily", "multitask", "p-tuning", "poly", "prefix", "prompt"
+UNMERGED = (
+    "adaption",
+    "cartridge",
+    "cpt",
+    "lily",
+    "multitask",
+    "p-tuning",
+    "poly",
+    "prefix",
+    "prompt",
+)
 NAMES = sorted(p.name for p in FILES.iterdir() if p.is_dir() and not p.name.startswith(UNMERGED))
 QV = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from peft_any import Adapter, ConfigError, PeftModel, ShapeError, value_and_grad
-from peft_any.backend import namespace, resolve
+from peft_any.backend import namespace, resolve, to_numpy
 from peft_any.methods.cartridge import CartridgeConfig
+from peft_any.methods.cpt import CPTConfig
 from peft_any.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peft_any.methods.p_tuning import PromptEncoderConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
@@ -243,3 +244,66 @@ def test_a_cache_becomes_a_cartridge_whose_first_tokens_stay() -> None:
             config.of_cache(wrong)
     with pytest.raises(ConfigError, match="cannot be frozen"):
         CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=4)
+
+
+CPT = CPTConfig(
+    cpt_token_ids=[3, 1, 4],
+    cpt_tokens_type_mask=[1, 2, 4],
+    opt_projection_epsilon=3.0,
+    token_dim=6,
+    task_type="CAUSAL_LM",
+)
+
+
+def test_tokens_of_examples_are_trained_near_where_they_are(lib: Lib, tmp_path) -> None:
+    table = np.random.default_rng(0).standard_normal((7, 6)).astype("float32")
+    model = PeftModel({"wte.weight": table})
+    p = model.add("p", CPT).shared
+    assert model.parameters.trainable == 18
+    np.testing.assert_array_equal(p["embedding.weight"], table[[3, 1, 4]])
+    np.testing.assert_array_equal(CPT.portable(p)["prompt_embeddings"], table[[3, 1, 4]])
+    p["delta_embedding.weight"] = np.ones((3, 6), dtype="float32")
+    got = CPT.settled(p)["delta_embedding.weight"]
+    bounds = np.asarray([0.1, 3.0, 0.0]) * (6 / 2048) ** 0.5
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), bounds, rtol=1e-6)
+    lib.check(lib.call(CPT.portable, p)["prompt_embeddings"], got + table[[3, 1, 4]], rtol=1e-6)
+    _, grads = value_and_grad(
+        lambda p: namespace(*p.values()).sum(CPT.portable(p)["prompt_embeddings"])
+    )(p)
+    assert not np.any(grads["embedding.weight"])
+    assert not np.any(grads["delta_embedding.weight"][2])
+    assert np.all(grads["delta_embedding.weight"][:2])
+    model["p"].save(tmp_path / "a")
+    again = PeftModel({"wte.weight": table})
+    more = again.add("p", Adapter.load(tmp_path / "a")).shared
+    np.testing.assert_array_equal(more["embedding.weight"], got + table[[3, 1, 4]])
+    assert not np.any(more["delta_embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task_type": "SEQ_CLS"}, "give 'CAUSAL_LM'"),
+        ({"cpt_mask": [1]}, "one for each"),
+        ({"opt_weighted_loss_type": "best"}, "is unknown"),
+    ],
+)
+def test_prompts_of_examples_say_what_they_need(fields, message) -> None:
+    given = {"cpt_token_ids": [1, 2], "task_type": "CAUSAL_LM", **fields}
+    with pytest.raises(ConfigError, match=message):
+        CPTConfig(**given)
+
+
+def test_the_loss_of_examples_is_the_same_on_every_library(lib: Lib) -> None:
+    config = next(c.config for c in PROMPTS if c.name == "cpt-decay")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((2, 11, 20)), rng.integers(0, 20, (2, 5))
+    labels[0, 1] = -100
+    want = config.loss(logits, labels)
+    lib.check(lib.call(config.loss, logits, labels), np.asarray(want), rtol=1e-12)
+    if lib.has_values and lib.backend.name != "dask":
+        given = lib.array(labels)
+        _, grads = value_and_grad(lambda z: config.loss(z, given))(lib.array(logits))
+        step = 1e-6 * rng.standard_normal(logits.shape)
+        rise = (config.loss(logits + step, labels) - config.loss(logits - step, labels)) / 2
+        np.testing.assert_allclose(np.sum(to_numpy(grads) * step), rise, rtol=1e-6)

@@ -295,6 +295,7 @@ MADE: dict[str, Made] = {
         lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **LANGUAGE),
     ),
     "cartridge": (make_gpt, lambda: peft.CartridgeConfig(num_virtual_tokens=3, **LANGUAGE)),
+    "cpt": (make_gpt, lambda: peft.CPTConfig(cpt_token_ids=[3, 1], **LANGUAGE)),
     "multitask": (
         make_gpt,
         lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, **LANGUAGE),

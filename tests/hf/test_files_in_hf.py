@@ -75,7 +75,7 @@ def test_a_rewritten_file_is_loaded(name: str, adapter_name: str, tmp_path: Path
     same(tensors_of(model, adapter_name, **options), tmp_path / "a")
 
 
-UNMERGED = "cartridge", "lily", "multitask", "p-tuning", "prefix", "prompt"
+UNMERGED = "cartridge", "cpt", "lily", "multitask", "p-tuning", "prefix", "prompt"
 LAYERED = [name for name in make_files.MADE if not name.startswith(UNMERGED)]
 
 
@@ -115,6 +115,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "P_TUNING": {},
     "MULTITASK_PROMPT_TUNING": {"num_tasks": 2},
     "CARTRIDGE": {},
+    "CPT": {"cpt_token_ids": [3, 1, 4]},
 }
 
 
