@@ -75,7 +75,17 @@ def test_a_rewritten_file_is_loaded(name: str, adapter_name: str, tmp_path: Path
     same(tensors_of(model, adapter_name, **options), tmp_path / "a")
 
 
-UNMERGED = "cartridge", "cpt", "lily", "multitask", "p-tuning", "prefix", "prompt"
+UNMERGED = (
+    "adaption",
+    "cartridge",
+    "cpt",
+    "lily",
+    "multitask",
+    "p-tuning",
+    "poly",
+    "prefix",
+    "prompt",
+)
 LAYERED = [name for name in make_files.MADE if not name.startswith(UNMERGED)]
 
 
