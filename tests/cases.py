@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from peft_any.backend import resolve
-from peft_any.layer import Dense, Site
+from peft_any import testing
+from peft_any.layer import Site
 from peft_any.method import Prompt
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.methods.adaption_prompt import AdaptionPromptConfig
@@ -49,8 +47,6 @@ from peft_any.methods.unilora import UniLoraConfig
 from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
-from peft_any.registry import Config
-from peft_any.rng import Fresh
 from peft_any.variants import BdLoraConfig, KasaConfig
 
 SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
@@ -58,28 +54,15 @@ SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row.
+class Case(testing.Case):
+    """One row; its name is also that of its golden file.
 
     Attributes
     ----------
-    name : str
-        Also the name of its golden file.
-    config : Config
-    site : Site
-    identity : str or None
-        Why a fresh adapter does not leave the layer as it was; None: it does.
-    reverts : float
-        Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
     hf : str or None
         Why Hugging Face PEFT has no such case; None: it has, and a golden file holds its result.
     """
 
-    name: str
-    config: Config
-    site: Site
-    identity: str | None = None
-    reverts: float = 20.0
     hf: str | None = None
 
     @property
@@ -87,31 +70,6 @@ class Case:
         """Whether Hugging Face PEFT computes it in float32, even where all is float64."""
         kasa = getattr(self.config, "kasa_config", None)
         return self.config.peft_type in SINGLE or kasa is not None
-
-    def base(self, seed: int = 0, *, dtype: str = "float32", bias: bool | None = None) -> Dense:
-        """Draw a base layer for the row, on the host."""
-        rng = np.random.default_rng([seed, 1])
-        bias = self.site.bias if bias is None else bias
-        weight = rng.standard_normal((self.site.n_out, self.site.width)) / self.site.width**0.5
-        shift = rng.standard_normal(self.site.n_out).astype(dtype) if bias else None
-        return Dense(weight.astype(dtype), shift, self.site)
-
-    def fresh(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
-        """Draw the initial parameters, shared ones included, on the host."""
-        config = self.config.at(self.site)
-        new = Fresh(seed, resolve("numpy"), key=self.site.name, dtype=dtype, base=base)
-        return {**config.init_shared([self.site], new), **config.init(self.site, new)}
-
-    def params(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
-        """Draw parameters as training leaves them: none at its initial value."""
-        rng = np.random.default_rng([seed, 2])
-        p = self.fresh(base, seed, dtype)
-        config = self.config.at(self.site)
-        trained = config.shapes(self.site).keys() - config.frozen
-        return {
-            k: (v + 0.2 * rng.standard_normal(v.shape)).astype(dtype) if k in trained else v
-            for k, v in p.items()
-        }
 
 
 RANDOM = "HF's init_weights=False draws every factor"

@@ -13,8 +13,8 @@ from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import linear
 from peft_any.methods.adaption_prompt import AdaptionPromptConfig
 from peft_any.rng import Fresh
-from tests.conftest import Lib
-from tests.gradients import ENGINES, difference, finite_differences, gradients, like
+from peft_any.testing import Lib
+from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
 
 CONFIG = AdaptionPromptConfig(adapter_len=3, adapter_layers=2)
 

@@ -22,7 +22,14 @@ from peft_any.bound import Parameters
 from peft_any.errors import BackendError, GradientError
 from peft_any.tape import space as tape
 from peft_any.tape import var
-from tests.gradients import ENGINES, difference, finite_differences, gradients, mapped, prepared
+from peft_any.testing.gradients import (
+    ENGINES,
+    difference,
+    finite_differences,
+    gradients,
+    mapped,
+    prepared,
+)
 
 every = pytest.mark.parametrize("engine", ENGINES)
 X = np.random.default_rng(0).standard_normal((3, 4))

@@ -37,7 +37,7 @@ from peft_any.backend import (
     to_numpy,
 )
 from peft_any.errors import BackendError
-from tests.conftest import missing
+from peft_any.testing import missing
 
 MODULES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax"}
 MODULES["dask"] = "dask.array"

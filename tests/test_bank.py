@@ -24,8 +24,8 @@ from peft_any.bank import MixedLayer, factored
 from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
 from peft_any.parts import Part
+from peft_any.testing import Lib
 from tests.cases import CASES, Case
-from tests.conftest import Lib
 from tests.test_laws import inputs
 
 ROWS = [1, 0, 2, 1, 0, 1]

@@ -33,8 +33,8 @@ from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.model import PeftModel
 from peft_any.oneshot import merge
+from peft_any.testing import Lib
 from tests.cases import CASES, Case
-from tests.conftest import Lib
 
 WEIGHTS = (0.7, -0.3)
 rows = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -16,7 +16,7 @@ from peft_any.demo.airfoil import BACK, averaged, flights, network, with_mirror_
 from peft_any.demo.specialise import METHODS, specialise
 from peft_any.errors import BackendError, StorageError, UsageError, VerifyError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
-from tests.conftest import missing
+from peft_any.testing import missing
 
 
 @pytest.mark.parametrize("library", ["numpy", "strict", "torch", "jax", "dask", "cupy"])

@@ -19,7 +19,7 @@ from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.surgery.comparison import CheckpointDifference
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 M, N = 14, 11
 

@@ -20,7 +20,7 @@ from peft_any.errors import ShapeError, StorageError, TargetError, UsageError, V
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.surgery.division import shortened
 from peft_any.surgery.extracted import Extraction
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 RNG = np.random.default_rng(0)
 LAYERS = ("layers.0", "layers.1")

@@ -18,8 +18,8 @@ from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError
 from peft_any.layer import linear
 from peft_any.model import PeftModel
+from peft_any.testing import Lib
 from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED, AttendedCase, Case, PromptCase, RoutedCase
-from tests.conftest import Lib
 
 HERE = Path(__file__).parent / "golden"
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -21,7 +21,7 @@ from peft_any.algebra.lowrank import (
 )
 from peft_any.backend import to_numpy
 from peft_any.errors import ConfigError, ShapeError
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 sizes = st.integers(1, 12)
 EPS = 2.3e-16

@@ -32,8 +32,8 @@ from peft_any.naming.fusing import Pieces
 from peft_any.naming.heads import Heads
 from peft_any.naming.regrouping import split_modules
 from peft_any.naming.rules import PRESETS, Rename, read_rules
+from peft_any.testing import Lib
 from tests.cases import CASES, Case
-from tests.conftest import Lib
 
 QKV = ("q_proj", "k_proj", "v_proj")
 LINEAR = [case for case in CASES if case.site.kind == "Linear"]

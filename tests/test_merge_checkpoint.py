@@ -36,7 +36,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.surgery.merge import storage_dtype
-from tests.conftest import missing
+from peft_any.testing import missing
 from tests.models import BF16, adapter, llama, random_adapter, sharded, single
 
 FILES = Path(__file__).parent / "golden" / "files"

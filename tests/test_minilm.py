@@ -14,8 +14,8 @@ import peft_any
 from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy, move, resolve, to_numpy
 from peft_any.model import PeftModel
+from peft_any.testing import missing
 from tests import minilm
-from tests.conftest import missing
 
 HERE = Path(__file__).parent / "golden" / "minilm"
 ADAPTERS = ("lora", "dora", "loha", "ia3", "oft")

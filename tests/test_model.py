@@ -26,7 +26,7 @@ from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.osf import OSFConfig
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 rng = np.random.default_rng(5)
 

@@ -15,8 +15,8 @@ from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.prompts import extend_mask
 from peft_any.rng import Fresh
+from peft_any.testing import Lib
 from tests.cases import PROMPTS, PromptCase
-from tests.conftest import Lib
 
 table = pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
 SIZES = {"num_layers": 3, "token_dim": 6, "num_attention_heads": 2}

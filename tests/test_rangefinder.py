@@ -16,7 +16,7 @@ from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.rangefinder import SLACK, approximate
 from peft_any.backend import dtype_name, resolve, to_numpy
 from peft_any.rng import Fresh
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 NUMPY = resolve("numpy")
 INDEX = np.arange(1, 301)

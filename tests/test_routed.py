@@ -18,9 +18,9 @@ from peft_any.methods.lily import LilyConfig
 from peft_any.methods.poly import PolyConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
+from peft_any.testing import Lib
+from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
 from tests.cases import ROUTED, RoutedCase
-from tests.conftest import Lib
-from tests.gradients import ENGINES, difference, finite_differences, gradients, like
 from tests.test_laws import ROUNDING, inputs, relative
 
 never = pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 import peft_any
 from peft_any import PeftModel
-from tests.conftest import missing
+from peft_any.testing import missing
 from tests.spread import CONFIGS, HOST, INPUT, network
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from peft_any.layer import linear
-from tests.gradients import ENGINES, difference, finite_differences, gradients, weighed
+from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, weighed
 
 Function = Callable[..., Any]
 

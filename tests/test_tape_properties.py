@@ -21,8 +21,8 @@ from peft_any.tape import fft
 from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
 from peft_any.tape.rules import RULES
 from peft_any.tape.shapes import COMPOSITES
-from tests.conftest import missing
-from tests.gradients import difference, finite_differences, gradients, weighed
+from peft_any.testing import missing
+from peft_any.testing.gradients import difference, finite_differences, gradients, weighed
 
 Function = Callable[..., Any]
 Draw = Callable[[st.SearchStrategy[Any]], Any]

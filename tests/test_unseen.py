@@ -22,7 +22,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.model import PeftModel
 from peft_any.parts import Part, effect
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
-from tests.conftest import Lib
+from peft_any.testing import Lib
 
 rng = np.random.default_rng(9)
 

@@ -1,30 +1,37 @@
-"""What the tests of gradients share: how to compute them on every engine, and how to compare."""
+"""Gradients on every engine, and by finite differences, to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import SkipTest
 
 import numpy as np
-import pytest
 
 from peft_any.autodiff import flatten, value_and_grad
-from peft_any.backend import from_numpy, namespace, resolve, to_numpy
-from tests.conftest import missing
+from peft_any.backend import Backend, from_numpy, namespace, resolve, to_numpy
+from peft_any.testing.libraries import missing
 
-ENGINES = ["numpy", "strict", "torch:tape", "jax:tape", "torch", "jax"]
+ENGINES = ("numpy", "strict", "torch:tape", "jax:tape", "torch", "jax")
 """Libraries; with ":tape", recorded by the tape although they differentiate themselves."""
 
 
-def prepared(engine: str) -> tuple[Any, str]:
-    """Give a library and the engine to use on it, or skip where it is not installed."""
+def prepared(engine: str) -> tuple[Backend, Any]:
+    """Give a library and the engine to use on it.
+
+    Raises
+    ------
+    unittest.SkipTest
+        If it is not installed.
+    """
     library, _, forced = engine.partition(":")
     if reason := missing(library):
-        pytest.skip(reason)
+        raise SkipTest(reason)
     if library == "jax":
-        import jax
+        import jax  # noqa: PLC0415 - an extra
 
-        jax.config.update("jax_enable_x64", True)
+        config: Any = jax.config
+        config.update("jax_enable_x64", True)
     return resolve(library), forced or "auto"
 
 
@@ -40,7 +47,7 @@ def gradients(engine: str, f: Callable[..., Any], params: Any, *rest: Any) -> tu
     there = [mapped(lambda x: from_numpy(np.array(x), backend), a) for a in (params, *rest)]
     both = value_and_grad(f, engine=how)
     if backend.name == "jax":  # compiled once, instead of operation by operation
-        import jax
+        import jax  # noqa: PLC0415 - an extra
 
         arrays, _, fill = flatten(there)
 
@@ -52,7 +59,8 @@ def gradients(engine: str, f: Callable[..., Any], params: Any, *rest: Any) -> tu
         grads = flatten(there[0])[2](found)
     else:
         loss, grads = both(*there)
-    assert resolve("auto", loss).name == backend.name
+    if (found_on := resolve("auto", loss).name) != backend.name:
+        raise AssertionError(f"{engine}: the loss is an array of {found_on}")
     return float(to_numpy(loss)), mapped(to_numpy, grads)
 
 
@@ -60,9 +68,10 @@ def difference(got: Any, want: Any) -> float:
     """Largest difference of two nests of arrays, relative to the largest entry wanted."""
     pairs = list(zip(flatten(got)[0], flatten(want)[0], strict=True))
     for g, w in pairs:
-        assert g.shape == w.shape
-        assert g.dtype == w.dtype
-        assert np.all(np.isfinite(g))
+        if (g.shape, g.dtype) != (w.shape, w.dtype):
+            raise AssertionError(f"a gradient is {g.dtype} {g.shape}, not {w.dtype} {w.shape}")
+        if not np.all(np.isfinite(g)):
+            raise AssertionError("a gradient is not finite")
     size = max([float(np.max(np.abs(w), initial=0.0)) for _, w in pairs] + [1.0])
     return max(float(np.max(np.abs(g - w), initial=0.0)) for g, w in pairs) / size
 

@@ -1,0 +1,149 @@
+"""The law of gradients: finite differences, and every engine, agree."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from types import ModuleType
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+
+from peft_any.backend import detach, namespace
+from peft_any.layer import Dense
+from peft_any.testing.case import Case
+from peft_any.testing.gradients import difference, gradients, like
+
+Way = Literal["forward", "merge"]
+_OWNERS = {"peft_any", "peft_any.backend", "peft_any._arrays", __name__}
+
+
+class Problem:
+    """A loss of a case's trained parameters; all else is frozen and comes as other arguments."""
+
+    def __init__(self, case: Case, way: Way) -> None:
+        self.case, self.way = case, way
+        self.config, base = case.resolved, case.base(dtype="float64")
+        p = case.params(base, dtype="float64")
+        shared = self.config.shared_shapes([case.site])
+        names = {*self.config.shapes(case.site), *shared} - self.config.frozen
+        self.trained = {k: v for k, v in p.items() if k in names}
+        frozen = {k: v for k, v in p.items() if k not in names}
+        self.rest = frozen, case.inputs(dtype="float64"), base.weight, base.bias
+
+    def loss(self, trained: Any, frozen: Any, x: Any, weight: Any, bias: Any) -> Any:
+        """Weigh the squares of the output, or of the merged layer, with fixed numbers."""
+        layer, p = Dense(weight, bias, self.case.site), {**frozen, **trained}
+        if self.way == "forward":
+            parts = [self.config.forward(p, x, layer)]
+        else:
+            merged = self.config.merge(p, layer)
+            parts = [merged.weight] if bias is None else [merged.weight, merged.bias]
+        xp = namespace(*parts)
+        total = 0.0
+        for y in parts:
+            n = np.arange(np.prod(y.shape, dtype=int))
+            total = total + xp.sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
+        return total
+
+    def slope(self, along: dict[str, Any], h: float = 1e-4) -> float:
+        """Differentiate along a direction by central differences of fourth order."""
+
+        def at(t: float) -> float:
+            p = {k: v + t * along[k] if k in along else v for k, v in self.trained.items()}
+            return float(self.loss(p, *self.rest))
+
+        return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+
+
+class Constants:
+    """Stands in for `detach`: what one computation detaches is what all the later ones get."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+        self.next: Iterator[Any] | None = None
+
+    def __call__(self, x: Any) -> Any:
+        """Hold an array, or give the one that is held in its place."""
+        if self.next is None:
+            self.held.append(x)
+            return x
+        constant = next(self.next)
+        return x.space.wrap(constant) if hasattr(x, "space") else constant
+
+    def watch(self, compute: Callable[[], object]) -> None:
+        """Compute; from now on give what this has detached, in turn."""
+        self.held.clear()
+        compute()
+        self.next = cycle(self.held)
+
+
+@contextmanager
+def constants() -> Iterator[Constants]:
+    """Hold what methods detach at the values of the first computation that is watched."""
+    found, changed = Constants(), list[tuple[ModuleType, Any]]()
+    for name, module in [*sys.modules.items()]:
+        if name not in _OWNERS and vars(module).get("detach") is detach:
+            changed.append((module, patch.object(module, "detach", found)))
+    for _, one in changed:
+        one.start()
+    try:
+        yield found
+    finally:
+        for _, one in changed:
+            one.stop()
+
+
+def differences(case: Case, way: Way = "forward") -> None:
+    """Check gradients, as the tape computes them, against finite differences.
+
+    What the method detaches counts as constant.
+    """
+    problem, rng = Problem(case, way), np.random.default_rng(1)
+    if not problem.trained:
+        return
+    with constants() as held:
+        held.watch(lambda: problem.loss(problem.trained, *problem.rest))
+        _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+
+        def agree(names: Any) -> bool:
+            along = {k: rng.standard_normal(problem.trained[k].shape) for k in names}
+            slant = sum(float(np.sum(grads[k] * d)) for k, d in along.items())
+            size = sum(float(np.sum(np.abs(grads[k] * d))) for k, d in along.items())
+            return abs(slant - problem.slope(along)) <= 1e-6 * max(size, 1.0)
+
+        if all(agree(problem.trained) for _ in range(3)):
+            return
+        wrong = [k for k in problem.trained if not agree([k])]
+    raise AssertionError(
+        f"{case.where}: {way} has a wrong gradient by {', '.join(wrong or problem.trained)}: it is "
+        "not what finite differences give; look for a custom_vjp, and for what is rounded or chosen"
+    )
+
+
+def engines(case: Case, engine: str, way: Way = "forward") -> None:
+    """Check that an engine gives the gradients of the tape on NumPy.
+
+    Raises
+    ------
+    unittest.SkipTest
+        If its library is not installed.
+    """
+    problem = Problem(case, way)
+    if not problem.trained:
+        return
+    value, want = gradients("numpy", problem.loss, problem.trained, *problem.rest)
+    loss, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
+    where = f"{case.where}: {engine}: the"
+    if abs(loss - value) > 1e-12 * max(abs(value), 1.0):
+        raise AssertionError(f"{where} loss of {way} is {loss}, not {value}")
+    off = difference(got, want)
+    if not off < 1e-12:
+        wrong = [k for k in want if not difference(got[k], want[k]) < 1e-12]
+        raise AssertionError(
+            f"{where} gradient of {way} by {', '.join(wrong)} is not the tape's on NumPy: they are "
+            f"{off:.2g} of the largest entry apart"
+        )

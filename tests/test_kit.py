@@ -1,0 +1,243 @@
+"""The kit for method authors: it passes sound methods, and says what is wrong with others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_any.backend import backend_of, creation_device, detach, namespace, resolve
+from peft_any.custom import custom_vjp
+from peft_any.errors import ConfigError, UsageError
+from peft_any.layer import Site
+from peft_any.method import Additive, Tuner
+from peft_any.methods.lora import LoraConfig
+from peft_any.methods.miss import MissConfig
+from peft_any.methods.prompt_tuning import PromptTuningConfig
+from peft_any.registry import _known
+from peft_any.testing import assert_close, check_method, missing, rows
+
+FC = [Site("fc", 6, 5)]
+HOST = {"backends": ["numpy"], "seeds": [0]}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Forget the methods that a test defines."""
+    before = dict(_known)
+    yield
+    _known.clear()
+    _known.update(before)
+
+
+def scaling(peft_type: str, **functions: Any) -> Any:
+    """Make a method that scales rows, W′ = diag(1 + v)·W, with some functions replaced."""
+
+    class Scale(Tuner, peft_type=peft_type, prefix="scale_"):
+        def shapes(self, site):
+            return {"scale_v": (site.n_out,)}
+
+        def init(self, site, new):
+            return {"scale_v": new.zeros((site.n_out,))}
+
+        def merge(self, p, base):
+            return base.replace(weight=base.weight * (1.0 + p["scale_v"])[:, None])
+
+        def forward(self, p, x, base):
+            y = base(x) if base.bias is None else base(x) - base.bias
+            y = y * (1.0 + p["scale_v"])
+            return y if base.bias is None else y + base.bias
+
+        def unmerge(self, p, merged):
+            return merged.replace(weight=merged.weight / (1.0 + p["scale_v"])[:, None])
+
+    for name, f in functions.items():
+        setattr(Scale, name, f)
+    return dataclass(frozen=True, kw_only=True)(Scale)()
+
+
+def complaint(config: Any, **options: Any) -> str:
+    with pytest.raises(AssertionError) as raised:
+        check_method(config, FC, **(HOST | options))
+    return str(raised.value)
+
+
+def test_sound_methods_pass_everywhere() -> None:
+    found = check_method(scaling("SOUND"), FC, reverts=200)
+    assert "fc: libraries: numpy:readonly" in found.passed
+    assert all(f"fc: libraries: {row}" in found.passed for row in rows() if not missing(row))
+    assert not any("cupy" in line for line in found.passed) or not missing("cupy")
+
+
+def test_our_own_methods_pass_on_the_usual_layers() -> None:
+    found = check_method(LoraConfig(r=3), **HOST)
+    layers = {name.partition(":")[0] for name in found.passed}
+    assert {"fc", "a.odd", "wte", "conv2"} <= layers
+    found = check_method(MissConfig(r=9), **HOST)
+    assert not found.skipped
+
+
+def test_a_forward_that_is_not_the_merged_layer_is_caught() -> None:
+    def forward(self, p, x, base):
+        return base(x) * (1.0 + 2.0 * p["scale_v"])
+
+    said = complaint(scaling("DISAGREES", forward=forward))
+    assert "forward and merge disagree, by " in said
+    assert "Scale at fc (Linear 6 → 5)" in said
+
+
+def test_writing_in_place_is_caught() -> None:
+    def merge(self, p, base):
+        weight = base.weight
+        weight *= (1.0 + p["scale_v"])[:, None]
+        return base.replace(weight=weight)
+
+    said = complaint(scaling("INPLACE", merge=merge))
+    assert "merge writes in place, to the base's weight: give new arrays" in said
+    assert "libraries: numpy:readonly" in said
+
+
+@pytest.mark.parametrize("row", ["strict", "torch"])
+def test_ignoring_the_device_is_caught(row: str) -> None:
+    if reason := missing(row):
+        pytest.skip(reason)
+
+    def merge(self, p, base):
+        w = base.weight
+        xp = namespace(w)
+        scale = xp.eye(w.shape[0], dtype=w.dtype) * (1.0 + p["scale_v"])[:, None]
+        return base.replace(weight=scale @ w)
+
+    said = complaint(scaling("DEVICELESS", merge=merge), backends=[row], reverts=200)
+    other = {"strict": "strict:device1", "torch": "torch:meta"}[row]
+    assert f"fc: libraries: {other}: " in said
+    assert "device=" in said
+    assert f"fc: libraries: {row}: " not in said
+
+
+def test_initial_values_on_another_device_are_caught() -> None:
+    row = "strict"  # torch's second device holds no numbers to draw
+    if reason := missing(row):
+        pytest.skip(reason)
+
+    def init(self, site, new):
+        here = resolve(row)
+        return {"scale_v": here.xp.zeros((site.n_out,), dtype=here.xp.float32)}
+
+    class Away:
+        def __get__(self, config, owner):
+            return lambda site, new: (
+                init(config, site, new)
+                if new.backend.name == row
+                else {"scale_v": new.zeros((site.n_out,))}
+            )
+
+    said = complaint(scaling("AWAY", init=Away()), backends=[row], reverts=200)
+    assert "initial scale_v: the array is on the device" in said
+
+
+def test_a_wrong_gradient_is_caught() -> None:
+    twice = custom_vjp(lambda v: (2.0 * v, ()), lambda _, g: (3.0 * g,))
+
+    def merge(self, p, base):
+        return base.replace(weight=base.weight * (1.0 + twice(p["scale_v"]))[:, None])
+
+    def forward(self, p, x, base):
+        return self.merge(p, base)(x)
+
+    def unmerge(self, p, merged):
+        return merged.replace(weight=merged.weight / (1.0 + 2.0 * p["scale_v"])[:, None])
+
+    wrong = scaling("STEEP", merge=merge, forward=forward, unmerge=unmerge)
+    said = complaint(wrong, reverts=500)
+    assert "breaks 1 of" in said
+    assert "forward has a wrong gradient by scale_v" in said
+
+
+def test_what_is_detached_counts_as_constant() -> None:
+    def merge(self, p, base):
+        return base.replace(weight=base.weight * (1.0 + detach(p["scale_v"]))[:, None])
+
+    def forward(self, p, x, base):
+        return self.merge(p, base)(x)
+
+    check_method(scaling("DETACHED", merge=merge, forward=forward), FC, reverts=200, **HOST)
+
+
+def test_dropping_the_bias_is_caught() -> None:
+    def forward(self, p, x, base):
+        return x @ (base.weight * (1.0 + p["scale_v"])[:, None]).T
+
+    assert "forward drops the bias" in complaint(scaling("FLAT", forward=forward), reverts=200)
+
+    def merge(self, p, base):
+        weight = base.weight * (1.0 + p["scale_v"])[:, None]
+        return type(base)(weight, None, base.site)
+
+    assert "merge drops the bias" in complaint(scaling("FLATTER", merge=merge), reverts=200)
+
+
+def test_other_faults_are_named() -> None:
+    said = complaint(scaling("RESTLESS", init=lambda self, site, new: {"scale_v": new.ones((5,))}))
+    assert "a fresh adapter changes the weight" in said
+    said = complaint(scaling("MISFIT", shapes=lambda self, site: {"scale_v": (1,)}))
+    assert "shapes announces {'scale_v': (1,)}" in said
+    said = complaint(scaling("NAMELESS", unmerge=Tuner.unmerge))
+    assert "say that it cannot be done (reverts=0)" in said
+    assert "reverts=0" in complaint(scaling("ABLE"), reverts=0)
+    said = complaint(scaling("RAISES", merge=lambda self, p, base: p["none"]))
+    assert "KeyError" in said
+    said = complaint(scaling("BOUND", changes_bias=lambda self, site: True), reverts=200)
+    assert "changes_bias says yes" in said
+
+
+def test_names_of_parameters_that_files_lose_are_caught() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class LostConfig(Additive, peft_type="LOST", prefix="lost_"):
+        def shapes(self, site):
+            return {"d": (site.n_out, site.width)}
+
+        def init(self, site, new):
+            return {"d": new.zeros((site.n_out, site.width))}
+
+        def delta(self, p, site):
+            return p["d"]
+
+    said = complaint(LostConfig())
+    assert "LOST has no such tensor" in said
+    assert "breaks 1 of" in said
+
+
+def test_what_cannot_be_checked_is_refused() -> None:
+    with pytest.raises(UsageError, match="it is no Tuner"):
+        check_method(PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="cannot adapt a Norm layer"):
+        check_method(LoraConfig(), [Site("n", 3, 3, "Norm")])
+    with pytest.raises(UsageError, match="library 'numpi' cannot be tested"):
+        check_method(LoraConfig(r=1), FC, backends=["numpi"])
+
+
+def test_closeness_compares_the_kind_before_the_values(lib, xp) -> None:
+    assert lib.backend.xp is xp
+    host = np.asarray([1.0, 2.0])
+    x = lib.array(host)
+    assert_close(x, lib.array(host))
+    for wrong, why in [
+        (lib.array(host[:1]), r"the shape is \(1,\), not \(2,\)"),
+        (lib.array(host.astype("float32")), "the dtype is float32, not float64"),
+        ([1.0, 2.0], "there is a list, not an array"),
+    ]:
+        with pytest.raises(AssertionError, match=f"y: {why}"):
+            assert_close(wrong, x, where="y")
+    if lib.name != "numpy":
+        with pytest.raises(AssertionError, match="the array is one of"):
+            assert_close(x, host)
+    if lib.row in ("strict:device1", "torch:meta"):
+        with pytest.raises(AssertionError, match="on the device"):
+            assert_close(x, host, on=resolve(lib.name))
+    if lib.has_values:
+        assert creation_device(x) == backend_of(x).device
+        with pytest.raises(AssertionError, match="the values differ by more than 1e-14 of 2"):
+            assert_close(lib.array(host + 1e-9), x, rtol=1e-14)
