@@ -26,7 +26,6 @@ from peft_any.layer import Dense
 from peft_any.parts import Part
 from peft_any.testing import Lib
 from tests.cases import CASES, Case
-from tests.test_laws import inputs
 
 ROWS = [1, 0, 2, 1, 0, 1]
 PARTNER = LoraConfig(r=2, lora_alpha=3)
@@ -55,7 +54,7 @@ def test_each_row_is_its_own_adapters(case: Case, lib: Lib) -> None:
     if lib.name in TRACED and FIRST[config.peft_type] != case.name:
         pytest.skip("traced for one row of each method: the mixture's own code is the same for all")
     p, q = case.params(base, 0), case.params(base, 1)
-    x = inputs(case, (len(ROWS), 3), "float32", 0)
+    x = case.inputs((len(ROWS), 3))
     alone = mixed(case, p, q, base.weight, base.bias, path=None).layers
     want = np.stack([alone[k](x[i]) for i, k in enumerate(ROWS)])
     stackable = factored(config, case.site) and case.site.kind != "Embedding"

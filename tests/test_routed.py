@@ -19,9 +19,9 @@ from peft_any.methods.poly import PolyConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
 from peft_any.testing import Lib
+from peft_any.testing.closeness import gap, rounding
 from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
 from tests.cases import ROUTED, RoutedCase
-from tests.test_laws import ROUNDING, inputs, relative
 
 never = pytest.mark.parametrize(
     "case", [c for c in ROUTED if isinstance(c.config, Routed)], ids=lambda case: case.name
@@ -38,21 +38,21 @@ def parameters(case: RoutedCase, base: Dense, seed: int, dtype: str) -> dict[str
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
 def test_a_fresh_adapter_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
     base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
-    p, x = {**case.fresh(base, seed, dtype), **case.routing}, inputs(case, (2, 3), dtype, seed)
-    change = relative(config.forward(p, x, base), base(x))
-    assert change > 1e-3 if case.identity else change <= ROUNDING[dtype]
+    p, x = {**case.fresh(base, seed, dtype), **case.routing}, case.inputs((2, 3), dtype, seed)
+    change = gap(config.forward(p, x, base), base(x))
+    assert change > 1e-3 if case.identity else change <= rounding(dtype)
 
 
 @table
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
 def test_preparing_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
     base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
-    p, x = parameters(case, base, seed, dtype), inputs(case, (2, 3), dtype, seed)
+    p, x = parameters(case, base, seed, dtype), case.inputs((2, 3), dtype, seed)
     y = config.forward(p, x, base)
     assert y.dtype == x.dtype
     assert y.shape == (2, 3, case.site.n_out)
-    assert relative(config.forward(config.prepare(p, base), x, base), y) <= 200 * ROUNDING[dtype]
-    assert relative(y, base(x)) > 1e-3
+    assert gap(config.forward(config.prepare(p, base), x, base), y) <= 200 * rounding(dtype)
+    assert gap(y, base(x)) > 1e-3
 
 
 @never
@@ -72,7 +72,7 @@ def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
 @table
 def test_every_library_gives_numpys_numbers(case: RoutedCase, lib: Lib) -> None:
     config, base = case.config.at(case.site), case.base()
-    p, x = parameters(case, base, 0, "float32"), inputs(case, (2, 3), "float32", 0)
+    p, x = parameters(case, base, 0, "float32"), case.inputs((2, 3), "float32", 0)
 
     def adapt(p, x, weight, bias):
         return config.forward(p, x, Dense(weight, bias, case.site))
@@ -100,7 +100,7 @@ class Problem:
         self.config, self.site = case.config.at(case.site), case.site
         base = case.base(dtype="float64")
         self.trained, self.routing = case.params(base, dtype="float64"), case.routing
-        self.rest = inputs(case, (2, 3), "float64", 0), base.weight, base.bias
+        self.rest = case.inputs((2, 3), "float64", 0), base.weight, base.bias
 
     def loss(self, trained: Any, x: Any, weight: Any, bias: Any) -> Any:
         p = {**trained, **self.routing}

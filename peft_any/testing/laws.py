@@ -13,7 +13,7 @@ import numpy as np
 from peft_any.adapter import Adapter
 from peft_any.backend import resolve
 from peft_any.errors import Irreversible
-from peft_any.layer import Dense
+from peft_any.layer import EXPERTS, Dense
 from peft_any.method import Additive
 from peft_any.rng import Fresh
 from peft_any.testing.case import Case
@@ -266,7 +266,10 @@ def files(case: Case, folder: Path | None = None) -> None:
         loaded = Adapter.load(folder / "a")
         loaded.save(folder / "b")
     _must(type(loaded.config) is type(config), case, f"files give a {loaded.config.where}")
-    found = loaded.sites.get(case.site.name, {})
+    module = case.site.name
+    if case.site.kind in EXPERTS:  # PEFT's files say the parameter's module, not its own name
+        module = module.rpartition(".")[0]
+    found = loaded.sites.get(module, {})
     lost = [k for k, v in sites[case.site.name].items() if not _same(found.get(k), v)]
     lost += [k for k, v in shared.items() if not _same(loaded.shared.get(k), v)]
     _must(
