@@ -133,7 +133,8 @@ def shapes(row: Row) -> str:
         site, config = row.site, row.config.at(row.site)
         found = {**config.shared_shapes([site]), **config.shapes(site)}
     elif isinstance(row.config, Attended):
-        found = row.config.shapes(row.width)
+        within: Any = row.config
+        found = within.shapes(row.width)
     else:
         found = row.config.shapes()
     return ", ".join(f"`{name}` {shape}" for name, shape in found.items())

@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_any.autodiff import flatten, value_and_grad
 from peft_any.backend import Backend, from_numpy, namespace, resolve, to_numpy
-from peft_any.testing.libraries import missing
+from peft_any.testing.libraries import allow_doubles, missing, traced
 
 ENGINES = ("numpy", "strict", "torch:tape", "jax:tape", "torch", "jax")
 """Libraries; with ":tape", recorded by the tape although they differentiate themselves."""
@@ -28,10 +28,7 @@ def prepared(engine: str) -> tuple[Backend, Any]:
     if reason := missing(library):
         raise SkipTest(reason)
     if library == "jax":
-        import jax  # noqa: PLC0415 - an extra
-
-        config: Any = jax.config
-        config.update("jax_enable_x64", True)
+        allow_doubles()
     return resolve(library), forced or "auto"
 
 
@@ -47,15 +44,13 @@ def gradients(engine: str, f: Callable[..., Any], params: Any, *rest: Any) -> tu
     there = [mapped(lambda x: from_numpy(np.array(x), backend), a) for a in (params, *rest)]
     both = value_and_grad(f, engine=how)
     if backend.name == "jax":  # compiled once, instead of operation by operation
-        import jax  # noqa: PLC0415 - an extra
-
         arrays, _, fill = flatten(there)
 
         def flat(xs: list[Any]) -> tuple[Any, list[Any]]:
             value, found = both(*fill(xs))
             return value, flatten(found)[0]
 
-        loss, found = jax.jit(flat)(arrays)
+        loss, found = traced(flat)(arrays)
         grads = flatten(there[0])[2](found)
     else:
         loss, grads = both(*there)
