@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft_any.backend import detach as detach
     from peft_any.backend import move as move
     from peft_any.backend import resolve as resolve
+    from peft_any.bank.padding import pad_to_rank as pad_to_rank
+    from peft_any.bank.store import AdapterStore as AdapterStore
     from peft_any.custom import custom_vjp as custom_vjp
     from peft_any.custom import remat as remat
     from peft_any.errors import BackendError as BackendError
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from peft_any.method import Tuner as Tuner
     from peft_any.model import PeftModel as PeftModel
     from peft_any.oneshot import merge as merge
+    from peft_any.oneshot import stack as stack
     from peft_any.oneshot import unmerge as unmerge
     from peft_any.registry import method_for as method_for
     from peft_any.surgery.comparison import diff as diff
@@ -67,6 +70,8 @@ _HOMES = {
     "algebra.resizing": "resize",
     "autodiff": "grad value_and_grad vjp",
     "backend": "Backend backend detach move resolve",
+    "bank.padding": "pad_to_rank",
+    "bank.store": "AdapterStore",
     "custom": "custom_vjp remat",
     "errors": "BackendError ConfigError FormatError GradientError Irreversible PeftError "
     "ShapeError StorageError TargetError VerifyError",
@@ -75,7 +80,7 @@ _HOMES = {
     "layer": "Dense Site",
     "method": "Additive Prompt Tuner",
     "model": "PeftModel",
-    "oneshot": "merge unmerge",
+    "oneshot": "merge stack unmerge",
     "registry": "method_for",
     "train": "fit",
     "surgery.comparison": "diff",

@@ -87,21 +87,22 @@ class Adapter:
         config: Config | None = None,
         *,
         strict: bool = True,
+        mapped: bool = False,
     ) -> Self:
         """Read an adapter directory of Hugging Face PEFT's, or its tensor file.
 
         Parameters
         ----------
         path : path
-            A directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a
-            safetensors file.
+            A directory with ``adapter_config.json``, or a safetensors file.
         backend : str or Backend
             Where the arrays go.
         config : Config, optional
-            In place of the file's configuration; needed where there is none.
+            In place of the file's; needed where there is none.
         strict : bool
-            Whether a tensor that belongs nowhere is an error. If not, it is carried in `spare`
-            and said in `notes`.
+            Whether a tensor that belongs nowhere is an error, or carried in `spare`, with a note.
+        mapped : bool
+            Whether NumPy's arrays are views of the file: it must not be shortened then.
 
         Raises
         ------
@@ -119,7 +120,8 @@ class Adapter:
         files.refuse_unconverted(config, str(found))
         to = resolve(backend)
         with SafetensorsFile(tensors) as file:
-            arrays = {key: from_numpy(file[key].copy(), to) for key in file}
+            copied = (file[key] if mapped else file[key].copy() for key in file)
+            arrays = {key: from_numpy(array, to) for key, array in zip(file, copied, strict=True)}
         places, unknown = read_keys(config, arrays)
         if strict:
             refuse_unknown(str(tensors), unknown)

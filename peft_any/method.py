@@ -220,6 +220,9 @@ class Tuner(Config):
 class Additive(Tuner):
     """W′ = W + ΔW, where ΔW does not depend on W; or g ⊙ (W + ΔW), with a gain g by rows."""
 
+    order: ClassVar[int] = 1
+    """The power of `r` that the k of `factors` is; 0 where it does not follow from `r`."""
+
     @abc.abstractmethod
     def delta(self, p: Params, site: Site) -> Array:
         """Form ΔW (n_out, width)."""
@@ -227,6 +230,11 @@ class Additive(Tuner):
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give u (n_out, k) and v (k, width) with ΔW = u·v; overridden where k can be small."""
         return as_product(self.delta(p, site))
+
+    def rank(self, site: Site) -> int:
+        """Estimate the k of `factors` before they are formed."""
+        most, r = min(site.n_out, site.width), getattr(self, "r", None)
+        return most if r is None or not self.order else int(r**self.order)
 
     def bias_delta(self, p: Params, site: Site) -> Array | None:  # noqa: ARG002
         """Give what is added to the bias (n_out,), if anything."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, overload
 from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
-from peft_any.bank import BoundRows
+from peft_any.bank.rows import Bank, BoundRows, Rows
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
 from peft_any.checks import finite_number
 from peft_any.dropout import Noise, Seed
@@ -20,12 +20,11 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, attached, dense, fitted, given, summed, taken
+from peft_any.placed import Placed, attached, dense, given, summed, taken
 from peft_any.registry import Config
 from peft_any.view import weights as view
 
 Given: TypeAlias = Mapping[str, Any] | None
-Rows: TypeAlias = Sequence[str | None]
 
 
 class PeftModel:
@@ -170,7 +169,7 @@ class PeftModel:
     def exchange(self, name: str, adapter: Adapter) -> None:
         """Put another state of an adapter, a pruned one say, in its place."""
         self._known(name)
-        self._placed[name] = fitted(adapter, self.weights, self.kinds)
+        self._placed[name] = attached(name, adapter, self.weights, self.kinds)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -210,13 +209,13 @@ class PeftModel:
             Stands in for the adapters' own arrays, in part or whole: what a gradient is taken of.
         rng : int or sequence of int, optional
             Seeds the dropout of a training step, ``(seed, step)``; without it nothing is dropped.
-        rows : sequence of str or None, optional
-            The adapter of each row of the batches, active or not; None or ``"__base__"``: none.
+        rows : sequence of str, int or None, or integer array, optional
+            The adapter of each row of the batches, active or not: see `Bank.bind`.
         """
         model = self._with(params or {})
         model._noise = None if rng is None else Noise.of(rng)  # noqa: SLF001 - its own class
         if rows is not None:
-            return BoundRows(model, rows)
+            return Bank(model).bind(rows)
         adapted = self.sites()
 
         @cache

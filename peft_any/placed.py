@@ -8,9 +8,9 @@ from typing import Any
 
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name
+from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name, is_floating
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
-from peft_any.extras import input_table
+from peft_any.extras import input_table, refuse_faults
 from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
@@ -157,9 +157,9 @@ def attached(
     weights: Mapping[str, Array],
     kinds: Mapping[str, Kind | Site] | None,
     *,
-    seed: int,
-    dtype: str,
-    rederive: bool,
+    seed: int = 0,
+    dtype: str = "float32",
+    rederive: bool = False,
 ) -> Placed:
     """Put a loaded adapter, or a fresh one of a configuration, on a base, complete.
 
@@ -174,6 +174,7 @@ def attached(
     if isinstance(adapter, Config):
         placed = fresh(adapter, weights, kinds, seed, dtype)
     elif isinstance(adapter, Adapter):
+        refuse_faults(adapter, f"adapter {name!r}")
         placed = fitted(adapter, weights, kinds)
     else:
         raise ConfigError(
@@ -277,6 +278,11 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
                 raise ShapeError(
                     f"{site}.{name}: shape {tuple(array.shape)} cannot take the place of "
                     f"{tuple(own[site][name].shape)}: give the arrays of model.parameters, changed"
+                )
+            if not is_floating(array) and is_floating(own[site][name]):
+                raise ShapeError(
+                    f"{site}.{name}: {dtype_name(array)} values cannot be parameters: they are "
+                    "no floats"
                 )
     loose = values.get("", {})
     rows = {f"{module}.trainable_tokens_delta": module for module in adapter.tokens}

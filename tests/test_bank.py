@@ -17,10 +17,14 @@ from peft_any import (
     OFTConfig,
     PeftModel,
     ShapeError,
+    pad_to_rank,
+    stack,
     value_and_grad,
 )
 from peft_any.backend import to_numpy
-from peft_any.bank import MixedLayer, factored
+from peft_any.bank.data import StackedLayer
+from peft_any.bank.factors import factored, factors_of
+from peft_any.bank.mixed import MixedLayer
 from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
 from peft_any.parts import Part
@@ -65,6 +69,38 @@ def test_each_row_is_its_own_adapters(case: Case, lib: Lib) -> None:
 
     for got in lib.call(apply, p, q, base.weight, base.bias, x):
         lib.check(got, want, rtol=5e-6)
+
+
+@table
+def test_rows_may_be_numbers_in_an_array(case: Case, lib: Lib) -> None:
+    config, base = case.config.at(case.site), case.base()
+    if reason := lib.lacks(config.needs):
+        pytest.skip(reason)
+    if FIRST[config.peft_type] != case.name:
+        pytest.skip("one row of each method: the mixture's own code is the same for all")
+    p, q = case.params(base, 0), case.params(base, 1)
+    x = case.inputs((len(ROWS), 3))
+    alone = mixed(case, p, q, base.weight, base.bias, path=None).layers
+    want = np.stack([alone[k](x[i]) for i, k in enumerate(ROWS)])
+
+    def apply(p, q, weight, bias, given):
+        layers = mixed(case, p, q, weight, bias, path=None).layers
+        return StackedLayer(layers)(given["x"], given["rows"])
+
+    rows = np.asarray(ROWS, dtype="int32") - 1
+    lib.check(
+        lib.call(apply, p, q, base.weight, base.bias, {"x": x, "rows": rows}), want, rtol=5e-6
+    )
+
+
+@table
+def test_the_rank_of_factors_is_estimated_before_they_are_formed(case: Case) -> None:
+    config, base = case.config.at(case.site), case.base()
+    if not factored(config, case.site):
+        pytest.skip("adds no product of factors")
+    found = factors_of(BoundLayer(base, [Part(config, case.params(base, 0))], stacked=True))
+    assert found is not None
+    assert found["a"].shape[0] <= 2 * config.rank(case.site)
 
 
 def model_of(ranks: list[int], *, dtype: str = "float64") -> PeftModel:
@@ -144,7 +180,8 @@ def test_gradients_reach_each_rows_adapter_alone(library: str, names: list[str])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_torch_compiles_a_mixed_layer() -> None:
+@pytest.mark.parametrize("engine", ["eager", "aot_eager"])
+def test_torch_compiles_a_mixed_layer(engine: str) -> None:
     torch = pytest.importorskip("torch")
     from peft_any import move
 
@@ -152,17 +189,130 @@ def test_torch_compiles_a_mixed_layer() -> None:
     model = PeftModel(move(host.weights, "torch"))
     for name in host.names:
         model.add(name, host[name])
+    x, stacked = torch.randn(3, 2, 6), model.bind(rows=torch.tensor([0])).layers["fc"].stacked
     for rows in (["lora0", None, "lora1"], ["oft", "lora0", "ia3"]):
-        layer, x = model.bind(rows=rows).layers["fc"], torch.randn(3, 2, 6)
+        layer = model.bind(rows=rows).layers["fc"]
         want = layer(x)
-        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), want)
+        torch.testing.assert_close(torch.compile(layer, backend=engine)(x), want)
+    compiled = torch.compile(stacked, backend=engine)
+    for rows in (["lora0", None, "lora1"], ["oft", "lora0", "ia3"]):
+        numbers = torch.tensor([-1 if name is None else model.names.index(name) for name in rows])
+        want = model.bind(rows=rows).layers["fc"](x)
+        torch.testing.assert_close(compiled(x, numbers), want)
+
+
+def test_other_rows_and_other_adapters_compile_nothing_on_jax() -> None:
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_enable_x64", True)
+    from peft_any import move
+
+    rng = np.random.default_rng(3)
+    base = {"fc.weight": rng.standard_normal((8, 6)), "fc.bias": rng.standard_normal(8)}
+    model, fields = PeftModel(move(base, "jax")), {"target_modules": ["fc"]}
+    settings = [
+        {"r": 4, "lora_alpha": 3},
+        {"r": 3, "lora_alpha": 5, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"fc": 5}, "alpha_pattern": {"fc": 7}},
+    ]
+    plain = PeftModel(base)
+    for i, more in enumerate(settings):
+        config = LoraConfig(init_lora_weights=False, **more, **fields)
+        made = plain.add(f"a{i}", config, seed=i, dtype="float64")
+        model.add(f"a{i}", pad_to_rank(made, 6))
+    assert len({str(model[name].config) for name in model.names}) == 1
+    x, traces = move(rng.standard_normal((4, 6)), "jax"), []
+
+    @jax.jit
+    def run(params: Any, rows: Any) -> Any:
+        traces.append(rows)
+        return model.bind(params, rows=rows).layers["fc"](x)
+
+    names, params = model.names, {name: model[name].trainable() for name in model.names}
+    for order in ([0, 1, 2], [2, 0, 1]):
+        given = {name: params[names[k]] for name, k in zip(names, order, strict=True)}
+        for rows in ([0, -1, 2, 1], [1, 1, -1, 0]):
+            wanted = [None if k < 0 else names[order[k]] for k in rows]
+            want = plain.bind(rows=wanted).layers["fc"](np.asarray(x))
+            got = run(given, jax.numpy.asarray(rows))
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    assert len(traces) == 1
+    assert np.isnan(run(params, jax.numpy.asarray([0, 1, 3, 0]))[2]).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("start", [False, "pissa"])
+def test_a_padded_adapter_changes_nothing(dora: bool, bias: bool, start: Any) -> None:
+    rng = np.random.default_rng(0)
+    weights = {f"{n}.weight": rng.standard_normal((7, 6)) for n in "ab"}
+    weights |= {f"{n}.bias": rng.standard_normal(7) for n in "ab"}
+    config = LoraConfig(
+        r=2, lora_alpha=3, use_rslora=True, use_dora=dora, lora_bias=bias and not (start or dora),
+        init_lora_weights=start, rank_pattern={"a": 3}, alpha_pattern={"b": 5},
+        target_modules=["a", "b"],
+    )  # fmt: skip
+    model = PeftModel(weights)
+    made = model.add("x", config, dtype="float64")
+    moved = {
+        s: {k: v + 0.1 * rng.standard_normal(v.shape) for k, v in p.items()}
+        for s, p in made.trainable().items()
+    }
+    model.update({"x": moved})
+    padded = PeftModel(weights)
+    got = padded.add("x", pad_to_rank(model["x"], 8))
+    assert {tuple(p["lora_A.weight"].shape) for p in got.sites.values()} == {(8, 6)}
+    for name, want in model.merge().items():
+        np.testing.assert_allclose(padded.merge()[name], want, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ShapeError, match=r"cannot be padded to 2.*resize"):
+        pad_to_rank(model["x"], 2)
+    with pytest.raises(ConfigError, match="convert"):
+        pad_to_rank(model_of([1, 1, 1])["oft"], 8)
+
+
+def test_stack_makes_a_bank() -> None:
+    model, x = model_of([2, 3, 1]), np.random.default_rng(1).standard_normal((4, 6))
+    bank = stack([model[name] for name in model.names], model.weights)
+    assert bank.names == ["0", "1", "2", "3", "4"]
+    want = model.bind(rows=["lora2", None, "ia3", "oft"]).layers["fc"](x)
+    for rows in (["2", None, "4", "3"], [2, -1, 4, 3], np.asarray([2, -1, 4, 3])):
+        np.testing.assert_allclose(bank.bind(rows).layers["fc"](x), want, rtol=1e-12)
+    bound = bank.bind(np.asarray([2, 2, 0, -1]))
+    before = bound.layers["fc"](x)
+    bank.swap("2", model["oft"])
+    after = bound.layers["fc"](x)
+    np.testing.assert_array_equal(before[2:], after[2:])
+    np.testing.assert_allclose(after[:2], bank.bind(["3"] * 4).layers["fc"](x)[:2])
+    with pytest.raises(ConfigError, match="number 7"):
+        bank.bind(np.asarray([7]))
+    with pytest.raises(ShapeError, match="one integer"):
+        bank.bind(np.asarray([0.5]))
+
+
+def test_what_add_refuses_a_swap_refuses_too() -> None:
+    model = PeftModel({"fc.weight": np.random.default_rng(0).standard_normal((8, 6))})
+    made = model.add("a", LoraConfig(r=2, target_modules=["fc"]), dtype="float64")
+    raw = made.replace(config=LoraConfig(r=2, init_lora_weights="olora", target_modules=["fc"]))
+    whole = {k: v.astype("int64") for k, v in made.sites["fc"].items()}
+    bank = stack({"a": made}, model.weights)
+    for put in (lambda new: model.add("b", new), lambda new: bank.swap("a", new),
+                lambda new: model.exchange("a", new)):  # fmt: skip
+        with pytest.raises(ConfigError, match="rederive"):
+            put(raw)
+        with pytest.raises(ShapeError, match="no floats"):
+            put(made.replace(sites={"fc": whole}))
+    with pytest.raises(ShapeError, match="no floats"):
+        bank.swap("a", {"fc": whole})
+
+
+ROWS_READ = [None, ["a", None], None, np.asarray([0, -1]), np.asarray([0, -1])]
 
 
 def test_no_thread_ever_sees_a_torn_adapter() -> None:
     model = PeftModel({f"fc{i}.weight": np.zeros((2, 2)) for i in range(2)})
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["fc0", "fc1"])
     model.add("a", config, dtype="float64")
-    bound = model.bind(rows=["a", None])
+    bank = stack({"a": model["a"]}, model.weights)
+    bound = bank.bind(["a", None])
     ones, stop, torn = np.ones((2, 2)), threading.Event(), []
 
     def state(c: float) -> dict[str, Any]:
@@ -175,15 +325,16 @@ def test_no_thread_ever_sees_a_torn_adapter() -> None:
         while not stop.is_set():
             bound.swap("a", state(c))
 
-    def read() -> None:
+    def read(rows: Any) -> None:
+        own = bound if rows is None else bank.bind(rows)
         while not stop.is_set():
-            layers = bound.layers
+            layers = own.layers
             seen = np.stack([layers["fc0"](ones), layers["fc1"](ones)])
             if np.any(seen[:, 1]) or np.ptp(seen[:, 0]) or seen[0, 0, 0] not in (2.0, 8.0, 18.0):
                 torn.append(seen)
 
     threads = [threading.Thread(target=write, args=(c,)) for c in (1.0, 2.0, 3.0)]
-    threads += [threading.Thread(target=read) for _ in range(5)]
+    threads += [threading.Thread(target=read, args=(rows,)) for rows in ROWS_READ]
     for thread in threads:
         thread.start()
     stop.wait(1.0)

@@ -35,6 +35,7 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
     separable: ClassVar[bool] = True
 
+    order: ClassVar[int] = 2
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0

@@ -34,6 +34,7 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
 
+    order: ClassVar[int] = 0
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0

@@ -23,6 +23,7 @@ from peft_any.method import Tuner
 from peft_any.parts import Part
 from tests.benchmarks.combinations import combinations
 from tests.benchmarks.extraction import extractions
+from tests.benchmarks.mixed import mixed_batches
 from tests.benchmarks.rows import ROWS, adapted
 from tests.benchmarks.timing import SLOW, machine, on_one_thread, ratio
 
@@ -115,7 +116,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks", *sys.argv[1:]], clean)
     about = "Every figure without a unit is a ratio: two things timed in turn, the fastest of"
     lines = ["# Benchmarks", "", f"{about} many; NumPy {np.__version__}, float32, on {machine()}."]
-    for table in (calls, training, merges, combinations, extractions, imports):
+    for table in (calls, training, merges, mixed_batches, combinations, extractions, imports):
         lines += ["", *table()]
     page = "\n".join(lines) + "\n" + NOTES
     print(page)

@@ -67,3 +67,27 @@ def step_of(config: Tuner, base: Dense, x: Any, target: Any) -> Callable[[], obj
         return value
 
     return step
+
+
+def mixed_layer_of(model: Any, names: list[str]) -> Callable[[Any], object]:
+    """Give the linear layer of a model's LoRAs as PEFT calls it with `adapter_names`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        size = model.weights["fc.weight"].shape
+        net: Any = torch.nn.ModuleDict({"fc": torch.nn.Linear(size[1], size[0])})
+        for i, name in enumerate(model):
+            config = peft.LoraConfig(r=model[name].config.r, target_modules=["fc"])
+            if i:
+                net.add_adapter(name, config)
+            else:
+                net = peft.get_peft_model(net, config, adapter_name=name)
+    layer = net.eval().base_model.model["fc"]
+    with torch.no_grad():
+        for name in model:
+            layer.lora_B[name].weight.copy_(model[name].sites["fc"]["lora_B.weight"])
+
+    def call(x: Any) -> object:
+        with torch.no_grad():
+            return layer(x, adapter_names=names)
+
+    return call

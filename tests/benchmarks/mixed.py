@@ -1,0 +1,112 @@
+"""Mixed batches: 64 rows of 1 to 32 LoRA adapters, against HF PEFT's loop; and our two paths."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from peft_any import LoraConfig, PeftModel, move
+from tests.benchmarks.timing import on_one_thread, once, process_time, ratio
+
+ROWS, RANK = 64, 8
+COUNTS = (1, 4, 16, 32)
+PATHS = ("stacked", "grouped")
+TARGET = 3.0
+"""How many times faster than HF PEFT with 16 adapters."""
+SHAPES = ((64, 1), (64, 16), (256, 1), (768, 1), (2048, 1))
+"""Sides of a square layer, and tokens of each row."""
+
+
+def model_of(n: int, adapters: int, rank: int = RANK, library: str = "numpy") -> PeftModel:
+    """Make a layer (n, n) with LoRA adapters that look trained."""
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.standard_normal((n, n)), "fc.bias": rng.standard_normal(n)}
+    float32 = {k: (v / n**0.5).astype("float32") for k, v in weights.items()}
+    model = PeftModel(move(float32, library))
+    config = LoraConfig(r=rank, init_lora_weights=False, target_modules=["fc"])
+    for i in range(adapters):
+        model.add(f"a{i}", config, seed=i)
+    return model
+
+
+def fastest(f: Any, rounds: int = 30) -> float:
+    """Time a call in the processor's time, in seconds."""
+    f()
+    return min(once(f, process_time) for _ in range(rounds))
+
+
+def against_hf() -> Iterator[str]:
+    """Compare a mixed batch with Hugging Face PEFT's: a layer, and what adapters add to it."""
+    yield (
+        f"| {ROWS} rows, LoRA r{RANK}, on torch | adapters | HF PEFT ÷ ours | beside the base's "
+        "own product | the most that could be |"
+    )
+    yield "|---|---|---|---|---|"
+    if importlib.util.find_spec("peft") is None:
+        return
+    from tests.benchmarks.hugging_face import mixed_layer_of
+
+    for n, tokens in SHAPES:
+        for count in COUNTS:
+            model = model_of(n, count, library="torch")
+            names = [f"a{i % count}" for i in range(ROWS)]
+            x = move(np.random.default_rng(1).standard_normal((ROWS, tokens, n)), "torch").float()
+            ours, theirs = model.bind(rows=names).layers["fc"], mixed_layer_of(model, names)
+            base = ours.base
+            a, b, floor = (fastest(f) for f in (lambda f=ours, x=x: f(x),
+                                                lambda f=theirs, x=x: f(x),
+                                                lambda f=base, x=x: f(x)))  # fmt: skip
+            whole, own = b / a, (b - floor) / max(a - floor, 1e-7)
+            miss = " (missed)" if count == 16 and whole < TARGET else ""
+            where = f"{n}×{n}, {tokens} a row"
+            yield f"| {where} | {count} | {whole:.1f}{miss} | {own:.1f} | {b / floor:.1f} |"
+
+
+def bound_anew(layer: Any, path: str, x: Any) -> Any:
+    """Call a layer that has gathered nothing yet."""
+    return replace(layer, path=path)(x)
+
+
+def paths() -> Iterator[str]:
+    """Compare our two paths, called often and bound anew: what chooses between them."""
+    yield (
+        "| numbers gathered for each adapter | library | stacked ÷ grouped | the same, bound anew |"
+    )
+    yield "|---|---|---|---|"
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    sizes = product((64, 512, 2048), (8, 64), (8, 64, 256), (2, 8, 32))
+    libraries = [name for name in ("numpy", "torch") if importlib.util.find_spec(name)]
+    for (n, rank, rows, count), library in product(sizes, libraries):
+        if count > rows or rows * n > 1 << 18:
+            continue
+        names = [f"a{i % count}" for i in range(rows)]
+        mixed = model_of(n, count, rank, library).bind(rows=names).layers["fc"]
+        x = move(np.ones((rows, 1, n), "float32"), library)
+        pair = [replace(mixed, path=path) for path in PATHS]
+        calls = [partial(one, x) for one in pair]
+        anew = [partial(bound_anew, mixed, path, x) for path in PATHS]
+        bits = (rank * 2 * n * rows // count - 1).bit_length()
+        found.setdefault((1 << max(14, bits + bits % 2), library), []).append(
+            (ratio(*calls, 8, process_time), ratio(*anew, 8, process_time))
+        )
+    for (bucket, library), pairs in sorted(found.items()):
+        call, again = (
+            float(np.exp(np.mean(np.log(column)))) for column in zip(*pairs, strict=True)
+        )
+        yield f"| up to {bucket:,} | {library} | {call:.2f} | {again:.2f} |"
+
+
+def mixed_batches() -> Iterator[str]:
+    """Both tables, from a process of one thread."""
+    yield from on_one_thread("tests.benchmarks.mixed")
+
+
+if __name__ == "__main__":
+    for table in (against_hf, paths):
+        print(*table(), "", sep="\n", flush=True)

@@ -1,0 +1,207 @@
+"""The store of adapters: bounded, checked on loading, safe with many threads and failing files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peft_any import (
+    Adapter,
+    AdapterStore,
+    ConfigError,
+    FormatError,
+    LoraConfig,
+    PeftError,
+    StorageError,
+    stack,
+)
+
+N, SIZE = 16, 2 * 2 * 16 * 4
+"""A layer's sides, and the bytes of an adapter's arrays."""
+CONFIG = LoraConfig(r=2, lora_alpha=2, target_modules=["fc"])
+
+
+def made(c: float) -> Adapter:
+    p = {"lora_A.weight": np.ones((2, N)), "lora_B.weight": np.full((N, 2), c)}
+    return Adapter(CONFIG, {"fc": {k: v.astype("float32") for k, v in p.items()}})
+
+
+def value(adapter: Adapter) -> float:
+    array = adapter.sites["fc"]["lora_B.weight"]
+    assert float(np.ptp(array)) == 0.0
+    return float(array[0, 0])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(5):
+        made(i).save(tmp_path / f"a{i}")
+    return tmp_path
+
+
+def test_the_least_recently_used_make_room(folder: Path) -> None:
+    store = AdapterStore(folder, max_bytes=3 * SIZE)
+    assert [*store] == [f"a{i}" for i in range(5)]
+    assert len(store) == 5
+    for name in ("a0", "a1", "a2", "a0", "a3"):
+        assert value(store[name]) == float(name[1])
+    assert store.held == {"a2": SIZE, "a0": SIZE, "a3": SIZE}
+    assert store["a0"] is store["a0"]
+    small = AdapterStore(folder, max_bytes=SIZE - 1)
+    assert value(small["a4"]) == 4.0
+    assert small.held == {}
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_arrays_are_views_of_the_file_unless_copied(folder: Path, mapped: bool) -> None:
+    array = AdapterStore(folder, SIZE, mapped=mapped)["a1"].sites["fc"]["lora_B.weight"]
+    assert array.flags.writeable != mapped
+    shutil.rmtree(folder / "a1")
+    assert float(array[0, 0]) == 1.0
+
+
+def damage(path: Path, how: str) -> None:
+    """Do to an adapter's files what may be done while a store has them."""
+    tensors = path / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    replaced = path / "new"
+    if how == "gone":
+        shutil.rmtree(path)
+        return
+    if how == "no tensors":
+        tensors.unlink()
+        return
+    if how == "config":
+        (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": "two"}')
+        return
+    if how == "method":
+        raw = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(raw | {"peft_type": "NONE"}))
+        return
+    new = {"short": whole[:-7], "empty": b"", "noise": os.urandom(400)}
+    nan = whole[:-4] + np.float32(np.nan).tobytes()
+    replaced.write_bytes(new.get(how, nan))
+    replaced.replace(tensors)
+
+
+@pytest.mark.parametrize(
+    "how", ["gone", "no tensors", "config", "method", "short", "empty", "noise", "nan"]
+)
+@pytest.mark.parametrize("held", [True, False])
+def test_damaged_files_are_an_error_and_leave_others_alone(
+    folder: Path, how: str, held: bool
+) -> None:
+    store = AdapterStore(folder, max_bytes=9 * SIZE)
+    other = store["a1"]
+    if held:
+        _ = store["a2"]
+    damage(folder / "a2", how)
+    with pytest.raises((StorageError, FormatError, ConfigError)) as caught:
+        _ = store["a2"]
+    assert isinstance(caught.value, PeftError)
+    if how != "nan":
+        assert "a2" in str(caught.value)
+    assert store["a1"] is other
+    assert value(store["a3"]) == 3.0
+    assert "a2" not in store.held
+    made(7).save(folder / "a2", overwrite=(folder / "a2").exists())
+    assert value(store["a2"]) == 7.0
+
+
+@pytest.mark.parametrize("name", ["..", "", "a1/../a2", "/etc"])
+def test_names_stay_in_the_directory(folder: Path, name: str) -> None:
+    store = AdapterStore(folder, max_bytes=SIZE)
+    assert name not in store
+    with pytest.raises(StorageError, match="cannot name"):
+        _ = store[name]
+
+
+def test_unknown_names_and_bounds_are_refused(folder: Path) -> None:
+    with pytest.raises(StorageError, match=r"a11.*nearest"):
+        _ = AdapterStore(folder, max_bytes=SIZE)["a11"]
+    with pytest.raises(ConfigError, match="max_bytes"):
+        AdapterStore(folder, max_bytes=-1)
+    with pytest.raises(StorageError, match="no such directory"):
+        AdapterStore(folder / "none", max_bytes=1)
+
+
+def test_a_thousand_adapters_over_one_base(tmp_path: Path) -> None:
+    made(0).save(tmp_path / "a0")
+    for i in range(1, 1000):
+        shutil.copytree(tmp_path / "a0", tmp_path / f"a{i}")
+        if i < 40:
+            shutil.rmtree(tmp_path / f"a{i}")
+            made(i).save(tmp_path / f"a{i}")
+    store = AdapterStore(tmp_path, max_bytes=20 * SIZE)
+    bank = stack(store, {"fc.weight": np.zeros((N, N), "float32")})
+    assert len(bank.names) == 1000
+    wrong: list[Any] = []
+
+    def read(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(60):
+            picks = [draw.randrange(1000) for _ in range(3)]
+            rows = [*(f"a{i}" for i in picks), None]
+            try:
+                y = bank.bind(rows).layers["fc"](np.ones((4, N), "float32"))
+            except PeftError as error:
+                wrong.append(error)
+                return
+            want = [2.0 * N * (i if i < 40 else 0) for i in picks]
+            if not np.array_equal(y, np.outer([*want, 0.0], np.ones(N))):
+                wrong.append((picks, y))
+            if sum(store.held.values()) > store.max_bytes:
+                wrong.append(store.held)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    bank.swap("a999", made(5))
+    y = bank.bind(["a999"]).layers["fc"](np.ones((1, N), "float32"))
+    assert float(y[0, 0]) == 2.0 * N * 5
+    with pytest.raises(ConfigError, match="from a store"):
+        bank.bind(np.asarray([1]))
+
+
+def test_threads_that_read_while_adapters_are_replaced_see_whole_ones(folder: Path) -> None:
+    store = AdapterStore(folder, max_bytes=2 * SIZE)
+    stop, wrong = threading.Event(), []
+
+    def write() -> None:
+        c = 10
+        while not stop.is_set():
+            made(c).save(folder / "a0", overwrite=True)
+            c += 1
+        made(c).save(folder / "a0", overwrite=True)
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                value(store["a0"])
+            except StorageError:
+                pass  # between two states
+            except (AssertionError, PeftError) as error:
+                wrong.append(error)
+            if value(store["a1"]) != 1.0:
+                wrong.append("a1")
+
+    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in range(7))]
+    for thread in threads:
+        thread.start()
+    stop.wait(1.0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert value(store["a0"]) >= 10.0
