@@ -174,8 +174,9 @@ def attached(
     if isinstance(adapter, Config):
         placed = fresh(adapter, weights, kinds, seed, dtype)
     elif isinstance(adapter, Adapter):
-        refuse_faults(adapter, f"adapter {name!r}")
         placed = fitted(adapter, weights, kinds)
+        if not isinstance(adapter.config, Prompt):  # whose nets are there in training alone
+            refuse_faults(adapter, f"adapter {name!r}")
     else:
         raise ConfigError(
             f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "

@@ -242,7 +242,7 @@ CASES = [
     ),
     Case(
         "ia3-undotted-suffix",
-        IA3Config(target_modules=["two", "wo"], feedforward_modules=["wo"]),
+        IA3Config(target_modules=r"a\.two", feedforward_modules=["wo"]),
         Site("a.two", 13, 7),
         reverts=3,
     ),
