@@ -77,6 +77,23 @@ def rows(*libraries: str) -> list[str]:
     return [row for name in libraries or LIBRARIES for row in LIBRARIES[name]]
 
 
+def set_up(library: str) -> None:
+    """Give JAX its dtypes of 64 bits; the other libraries have theirs."""
+    if library == "jax":
+        import jax  # noqa: PLC0415 - an extra
+
+        config: Any = jax.config
+        config.update("jax_enable_x64", True)
+
+
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of JAX arrays."""
+    import jax  # noqa: PLC0415 - an extra
+
+    whole: Callable[..., Any] = jax.jit(f)
+    return whole
+
+
 @dataclass(frozen=True)
 class Lib:
     """One row: how to make its arrays, call functions on them, and compare.
@@ -121,9 +138,7 @@ class Lib:
         """Call `f` on arrays made of the arguments; jitted where the library can."""
         arrays = [self.array(a) if isinstance(a, np.ndarray | dict) else a for a in args]
         if self.name == "jax":
-            import jax  # noqa: PLC0415 - an extra
-
-            return jax.jit(f)(*arrays)
+            return compiled(f)(*arrays)
         if self.name == "dask":
             import dask  # noqa: PLC0415 - an extra
 
