@@ -109,8 +109,9 @@ def layout(
             guess = "Norm"
         else:
             continue
-        key = next((k for k in kinds or {} if _named(k, module)), None)
-        given = None if key is None else (kinds or {})[key]
+        said = kinds or {}
+        key = module if module in said else next((k for k in said if _named(k, module)), None)
+        given = None if key is None else said[key]
         if key is not None:
             unused.pop(key, None)
         groups = given.groups if isinstance(given, Site) else 1

@@ -24,6 +24,7 @@ from peft_any.io._atomic import refuse_overlap
 from peft_any.io._json import parse_object, read_json
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile, read_safetensors, write_safetensors
+from peft_any.testing.strategies import hostile_files
 
 Weights = dict[str, np.ndarray[Any, Any]]
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -353,6 +354,11 @@ class TestIndex:
         with pytest.warns(UserWarning, match="total_size says"):
             assert len(Checkpoint(root)) == 3
 
+    def test_name_of_a_shard_beyond_the_systems(self, tmp_path: Path) -> None:
+        root = sharded(tmp_path, right_map(**{"model.norm.weight": "a" * 300}))
+        with pytest.raises(StorageError, match="shards cannot be found"):
+            Checkpoint(root)
+
     @settings(max_examples=200)
     @given(data=st.data())
     def test_mutated(self, tmp_path: Path, data: st.DataObject) -> None:
@@ -360,16 +366,12 @@ class TestIndex:
         if not root.exists():
             sharded(root)
             shutil.copy(root / INDEX, tmp_path / "valid")
-        text = bytearray((tmp_path / "valid").read_bytes())
-        for _ in range(data.draw(st.integers(1, 3))):
-            at = data.draw(st.integers(0, len(text) - 1))
-            piece = data.draw(st.binary(max_size=3) | st.sampled_from([b"../", b'"', b"{", b"["]))
-            text[at : at + data.draw(st.integers(0, 3))] = piece
+        _, text = data.draw(hostile_files({INDEX: (tmp_path / "valid").read_bytes()}))
         (root / INDEX).write_bytes(text)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("warnings.warn", lambda *_, **__: None)
-            with suppress(FormatError, StorageError):
-                assert len(Checkpoint(root)) == 3
+            with suppress(FormatError, StorageError), Checkpoint(root) as found:
+                assert found.keys() == json.loads(text)["weight_map"].keys()
 
 
 TIES: dict[str, tuple[dict[str, Any], Weights, list[str] | None]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -32,6 +31,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.model import PeftModel
+from peft_any.testing.strategies import hostile_files
 
 PATIENCE = 5.0
 """Seconds of computing after which a command hangs; a refusal takes milliseconds."""
@@ -185,114 +185,13 @@ def world(made: World, capsys: pytest.CaptureFixture[str]) -> Iterator[World]:
 
 # Mutations at random
 
-TOKENS = [
-    b"[", b"]", b"{", b"}", b'"', b",", b":", b"-", b"1e999", b"NaN", b"null", b"true", b"\\u0000",
-    b"\\ud800", b"9" * 30, b"0.5", b"..", b"/", b"\\", b"\0", b"\xff", b"-1", b"[[[[",
-    b"18446744073709551616",
-]  # fmt: skip
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 0.5, 1e308, -1e308, 2**31, 2**63, 2**64, -(2**63), 10**30, "",
-    "a", "../x", "/etc/passwd", "\0", "a" * 5000, "(", "[", "*", ".*", "all-linear", "LORA",
-    "NaN", [], [[]], {}, {"": ""}, [None], ["", ""], ["q_proj", "q_proj"], [0, 8], [8, 0], [-1,
-    8], [2**62, 2**62], {"a": {"b": {"c": 1}}}, [[[[[[1]]]]]], {"q_proj": -1}, {"(": 3},
-    {"q_proj": 2**40}, [0] * 70, "F64", "BF16", "BOOL", "F4", "U64",
-]  # fmt: skip
-
-
-def scramble(draw: Callable[..., Any], data: bytes, others: list[bytes]) -> bytes:
-    """Change a few bytes, pieces and tokens."""
-    out = bytearray(data)
-    for _ in range(draw(st.integers(1, 4))):
-        # Headers and configurations are where it matters: half of the places are among them.
-        end = len(out) if draw(st.booleans()) else min(len(out), 700)
-        at = draw(st.integers(0, max(end - 1, 0)))
-        kind = draw(
-            st.sampled_from(["set", "bit", "cut", "end", "insert", "repeat", "splice", "token"])
-        )
-        if kind == "set" and out:
-            out[at] = draw(st.integers(0, 255))
-        elif kind == "bit" and out:
-            out[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "cut":
-            del out[at : at + draw(st.integers(1, 40))]
-        elif kind == "end":
-            del out[at:]
-        elif kind == "insert":
-            out[at:at] = draw(st.binary(min_size=1, max_size=9))
-        elif kind == "repeat":
-            out[at:at] = out[at : at + draw(st.integers(1, 90))]
-        elif kind == "splice":
-            other = draw(st.sampled_from(others))
-            begin = draw(st.integers(0, len(other) - 1))
-            out[at : at + draw(st.integers(0, 60))] = other[
-                begin : begin + draw(st.integers(1, 90))
-            ]
-        else:
-            out[at : at + draw(st.integers(0, 3))] = draw(st.sampled_from(TOKENS))
-    return bytes(out)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """List the ways to every value within a document."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items if isinstance(value, dict | list) else ():
-        yield (*path, key)
-        if isinstance(inner, dict | list):
-            yield from places(inner, (*path, key))
-
-
-def distort(draw: Callable[..., Any], document: Any) -> Any:
-    """Change values, names and members of a document, which stays JSON."""
-    document = json.loads(json.dumps(document))
-    for _ in range(draw(st.integers(1, 3))):
-        known = [*places(document)]
-        if not known:
-            break
-        *way, last = draw(st.sampled_from(known))
-        home = document
-        for key in way:
-            home = home[key]
-        kind = draw(st.sampled_from(["value", "value", "drop", "name", "swap", "number"]))
-        other = draw(st.sampled_from(known))
-        found = document
-        for key in other:
-            found = found[key]
-        if kind == "value":
-            home[last] = copy.deepcopy(draw(st.sampled_from(NASTY)))
-        elif kind == "drop":
-            del home[last]
-        elif kind == "name" and isinstance(home, dict):
-            home[str(draw(st.sampled_from(NASTY)))] = home.pop(last)
-        elif kind == "number" and type(home[last]) is int:
-            home[last] += draw(st.sampled_from([-2, -1, 1, 2, 2**32, -(2**32), 2**63]))
-        else:
-            home[last] = json.loads(json.dumps(found))
-    return document
-
-
-@st.composite
-def change(draw: st.DrawFn, files: dict[str, bytes]) -> tuple[str, bytes]:
-    """Choose a file and what to put in its place."""
-    name = draw(st.sampled_from(FILES))
-    data = files[name]
-    others = [files[n] for n in FILES]
-    if draw(st.booleans()):
-        return name, scramble(draw, data, others)
-    if name.endswith(".json"):
-        return name, json.dumps(distort(draw, json.loads(data))).encode()
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(
-        distort(draw, json.loads(data[8 : 8 + length])), separators=(",", ":")
-    ).encode()
-    if draw(st.booleans()):
-        header = scramble(draw, header, others)
-    stated = len(header) + draw(st.sampled_from([0, 0, 0, 0, -1, 1, 8, 2**40, 2**63]))
-    return name, min(max(stated, 0), 2**64 - 1).to_bytes(8, "little") + header + data[8 + length :]
-
 
 def test_mutated_inputs_are_merged_or_refused(world: World, fuzz: int) -> None:
     @settings(max_examples=fuzz)
-    @given(change(world.files), st.sampled_from(["merge", "merge", "merge", "inspect", "verify"]))
+    @given(
+        hostile_files(world.files),
+        st.sampled_from(["merge", "merge", "merge", "inspect", "verify"]),
+    )
     def merges_or_refuses(changed: tuple[str, bytes], command: str) -> None:
         name, data = changed
         world.restore()

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from peft_any.layer import EXPERTS
 from peft_any.method import Additive
 from peft_any.testing import Lib, laws
+from peft_any.testing.strategies import dtypes, leads
 from tests.cases import CASES, Case
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 seeds = st.integers(0, 2**32)
-dtypes = st.sampled_from(["float32", "float64"])
 
 
 @table
@@ -31,7 +30,7 @@ def test_nothing_is_written_in_place(case: Case) -> None:
 
 
 @table
-@given(seed=seeds, lead=leading, bias=st.booleans(), dtype=dtypes)
+@given(seed=seeds, lead=leads, bias=st.booleans(), dtype=dtypes)
 def test_forward_is_the_merged_layer(
     case: Case, seed: int, lead: tuple[int, ...], bias: bool, dtype: str
 ) -> None:

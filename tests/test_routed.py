@@ -21,6 +21,7 @@ from peft_any.routed import Routed
 from peft_any.testing import Lib
 from peft_any.testing.closeness import gap, rounding
 from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
+from peft_any.testing.strategies import dtypes
 from tests.cases import ROUTED, RoutedCase
 
 never = pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def parameters(case: RoutedCase, base: Dense, seed: int, dtype: str) -> dict[str
 
 
 @table
-@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
+@given(seed=st.integers(0, 2**32), dtype=dtypes)
 def test_a_fresh_adapter_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
     base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
     p, x = {**case.fresh(base, seed, dtype), **case.routing}, case.inputs((2, 3), dtype, seed)
@@ -44,7 +45,7 @@ def test_a_fresh_adapter_changes_nothing(case: RoutedCase, seed: int, dtype: str
 
 
 @table
-@given(seed=st.integers(0, 2**32), dtype=st.sampled_from(["float32", "float64"]))
+@given(seed=st.integers(0, 2**32), dtype=dtypes)
 def test_preparing_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
     base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
     p, x = parameters(case, base, seed, dtype), case.inputs((2, 3), dtype, seed)

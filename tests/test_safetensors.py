@@ -27,6 +27,7 @@ from peft_any.io.safetensors import (
     read_safetensors,
     write_safetensors,
 )
+from peft_any.testing.strategies import hostile_bytes, hostile_safetensors
 
 WHOLE = sorted(dtype.name for dtype in DTYPES.values() if dtype.bits % 8 == 0)
 NUMPY = [name for name in WHOLE if not name.startswith(("bfloat", "float8"))]
@@ -373,44 +374,12 @@ def valid() -> bytes:
     return container(header, bytes(range(22)) + b"\1")
 
 
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """A valid file after a few changes of bytes, cuts, insertions and repetitions."""
-    data = bytearray(valid())
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, max(len(data) - 1, 0)))
-        kind = draw(st.sampled_from(["set", "cut", "insert", "repeat", "json"]))
-        if kind == "set" and data:
-            data[at] = draw(st.integers(0, 255))
-        elif kind == "cut":
-            del data[at : at + draw(st.integers(1, 30))]
-        elif kind == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=9))
-        elif kind == "repeat":
-            data[at:at] = data[at : at + draw(st.integers(1, 60))]
-        else:
-            tokens = [
-                b"[",
-                b"{",
-                b'"',
-                b",",
-                b"-",
-                b"1e999",
-                b"NaN",
-                b"null",
-                b"\\u0000",
-                b"]",
-                b"9",
-            ]
-            data[at : at + 1] = draw(st.sampled_from(tokens))
-        if draw(st.booleans()) and len(data) > 8:
-            length = bytes(data).find(b"}", bytes(data).rfind(b"data_offsets")) + 2 - 8
-            data[:8] = max(length, 0).to_bytes(8, "little")
-    return bytes(data)
+VALID = valid()
+MUTATED = hostile_bytes(VALID) | hostile_safetensors(VALID)
 
 
 @settings(max_examples=400)
-@given(data=mutated() | st.binary(max_size=80) | st.binary(max_size=60).map(container))
+@given(data=MUTATED | st.binary(max_size=80) | st.binary(max_size=60).map(container))
 def test_mutated_files_are_refused_or_read_in_full(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)

@@ -136,6 +136,12 @@ def test_wrong_kinds_are_refused(kinds: Any, error: type[PeftError], words: str)
         layout(shaped(fc__weight=(4, 4)), kinds)
 
 
+def test_a_whole_name_goes_before_an_ending() -> None:
+    kinds: Any = {"fc": "Conv1D", "encoder.fc": "Linear"}
+    found = layout(shaped(encoder__fc__weight=(4, 4), fc__weight=(4, 4)), kinds)
+    assert {name: site.kind for name, site in found.items()} == kinds
+
+
 @given(
     st.dictionaries(
         st.from_regex(r"([a-z]{1,3}\.){0,2}(weight|bias|in_proj_weight|gamma)", fullmatch=True),

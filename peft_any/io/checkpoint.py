@@ -153,7 +153,7 @@ class Checkpoint(Mapping[str, HostArray]):
                 f"{where}: {len(listed)} shards cannot be one model: {SHARD_LIMIT} are the limit"
             )
         paths = {shard: self._inside(shard) for shard in sorted(listed)}
-        missing = [shard for shard, path in paths.items() if not path.exists()]
+        missing = [shard for shard, path in paths.items() if not os.path.exists(path)]
         if missing:
             raise StorageError(f"{where}: shards cannot be found: {_some(missing)}")
         for shard, path in paths.items():
