@@ -33,10 +33,15 @@ class Attended(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Config):
-    """A method that makes virtual tokens: it adapts no layer and has one table of vectors."""
+    """A method that makes virtual tokens: it adapts no layer and has one table of vectors.
+
+    A subclass puts them before embedded input, ``prepend(p, embeds, submodule=0)``, or before the
+    keys and values of every layer, ``concat_to_kv(p, k, v, layer)`` and
+    ``key_values(p, batch=1)``.
+    """
 
     tables: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)
-    """The tensors of a file."""
+    """The tensors of a file: those that `shapes` names."""
     frozen: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are kept beside the trained ones and never trained."""
 

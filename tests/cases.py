@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft_any import testing
 from peft_any.layer import Site
-from peft_any.method import Prompt
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.methods.adaption_prompt import AdaptionPromptConfig
 from peft_any.methods.beft import BeftConfig
@@ -47,6 +46,7 @@ from peft_any.methods.unilora import UniLoraConfig
 from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
+from peft_any.testing import prompting
 from peft_any.variants import BdLoraConfig, KasaConfig
 
 SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
@@ -763,16 +763,9 @@ CASES = [
 
 @dataclass(frozen=True)
 class RoutedCase(Case):
-    """One row of a method that is applied and cannot be merged.
-
-    Attributes
-    ----------
-    routing : dict
-        What a call needs beside its input, for an input whose first axis is 2.
-    """
+    """One row of a method that is applied and cannot be merged."""
 
     reverts: float = 0
-    routing: dict[str, Any] = field(default_factory=dict)
 
 
 ROUTED = [
@@ -799,11 +792,9 @@ ROUTED = [
 
 
 @dataclass(frozen=True)
-class PromptCase:
+class PromptCase(prompting.PromptCase):
     """One row of a method that makes virtual tokens."""
 
-    name: str
-    config: Prompt
     hf: str | None = None
 
 
@@ -828,6 +819,7 @@ PROMPTS = [
             prompt_tuning_init_text="classify this",
             tokenizer_name_or_path="t5-base",
         ),
+        start={"tokens": [4, 1]},
         hf="HF needs the tokenizer",
     ),
     PromptCase("prefix", PrefixTuningConfig(num_virtual_tokens=5, token_dim=12, **HEADS)),

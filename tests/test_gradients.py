@@ -9,7 +9,7 @@ import pytest
 
 from peft_any.tape import var
 from peft_any.testing import descent
-from peft_any.testing.descent import Problem
+from peft_any.testing.descent import of_layer
 from peft_any.testing.gradients import ENGINES, difference, gradients
 from tests.cases import CASES, Case
 
@@ -20,19 +20,19 @@ ways = pytest.mark.parametrize("way", ["forward", "merge"])
 @table
 @ways
 def test_gradients_are_finite_differences(case: Case, way: descent.Way) -> None:
-    descent.differences(case, way)
+    descent.differences(descent.of_layer(case, way))
 
 
 @table
 @ways
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_gradients_agree_on_every_engine(case: Case, way: descent.Way, engine: str) -> None:
-    descent.engines(case, engine, way)
+    descent.engines(descent.of_layer(case, way), engine)
 
 
 def test_the_gradient_of_dora_takes_its_norm_as_constant() -> None:
     case = next(c for c in CASES if c.name == "dora")
-    problem = Problem(case, "merge")
+    problem = of_layer(case, "merge")
     _, grads = gradients("numpy", problem.loss, problem.trained, *problem.rest)
     _, other = gradients("numpy", problem.loss, problem.trained, *problem.rest)
     assert difference(grads, other) == 0
@@ -43,7 +43,7 @@ def test_the_gradient_of_dora_takes_its_norm_as_constant() -> None:
 
 def test_frozen_arrays_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(c for c in CASES if c.name == "vera")
-    problem, shapes = Problem(case, "forward"), []
+    problem, shapes = of_layer(case, "forward"), []
     settle = var.settle
 
     def watch(xp: Any, g: Any, shape: Any, dtype: Any) -> Any:

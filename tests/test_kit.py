@@ -13,10 +13,17 @@ from peft_any.custom import custom_vjp
 from peft_any.errors import ConfigError, UsageError
 from peft_any.layer import Site
 from peft_any.method import Additive, Tuner
+from peft_any.methods.adaption_prompt import AdaptionPromptConfig
+from peft_any.methods.lily import LilyConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.miss import MissConfig
+from peft_any.methods.poly import PolyConfig
+from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
+from peft_any.prompt import Prompt
+from peft_any.prompts import before, spread
 from peft_any.registry import _known
+from peft_any.routed import Routed
 from peft_any.testing import assert_close, check_method, missing, rows
 
 FC = [Site("fc", 6, 5)]
@@ -64,6 +71,12 @@ def complaint(config: Any, **options: Any) -> str:
     return str(raised.value)
 
 
+def laws_of(said: str) -> set[str]:
+    """Name the laws that a complaint lists."""
+    lines = [line for line in said.splitlines() if line.startswith("fc: ")]
+    return {line.split(": ")[1] for line in lines}
+
+
 def test_sound_methods_pass_everywhere() -> None:
     found = check_method(scaling("SOUND"), FC, reverts=200)
     assert "fc: libraries: numpy:readonly" in found.passed
@@ -84,6 +97,7 @@ def test_a_forward_that_is_not_the_merged_layer_is_caught() -> None:
         return base(x) * (1.0 + 2.0 * p["scale_v"])
 
     said = complaint(scaling("DISAGREES", forward=forward))
+    assert laws_of(said) == {"merging"}
     assert "forward and merge disagree, by " in said
     assert "Scale at fc (Linear 6 → 5)" in said
 
@@ -97,6 +111,7 @@ def test_writing_in_place_is_caught() -> None:
     said = complaint(scaling("INPLACE", merge=merge))
     assert "merge writes in place, to the base's weight: give new arrays" in said
     assert "libraries: numpy:readonly" in said
+    assert "nothing in place" in laws_of(said)
 
 
 @pytest.mark.parametrize("row", ["strict", "torch"])
@@ -115,6 +130,7 @@ def test_ignoring_the_device_is_caught(row: str) -> None:
     assert f"fc: libraries: {other}: " in said
     assert "device=" in said
     assert f"fc: libraries: {row}: " not in said
+    assert laws_of(said) == {"libraries"}
 
 
 def test_initial_values_on_another_device_are_caught() -> None:
@@ -136,6 +152,7 @@ def test_initial_values_on_another_device_are_caught() -> None:
 
     said = complaint(scaling("AWAY", init=Away()), backends=[row], reverts=200)
     assert "initial scale_v: the array is on the device" in said
+    assert laws_of(said) == {"seeds"}
 
 
 def test_a_wrong_gradient_is_caught() -> None:
@@ -153,6 +170,7 @@ def test_a_wrong_gradient_is_caught() -> None:
     wrong = scaling("STEEP", merge=merge, forward=forward, unmerge=unmerge)
     said = complaint(wrong, reverts=500)
     assert "breaks 1 of" in said
+    assert laws_of(said) == {"gradients"}
     assert "forward has a wrong gradient by scale_v" in said
 
 
@@ -170,7 +188,9 @@ def test_dropping_the_bias_is_caught() -> None:
     def forward(self, p, x, base):
         return x @ (base.weight * (1.0 + p["scale_v"])[:, None]).T
 
-    assert "forward drops the bias" in complaint(scaling("FLAT", forward=forward), reverts=200)
+    said = complaint(scaling("FLAT", forward=forward), reverts=200)
+    assert laws_of(said) == {"merging"}
+    assert "forward drops the bias" in said
 
     def merge(self, p, base):
         weight = base.weight * (1.0 + p["scale_v"])[:, None]
@@ -210,9 +230,212 @@ def test_names_of_parameters_that_files_lose_are_caught() -> None:
     assert "breaks 1 of" in said
 
 
+def prompting(peft_type: str, **functions: Any) -> Any:
+    """Make a method that trains P = T ⊙ (1 + v) + b, of which a file holds P alone."""
+
+    class Tokens(Prompt, peft_type=peft_type, prefix="prompt_"):
+        def shapes(self):
+            return {"prompt_embeddings": (self.size("num_virtual_tokens"), self.size("token_dim"))}
+
+        def init(self, new):
+            ((t, d),) = self.shapes().values()
+            return {"table": new.normal((t, d)), "v": new.zeros((d,)), "b": new.zeros((d,))}
+
+        def portable(self, p):
+            if "prompt_embeddings" in p:
+                return p
+            return {"prompt_embeddings": p["table"] * (1.0 + p["v"]) + p["b"]}
+
+        def prepend(self, p, embeds, submodule=0):
+            return before(self, self.portable(p)["prompt_embeddings"], embeds, submodule)
+
+    for name, f in functions.items():
+        setattr(Tokens, name, f)
+    made = dataclass(frozen=True, kw_only=True)(Tokens)
+    return made(num_virtual_tokens=3, token_dim=4)
+
+
+def broken(config: Any, **options: Any) -> dict[str, str]:
+    """Check a prompt, and give what the kit says of each law that it breaks."""
+    with pytest.raises(AssertionError) as raised:
+        check_method(config, **({"backends": ["numpy"], "seeds": [0]} | options))
+    found = [line.split(": ", 2) for line in str(raised.value).split("\nprompt: ")[1:]]
+    return {line[0]: ": ".join(line[1:]) for line in found}
+
+
+def test_sound_prompts_pass_everywhere() -> None:
+    found = check_method(prompting("SOUND_PROMPT"))
+    assert all(f"prompt: libraries: {row}" in found.passed for row in rows() if not missing(row))
+    sizes = {"num_virtual_tokens": 2, "token_dim": 6, "num_attention_heads": 2, "num_layers": 3}
+    found = check_method(PrefixTuningConfig(**sizes), **HOST)
+    assert "prompt: in front of the input" in found.passed
+    text = {"prompt_tuning_init_text": "a", "tokenizer_name_or_path": "x"}
+    config = PromptTuningConfig(
+        num_virtual_tokens=2, token_dim=3, prompt_tuning_init="TEXT", **text
+    )
+    assert check_method(config, start={"tokens": [4]}, **HOST).passed
+
+
+def test_a_prompt_whose_file_acts_otherwise_is_caught() -> None:
+    def prepend(self, p, embeds, submodule=0):
+        rows = self.portable(p)["prompt_embeddings"]
+        return before(self, rows if "v" not in p else rows + p["v"], embeds, submodule)
+
+    said = broken(prompting("UNLIKE", prepend=prepend))
+    assert said.keys() == {"what files carry"}
+    assert "what portable gives acts otherwise than what is trained" in said["what files carry"]
+
+
+def test_a_prompt_whose_file_drops_a_bias_is_caught() -> None:
+    def portable(self, p):
+        return p if "prompt_embeddings" in p else {"prompt_embeddings": p["table"] * (1.0 + p["v"])}
+
+    def prepend(self, p, embeds, submodule=0):
+        rows = portable(self, p)["prompt_embeddings"]
+        return before(self, rows + p["b"] if "b" in p else rows, embeds, submodule)
+
+    said = broken(prompting("UNBIASED", portable=portable, prepend=prepend))
+    assert said.keys() == {"what files carry"}
+    assert "a file would lose something" in said["what files carry"]
+
+
+def test_a_prompt_that_writes_in_place_is_caught() -> None:
+    def portable(self, p):
+        if "prompt_embeddings" in p:
+            return p
+        table = p["table"]
+        table *= 1.0 + p["v"]
+        return {"prompt_embeddings": table + p["b"]}
+
+    said = broken(prompting("WRITES", portable=portable))
+    assert "portable writes in place, to table: give new arrays" in said["nothing in place"]
+    assert "read-only" in said["libraries"]
+
+
+@pytest.mark.parametrize("row", ["strict", "torch"])
+def test_a_prompt_that_ignores_the_device_is_caught(row: str) -> None:
+    if reason := missing(row):
+        pytest.skip(reason)
+
+    def portable(self, p):
+        if "prompt_embeddings" in p:
+            return p
+        xp, table = namespace(p["table"]), p["table"]
+        whole = xp.zeros(table.shape, dtype=table.dtype) + table * (1.0 + p["v"]) + p["b"]
+        return {"prompt_embeddings": whole}
+
+    with pytest.raises(AssertionError) as raised:
+        check_method(prompting("HOMELESS", portable=portable), backends=[row], seeds=[0])
+    other = {"strict": "strict:device1", "torch": "torch:meta"}[row]
+    lines = [line for line in str(raised.value).splitlines() if line.startswith("prompt: ")]
+    assert all(line.startswith(f"prompt: libraries: {other}: ") for line in lines)
+    assert "device=" in lines[0]
+
+
+def test_a_prompt_with_a_wrong_gradient_is_caught() -> None:
+    twice = custom_vjp(lambda v: (2.0 * v, ()), lambda _, g: (3.0 * g,))
+
+    def portable(self, p):
+        if "prompt_embeddings" in p:
+            return p
+        return {"prompt_embeddings": p["table"] * (1.0 + twice(p["v"])) + p["b"]}
+
+    said = broken(prompting("ASKEW", portable=portable))
+    assert said.keys() == {"gradients"}
+    assert "prepend has a wrong gradient by v: " in said["gradients"]
+
+
+def test_other_faults_of_prompts_are_named() -> None:
+    def acts(change: Any) -> Any:
+        def prepend(self, p, embeds, submodule=0):
+            return change(before(self, self.portable(p)["prompt_embeddings"], embeds, submodule))
+
+        return {"prepend": prepend}
+
+    law = "in front of the input"
+    said = broken(prompting("SCALES", **acts(lambda y: 1.5 * y)))
+    assert said[law].endswith(
+        "prepend changes the input, or its place: it follows the virtual tokens"
+    )
+    said = broken(prompting("SHORT", **acts(lambda y: y[..., 1:, :])))
+    assert "prepend gives the shape (6, 4), not (7, 4)" in said[law]
+    said = broken(prompting("WIDE", **acts(lambda y: y.astype("float64"))))
+    assert "prepend gives float64, not the input's float32" in said[law]
+
+    def listens(self, p, embeds, submodule=0):
+        rows = self.portable(p)["prompt_embeddings"]
+        mean = namespace(embeds).mean(embeds, axis=-2, keepdims=True)
+        return before(self, rows + mean, embeds, submodule)
+
+    said = broken(prompting("LISTENS", prepend=listens))
+    assert "prepend's virtual tokens depend on the input" in said[law]
+
+    def unchecked(self, p, embeds, submodule=0):
+        rows = self.portable(p)["prompt_embeddings"]
+        return namespace(embeds).concat([spread(rows, embeds.shape[:-2]), embeds], axis=-2)
+
+    said = broken(prompting("UNCHECKED", prepend=unchecked))
+    assert "raise a ShapeError" in said["refusals"] or "ValueError" in said["refusals"]
+
+    class Named:
+        def __get__(self, config, owner):
+            return lambda: {"tokens": (3, 4)}
+
+    said = broken(prompting("NAMED", shapes=Named()))
+    assert (
+        "portable gives {'prompt_embeddings': (3, 4)}, and shapes announces" in said["parameters"]
+    )
+
+
+def test_methods_that_depend_on_the_input_are_applied() -> None:
+    found = check_method(LilyConfig(r=2), FC, **HOST)
+    assert {"fc: a merge is refused", "fc: applying"} <= {*found.passed}
+    found = check_method(PolyConfig(r=2, n_tasks=2), FC, routing={"task_ids": [1, 0]}, **HOST)
+    assert "fc: a merge is refused" not in found.passed
+
+    @dataclass(frozen=True, kw_only=True)
+    class SquaredConfig(Routed, peft_type="SQUARED", prefix="squared_"):
+        why = "it squares the input"
+
+        def shapes(self, site):
+            return {"squared_v": (site.n_out, site.n_in)}
+
+        def init(self, site, new):
+            return {"squared_v": new.zeros((site.n_out, site.n_in))}
+
+        def residual(self, p, x, site):
+            return (x * x) @ p["squared_v"].T
+
+    check_method(SquaredConfig(), FC, **HOST)
+
+    def flat(self, p, x, base):
+        return x @ base.weight.T + self.residual(p, x, base.site)
+
+    SquaredConfig.forward = flat  # type: ignore[method-assign]
+    assert "forward drops the bias" in complaint(SquaredConfig())
+    SquaredConfig.forward = lambda self, p, x, base: base(x)  # type: ignore[method-assign]
+    assert "whatever the parameters" in complaint(SquaredConfig())
+    SquaredConfig.forward = Routed.forward  # type: ignore[method-assign]
+    SquaredConfig.merge = lambda self, p, base: base  # type: ignore[method-assign]
+    assert "merge gives a weight, and no weight holds what it adds" in complaint(SquaredConfig())
+
+
 def test_what_cannot_be_checked_is_refused() -> None:
-    with pytest.raises(UsageError, match="it is no Tuner"):
+    prompt = PromptTuningConfig(num_virtual_tokens=2, token_dim=3)
+    for config, options, why in [
+        (AdaptionPromptConfig(adapter_len=2, adapter_layers=1), {}, "it acts within attention"),
+        (prompt, {"sites": FC}, "a prompt adapts no layer"),
+        (prompt, {"routing": {"task_ids": [0]}}, "a prompt adapts no layer"),
+        (LoraConfig(), {"start": {"tokens": [0]}}, "start= is for prompts"),
+        (prompting("MUTE", prepend=property()), {}, "give it prepend"),
+        (object(), {}, "it is no Tuner or Prompt"),
+    ]:
+        with pytest.raises(UsageError, match=why):
+            check_method(config, **options)
+    with pytest.raises(ConfigError, match="token_dim=None"):
         check_method(PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="num_layers=None"):
+        check_method(PrefixTuningConfig(num_virtual_tokens=2, token_dim=4, num_attention_heads=2))
     with pytest.raises(ConfigError, match="cannot adapt a Norm layer"):
         check_method(LoraConfig(), [Site("n", 3, 3, "Norm")])
     with pytest.raises(UsageError, match="library 'numpi' cannot be tested"):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_any import Adapter, ConfigError, PeftModel, ShapeError, value_and_grad
 from peft_any.backend import namespace, resolve, to_numpy
@@ -15,69 +19,74 @@ from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.prompts import extend_mask
 from peft_any.rng import Fresh
-from peft_any.testing import Lib
+from peft_any.testing import Lib, descent, prompting
+from peft_any.testing.gradients import ENGINES
+from peft_any.testing.strategies import dtypes
 from tests.cases import PROMPTS, PromptCase
 
 table = pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
 SIZES = {"num_layers": 3, "token_dim": 6, "num_attention_heads": 2}
 
 
-def drawn(case: PromptCase) -> dict[str, np.ndarray]:
-    """Draw a row's table, whatever its initial values would need."""
-    rng = np.random.default_rng(3)
-    return {k: rng.standard_normal(s).astype("float32") for k, s in case.config.shapes().items()}
+UNLIKE = [c for c in PROMPTS if c.name in {"prompt", "prefix-projection", "p-tuning", "multitask"}]
+UNLIKE += [c for c in PROMPTS if c.name in {"p-tuning-lstm", "cartridge", "cpt-types"}]
+"""A row of each computation, to be differentiated on every engine."""
+seeds = st.integers(0, 2**32)
+short = st.lists(st.integers(1, 3), max_size=2).map(tuple)
+
+
+@table
+def test_parameters_have_the_names_and_shapes_announced(case: PromptCase) -> None:
+    prompting.announced(case)
+
+
+@table
+@given(seed=seeds, lead=short, dtype=dtypes)
+def test_tokens_stand_before_the_input(case: PromptCase, seed: int, lead: Any, dtype: str) -> None:
+    if hasattr(case.config, "num_tasks"):
+        lead = lead[:1]  # one task for each input of (batch, tokens, d)
+    prompting.in_front(case, seed, lead, dtype)
+
+
+@table
+@given(seed=seeds, dtype=dtypes)
+def test_a_file_acts_as_what_was_trained(case: PromptCase, seed: int, dtype: str) -> None:
+    prompting.portable(case, seed, dtype)
+
+
+@table
+def test_nothing_is_written_in_place_and_what_does_not_fit_is_refused(case: PromptCase) -> None:
+    prompting.untouched(case)
+    prompting.refusing(case)
 
 
 @table
 def test_files_round_trip(case: PromptCase, tmp_path) -> None:
-    Adapter(case.config, {}, drawn(case)).save(tmp_path / "a")
-    loaded = Adapter.load(tmp_path / "a")
-    assert loaded.config.peft_type == case.config.peft_type
-    assert loaded.config.num_virtual_tokens == case.config.num_virtual_tokens
-    assert loaded.shared.keys() == drawn(case).keys()
-    for key, want in drawn(case).items():
-        np.testing.assert_array_equal(loaded.shared[key], want)
-    loaded.save(tmp_path / "b")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    prompting.files(case, tmp_path)
 
 
 @table
 def test_every_library_gives_numpys_numbers(case: PromptCase, lib: Lib) -> None:
-    config, p = case.config, drawn(case)
-    if hasattr(config, "prepend"):
-        x = np.ones((2, 4, config.token_dim), dtype="float32")
-        want = config.prepend(p, x)
-        assert want.shape == (2, 4 + config.num_virtual_tokens, config.token_dim)
-        np.testing.assert_array_equal(want[:, config.num_virtual_tokens :], x)
-        rtol = 1e-6 if hasattr(config, "num_tasks") else 0  # its prompt is a product
-        lib.check(lib.call(config.prepend, p, x), want, rtol=rtol)
-        return
-    heads, width = config.num_attention_heads, config.token_dim // config.num_attention_heads
-    k = np.ones((2, heads, 4, width), dtype="float32")
-    for layer in range(config.num_layers):
-        want = config.concat_to_kv(p, k, 2 * k, layer)
-        got = lib.call(lambda p, k, i=layer: config.concat_to_kv(p, k, 2 * k, i), p, k)
-        for one, other in zip(got, want, strict=True):
-            lib.check(one, other, rtol=0)
-    pairs = config.key_values(p, batch=2)
-    assert len(pairs) == config.num_layers
-    assert pairs[0][0].shape == (2, heads, config.num_virtual_tokens, width)
+    # the prompts of several tasks are products
+    prompting.libraries(case, lib, exact=not hasattr(case.config, "num_tasks"))
 
 
-def test_one_seed_draws_the_same_prompt_everywhere(lib: Lib) -> None:
+@table
+def test_one_seed_draws_the_same_prompt_everywhere(case: PromptCase, lib: Lib) -> None:
     if not lib.has_values:
         pytest.skip("torch's meta device holds no numbers")
-    for config in (
-        PromptTuningConfig(num_virtual_tokens=3, token_dim=5),
-        PrefixTuningConfig(num_virtual_tokens=3, **SIZES),
-        PromptEncoderConfig(num_virtual_tokens=3, token_dim=5),
-        MultitaskPromptTuningConfig(num_virtual_tokens=3, token_dim=5, num_tasks=2),
-        CartridgeConfig(num_virtual_tokens=3, **SIZES),
-    ):
-        got = config.init(Fresh(4, lib.backend))
-        for key, want in config.init(Fresh(4, resolve("numpy"))).items():
-            lib.check(got[key], want, rtol=0)
+    prompting.seeds(case, lib)
+
+
+@table
+def test_gradients_are_finite_differences(case: PromptCase) -> None:
+    descent.differences(prompting.of_prompt(case))
+
+
+@pytest.mark.parametrize("case", UNLIKE, ids=lambda case: case.name)
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_gradients_agree_on_every_engine(case: PromptCase, engine: str) -> None:
+    descent.engines(prompting.of_prompt(case), engine)
 
 
 def test_a_models_prompt_is_in_its_shared_arrays() -> None:

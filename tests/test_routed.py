@@ -11,16 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_any import Adapter, ConfigError, PeftModel, ShapeError, merge_checkpoint
-from peft_any.backend import namespace, resolve
 from peft_any.io.safetensors import write_safetensors
-from peft_any.layer import Dense
 from peft_any.methods.lily import LilyConfig
 from peft_any.methods.poly import PolyConfig
-from peft_any.rng import Fresh
 from peft_any.routed import Routed
-from peft_any.testing import Lib
-from peft_any.testing.closeness import gap, rounding
-from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
+from peft_any.testing import Lib, applying, descent, laws
+from peft_any.testing.gradients import ENGINES
 from peft_any.testing.strategies import dtypes
 from tests.cases import ROUTED, RoutedCase
 
@@ -30,34 +26,26 @@ never = pytest.mark.parametrize(
 table = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
 
 
-def parameters(case: RoutedCase, base: Dense, seed: int, dtype: str) -> dict[str, Any]:
-    """Draw trained-looking parameters, with what a call needs."""
-    return {**case.params(base, seed, dtype), **case.routing}
-
-
 @table
 @given(seed=st.integers(0, 2**32), dtype=dtypes)
 def test_a_fresh_adapter_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
-    base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
-    p, x = {**case.fresh(base, seed, dtype), **case.routing}, case.inputs((2, 3), dtype, seed)
-    change = gap(config.forward(p, x, base), base(x))
-    assert change > 1e-3 if case.identity else change <= rounding(dtype)
+    applying.identity(case, seed, dtype)
 
 
 @table
 @given(seed=st.integers(0, 2**32), dtype=dtypes)
 def test_preparing_changes_nothing(case: RoutedCase, seed: int, dtype: str) -> None:
-    base, config = case.base(seed, dtype=dtype), case.config.at(case.site)
-    p, x = parameters(case, base, seed, dtype), case.inputs((2, 3), dtype, seed)
-    y = config.forward(p, x, base)
-    assert y.dtype == x.dtype
-    assert y.shape == (2, 3, case.site.n_out)
-    assert gap(config.forward(config.prepare(p, base), x, base), y) <= 200 * rounding(dtype)
-    assert gap(y, base(x)) > 1e-3
+    applying.preparing(case, seed, dtype)
+
+
+@table
+def test_nothing_is_written_in_place(case: RoutedCase) -> None:
+    laws.untouched(case)
 
 
 @never
 def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
+    applying.refusing(case)
     base = case.base()
     p, config = case.params(base), case.config.at(case.site)
     refusal = f"{case.site.name}: {config.peft_type} cannot be merged: .+: .+"
@@ -72,59 +60,31 @@ def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
 
 @table
 def test_every_library_gives_numpys_numbers(case: RoutedCase, lib: Lib) -> None:
-    config, base = case.config.at(case.site), case.base()
-    p, x = parameters(case, base, 0, "float32"), case.inputs((2, 3), "float32", 0)
-
-    def adapt(p, x, weight, bias):
-        return config.forward(p, x, Dense(weight, bias, case.site))
-
-    y = lib.call(adapt, p, x, base.weight, base.bias)
-    lib.check(y, config.forward(p, x, base), rtol=5e-6)
+    applying.libraries(case, lib)
 
 
 @table
 def test_one_seed_draws_the_same_numbers_everywhere(case: RoutedCase, lib: Lib) -> None:
     if not lib.has_values:
         pytest.skip("torch's meta device holds no numbers")
-    config = case.config.at(case.site)
-    drawn = config.init(case.site, Fresh(7, lib.backend, key=case.site.name))
-    want = config.init(case.site, Fresh(7, resolve("numpy"), key=case.site.name))
-    assert {k: v.shape for k, v in want.items()} == config.shapes(case.site)
-    for name, value in want.items():
-        lib.check(drawn[name], value, rtol=0.0)
+    laws.announced(case)
+    laws.seeds(case, lib)
 
 
-class Problem:
-    """A loss of a row's trained parameters."""
-
-    def __init__(self, case: RoutedCase) -> None:
-        self.config, self.site = case.config.at(case.site), case.site
-        base = case.base(dtype="float64")
-        self.trained, self.routing = case.params(base, dtype="float64"), case.routing
-        self.rest = case.inputs((2, 3), "float64", 0), base.weight, base.bias
-
-    def loss(self, trained: Any, x: Any, weight: Any, bias: Any) -> Any:
-        p = {**trained, **self.routing}
-        y = self.config.forward(p, x, Dense(weight, bias, self.site))
-        n = np.arange(np.prod(y.shape, dtype=int))
-        return namespace(y).sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
+@table
+def test_files_hold_it_all(case: RoutedCase) -> None:
+    laws.files(case)
 
 
 @table
 def test_gradients_are_finite_differences(case: RoutedCase) -> None:
-    problem = Problem(case)
-    _, got = gradients("numpy", problem.loss, problem.trained, *problem.rest)
-    want = finite_differences(problem.loss, problem.trained, *problem.rest)
-    assert difference(got, want) < 1e-8
+    descent.differences(descent.of_layer(case, "forward"))
 
 
 @table
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_gradients_agree_on_every_engine(case: RoutedCase, engine: str) -> None:
-    problem = Problem(case)
-    _, want = gradients("numpy", problem.loss, problem.trained, *problem.rest)
-    _, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
-    assert difference(got, want) < 1e-12
+    descent.engines(descent.of_layer(case, "forward"), engine)
 
 
 def stacked(config: LilyConfig) -> PeftModel:

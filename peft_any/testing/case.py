@@ -11,6 +11,7 @@ from peft_any.backend import resolve
 from peft_any.layer import Dense, Kind, Site
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
+from peft_any.routed import Routed
 
 _SITES: dict[Kind, tuple[Site, ...]] = {
     "Linear": (Site("fc", 12, 32), Site("a.odd", 13, 7, bias=False)),
@@ -49,6 +50,8 @@ class Case:
         Why a fresh adapter does not leave the layer as it was; None: it does.
     reverts : float
         Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
+    routing : dict
+        What a call needs beside its input (`Tuner.takes`), for an input whose first axis is 2.
 
     Examples
     --------
@@ -63,6 +66,12 @@ class Case:
     site: Site = field(default_factory=lambda: Site("fc", 12, 32))
     identity: str | None = None
     reverts: float = 20.0
+    routing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def merges(self) -> bool:
+        """Whether a weight holds what the method does: not where it depends on the input."""
+        return not (isinstance(self.config, Routed) or self.routing)
 
     @property
     def where(self) -> str:

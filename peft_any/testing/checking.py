@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 from unittest import SkipTest
 
 from peft_any.errors import PeftError, UsageError
 from peft_any.layer import Site
 from peft_any.method import Tuner
-from peft_any.testing import descent, laws
+from peft_any.prompt import Attended, Prompt
+from peft_any.registry import Config
+from peft_any.routed import Routed
+from peft_any.testing import applying, descent, laws, prompting
 from peft_any.testing.case import Case, usual_sites
 from peft_any.testing.gradients import ENGINES
 from peft_any.testing.libraries import LIBRARIES, Lib, library, missing, rows
+from peft_any.testing.prompting import PromptCase
 
+Laws: TypeAlias = Iterator[tuple[str, Callable[[], None]]]
 _WAYS: tuple[descent.Way, ...] = ("forward", "merge")
 
 
@@ -34,12 +41,14 @@ class Checked:
 
 
 def check_method(
-    config: Tuner,
+    config: Config,
     sites: Sequence[Site] | None = None,
     *,
     identity: str | None = None,
     reverts: float = 20.0,
     measured: Collection[str] = (),
+    routing: Mapping[str, Any] | None = None,
+    start: Mapping[str, Any] | None = None,
     backends: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Checked:
@@ -51,13 +60,17 @@ def check_method(
     those of finite differences on every engine; files lose nothing. What is not installed is
     skipped, and said: install ``peft_any[strict,torch,jax,dask]`` to try it all.
 
+    A `Routed` method, or one that is given `routing`, is applied instead of merged. Of a
+    `Prompt`, virtual tokens must stand before the input, which they leave as it is and do not
+    depend on, and what a file carries must act as what is trained.
+
     Parameters
     ----------
-    config : Tuner
+    config : Tuner or Prompt
         The method with its numbers; its class may be defined anywhere.
     sites : sequence of Site, optional
         Layers to adapt; by default one or two of every kind that the method supports, and of
-        these such as it accepts.
+        these such as it accepts. A prompt has none.
     identity : str, optional
         Why a fresh adapter changes the layer, if it does.
     reverts : float
@@ -65,6 +78,10 @@ def check_method(
         cannot be unmerged.
     measured : collection of str
         Parameters whose initial values are computed from the base weight.
+    routing : mapping, optional
+        What a call needs beside its input, for an input whose first axis is 2.
+    start : mapping, optional
+        What a prompt's `init` needs beside its draws, by keyword.
     backends : sequence of str
         Libraries to try, of `LIBRARIES`; by default all.
     seeds : sequence of int
@@ -81,7 +98,7 @@ def check_method(
     ConfigError, ShapeError
         If the method does not accept a layer that was given, or any at all.
     UsageError
-        If the configuration is none of a method that adapts layers.
+        If the configuration is of a method without such laws, or is given what it has not.
 
     Examples
     --------
@@ -90,16 +107,36 @@ def check_method(
     >>> found.passed[0]
     'fc: identity'
     """
-    if not isinstance(config, Tuner):
-        raise UsageError(f"{type(config).__name__}: cannot be checked: it is no Tuner")
+    skipped: list[str] = []
+    if isinstance(config, Prompt):
+        if sites is not None or routing is not None:
+            raise UsageError(f"{config.where}: a prompt adapts no layer: give no sites or routing")
+        prompting.check_contract(config)
+        every = _of_prompt(PromptCase("prompt", config, start or {}), backends, seeds)
+    elif isinstance(config, Tuner):
+        if start is not None:
+            raise UsageError(f"{config.where}: start= is for prompts alone")
+        cases = [
+            Case(site.name, config, site, identity, reverts, {**(routing or {})})
+            for site in _accepted(config, sites, skipped)
+        ]
+        every = _laws(cases, measured, backends, seeds)
+    elif isinstance(config, Attended):
+        raise UsageError(
+            f"{config.where}: cannot be checked: it acts within attention, and the laws are of "
+            "layers and prompts; compare its function with the paper's formula, on the libraries "
+            "that `peft_any.testing.rows` lists"
+        )
+    else:
+        raise UsageError(f"{type(config).__name__}: cannot be checked: it is no Tuner or Prompt")
+    return _tried(config, every, skipped)
+
+
+def _tried(config: Config, every: Laws, skipped: list[str]) -> Checked:
+    """Try laws one after the other, and list all that are broken at once."""
     broken: list[str] = []
     passed: list[str] = []
-    skipped: list[str] = []
-    cases = [
-        Case(site.name, config, site, identity, reverts)
-        for site in _accepted(config, sites, skipped)
-    ]
-    for name, law in _laws(cases, measured, backends, seeds):
+    for name, law in every:
         try:
             law()
         except SkipTest as reason:
@@ -138,71 +175,107 @@ def _accepted(config: Tuner, sites: Sequence[Site] | None, skipped: list[str]) -
 
 def _laws(
     cases: Sequence[Case], measured: Collection[str], backends: Sequence[str], seeds: Sequence[int]
-) -> Iterator[tuple[str, Callable[[], None]]]:
+) -> Laws:
     """List the laws with their names; an input that has no values or row is skipped inside."""
+
+    def drawn(case: Case, lib: Lib) -> None:
+        laws.seeds(case, lib, measured)
+
     for case in cases:
-        yield from ((f"{case.name}: {name}", law) for name, law in _on_the_host(case, seeds))
+        ways = _WAYS if case.merges else _WAYS[:1]
+        alike = laws.libraries if case.merges else applying.libraries
+        named = _merged(case, seeds) if case.merges else _applied(case, seeds)
+        yield from ((f"{case.name}: {name}", law) for name, law in named)
         for row in rows(*backends):
-            yield f"{case.name}: libraries: {row}", _on(row, case, laws.libraries)
-            yield f"{case.name}: seeds: {row}", _on(row, case, _seeds(measured))
-        chosen = backends or [*LIBRARIES]
-        for engine in ENGINES[1:]:
-            if engine.partition(":")[0] in chosen:
-                yield f"{case.name}: gradients: {engine}", _engine(case, engine)
+            needs = case.resolved.needs
+            yield f"{case.name}: libraries: {row}", _on(row, needs, partial(alike, case))
+            yield f"{case.name}: seeds: {row}", _on(row, needs, partial(drawn, case), drawn=True)
+        problems = [partial(descent.of_layer, case, way) for way in ways]
+        yield from _descents(case.name, problems, backends)
 
 
-def _on_the_host(case: Case, seeds: Sequence[int]) -> Iterator[tuple[str, Callable[[], None]]]:
-    def each(law: Callable[[int, str], None]) -> Callable[[], None]:
-        def run() -> None:
-            for seed in seeds:
-                for dtype in ("float32", "float64"):
-                    law(seed, dtype)
-
-        return run
-
+def _merged(case: Case, seeds: Sequence[int]) -> Laws:
     def merging(seed: int, dtype: str) -> None:
         for lead in ((), (4,), (2, 3)):
             for bias in (True, False):
                 laws.merging(case, seed, lead, dtype, bias=bias)
 
-    def differences() -> None:
-        for way in _WAYS:
-            descent.differences(case, way)
-
-    yield "identity", each(lambda seed, dtype: laws.identity(case, seed, dtype))
-    yield "parameters", lambda: laws.announced(case)
-    yield "nothing in place", lambda: laws.untouched(case)
-    yield "merging", each(merging)
-    yield "unmerging", each(lambda seed, dtype: laws.unmerging(case, seed, dtype))
-    yield "factors", lambda: laws.factors(case)
-    yield "gradients", differences
-    yield "files", lambda: laws.files(case)
+    yield "identity", _each(seeds, partial(laws.identity, case))
+    yield "parameters", partial(laws.announced, case)
+    yield "nothing in place", partial(laws.untouched, case)
+    yield "merging", _each(seeds, merging)
+    yield "unmerging", _each(seeds, partial(laws.unmerging, case))
+    yield "factors", partial(laws.factors, case)
+    yield "files", partial(laws.files, case)
 
 
-def _seeds(measured: Collection[str]) -> Callable[[Case, Lib], None]:
-    def law(case: Case, lib: Lib) -> None:
-        if not lib.has_values:
-            raise SkipTest(f"{lib.row} holds no numbers")
-        laws.seeds(case, lib, measured)
+def _applied(case: Case, seeds: Sequence[int]) -> Laws:
+    yield "identity", _each(seeds, partial(applying.identity, case))
+    yield "parameters", partial(laws.announced, case)
+    yield "nothing in place", partial(laws.untouched, case)
+    yield "applying", _each(seeds, partial(applying.preparing, case))
+    if isinstance(case.config, Routed):
+        yield "a merge is refused", partial(applying.refusing, case)
+    yield "files", partial(laws.files, case)
 
-    return law
+
+def _of_prompt(case: PromptCase, backends: Sequence[str], seeds: Sequence[int]) -> Laws:
+    def in_front(seed: int, dtype: str) -> None:
+        for lead in ((), (1,), (2,)):
+            prompting.in_front(case, seed, lead, dtype)
+
+    yield "prompt: parameters", partial(prompting.announced, case)
+    yield "prompt: in front of the input", _each(seeds, in_front)
+    yield "prompt: refusals", partial(prompting.refusing, case)
+    yield "prompt: what files carry", _each(seeds, partial(prompting.portable, case))
+    yield "prompt: nothing in place", partial(prompting.untouched, case)
+    yield "prompt: files", partial(prompting.files, case)
+    for row in rows(*backends):
+        needs, law = case.config.needs, partial(prompting.libraries, case)
+        yield f"prompt: libraries: {row}", _on(row, needs, law)
+        drawn = partial(prompting.seeds, case)
+        yield f"prompt: seeds: {row}", _on(row, needs, drawn, drawn=True)
+    yield from _descents(case.name, [partial(prompting.of_prompt, case)], backends)
 
 
-def _on(row: str, case: Case, law: Callable[[Case, Lib], None]) -> Callable[[], None]:
+def _each(seeds: Sequence[int], law: Callable[[int, str], None]) -> Callable[[], None]:
+    def run() -> None:
+        for seed in seeds:
+            for dtype in ("float32", "float64"):
+                law(seed, dtype)
+
+    return run
+
+
+def _on(
+    row: str, needs: tuple[str, ...], law: Callable[[Lib], None], *, drawn: bool = False
+) -> Callable[[], None]:
     def run() -> None:
         if reason := missing(row):
             raise SkipTest(reason)
         with library(row) as lib:
-            if reason := lib.lacks(case.resolved.needs):
+            if reason := lib.lacks(needs):
                 raise SkipTest(reason)
-            law(case, lib)
+            if drawn and not lib.has_values:
+                raise SkipTest(f"{lib.row} holds no numbers")
+            law(lib)
 
     return run
 
 
-def _engine(case: Case, engine: str) -> Callable[[], None]:
-    def run() -> None:
-        for way in _WAYS:
-            descent.engines(case, engine, way)
+def _descents(
+    name: str, problems: Sequence[Callable[[], descent.Problem]], backends: Sequence[str]
+) -> Laws:
+    def differences() -> None:
+        for problem in problems:
+            descent.differences(problem())
 
-    return run
+    def on(engine: str) -> None:
+        for problem in problems:
+            descent.engines(problem(), engine)
+
+    yield f"{name}: gradients", differences
+    chosen = backends or [*LIBRARIES]
+    for engine in ENGINES[1:]:
+        if engine.partition(":")[0] in chosen:
+            yield f"{name}: gradients: {engine}", partial(on, engine)

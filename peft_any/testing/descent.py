@@ -19,29 +19,33 @@ from peft_any.testing.gradients import difference, gradients, like
 
 Way = Literal["forward", "merge"]
 _OWNERS = {"peft_any", "peft_any.backend", "peft_any._arrays", __name__}
+Outputs = Callable[..., list[Any]]
+_STEPS = 1e-4, 1e-6
+"""Steps of finite differences: a kink, as max(·, 0) has one, lies rarely within the second."""
 
 
 class Problem:
-    """A loss of a case's trained parameters; all else is frozen and comes as other arguments."""
+    """A loss of trained parameters; all else is frozen and comes as other arguments.
 
-    def __init__(self, case: Case, way: Way) -> None:
-        self.case, self.way = case, way
-        self.config, base = case.resolved, case.base(dtype="float64")
-        p = case.params(base, dtype="float64")
-        shared = self.config.shared_shapes([case.site])
-        names = {*self.config.shapes(case.site), *shared} - self.config.frozen
-        self.trained = {k: v for k, v in p.items() if k in names}
-        frozen = {k: v for k, v in p.items() if k not in names}
-        self.rest = frozen, case.inputs(dtype="float64"), base.weight, base.bias
+    Attributes
+    ----------
+    where, what : str
+        What errors begin with, and the function that is differentiated.
+    outputs : callable (trained, *rest) -> list of arrays
+    trained : dict of arrays
+    rest : tuple
+        Arrays, dicts of them, and None.
+    """
 
-    def loss(self, trained: Any, frozen: Any, x: Any, weight: Any, bias: Any) -> Any:
-        """Weigh the squares of the output, or of the merged layer, with fixed numbers."""
-        layer, p = Dense(weight, bias, self.case.site), {**frozen, **trained}
-        if self.way == "forward":
-            parts = [self.config.forward(p, x, layer)]
-        else:
-            merged = self.config.merge(p, layer)
-            parts = [merged.weight] if bias is None else [merged.weight, merged.bias]
+    def __init__(
+        self, where: str, what: str, outputs: Outputs, trained: dict[str, Any], *rest: Any
+    ) -> None:
+        self.where, self.what, self.outputs = where, what, outputs
+        self.trained, self.rest = trained, rest
+
+    def loss(self, trained: Any, *rest: Any) -> Any:
+        """Weigh the squares of the outputs with fixed numbers."""
+        parts = self.outputs(trained, *rest)
         xp = namespace(*parts)
         total = 0.0
         for y in parts:
@@ -49,7 +53,7 @@ class Problem:
             total = total + xp.sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
         return total
 
-    def slope(self, along: dict[str, Any], h: float = 1e-4) -> float:
+    def slope(self, along: dict[str, Any], h: float = _STEPS[0]) -> float:
         """Differentiate along a direction by central differences of fourth order."""
 
         def at(t: float) -> float:
@@ -57,6 +61,25 @@ class Problem:
             return float(self.loss(p, *self.rest))
 
         return (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+
+
+def of_layer(case: Case, way: Way) -> Problem:
+    """Pose the problem of a case's output, or of its merged layer."""
+    config, base = case.resolved, case.base(dtype="float64")
+    p = case.params(base, dtype="float64")
+    names = {*config.shapes(case.site), *config.shared_shapes([case.site])} - config.frozen
+    trained = {k: v for k, v in p.items() if k in names}
+    frozen = {k: v for k, v in p.items() if k not in names}
+
+    def outputs(trained: Any, frozen: Any, x: Any, weight: Any, bias: Any) -> list[Any]:
+        layer, p = Dense(weight, bias, case.site), {**frozen, **trained, **case.routing}
+        if way == "forward":
+            return [config.forward(p, x, layer)]
+        merged = config.merge(p, layer)
+        return [merged.weight] if bias is None else [merged.weight, merged.bias]
+
+    x = case.inputs(dtype="float64")
+    return Problem(case.where, way, outputs, trained, frozen, x, base.weight, base.bias)
 
 
 class Constants:
@@ -97,12 +120,12 @@ def constants() -> Iterator[Constants]:
             one.stop()
 
 
-def differences(case: Case, way: Way = "forward") -> None:
+def differences(problem: Problem) -> None:
     """Check gradients, as the tape computes them, against finite differences.
 
     What the method detaches counts as constant.
     """
-    problem, rng = Problem(case, way), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     if not problem.trained:
         return
     with constants() as held:
@@ -113,18 +136,20 @@ def differences(case: Case, way: Way = "forward") -> None:
             along = {k: rng.standard_normal(problem.trained[k].shape) for k in names}
             slant = sum(float(np.sum(grads[k] * d)) for k, d in along.items())
             size = sum(float(np.sum(np.abs(grads[k] * d))) for k, d in along.items())
-            return abs(slant - problem.slope(along)) <= 1e-6 * max(size, 1.0)
+            off = min(abs(slant - problem.slope(along, h)) for h in _STEPS)
+            return off <= 1e-6 * max(size, 1.0)
 
         if all(agree(problem.trained) for _ in range(3)):
             return
         wrong = [k for k in problem.trained if not agree([k])]
     raise AssertionError(
-        f"{case.where}: {way} has a wrong gradient by {', '.join(wrong or problem.trained)}: it is "
-        "not what finite differences give; look for a custom_vjp, and for what is rounded or chosen"
+        f"{problem.where}: {problem.what} has a wrong gradient by "
+        f"{', '.join(wrong or problem.trained)}: it is not what finite differences give; look for "
+        "a custom_vjp, and for what is rounded or chosen"
     )
 
 
-def engines(case: Case, engine: str, way: Way = "forward") -> None:
+def engines(problem: Problem, engine: str) -> None:
     """Check that an engine gives the gradients of the tape on NumPy.
 
     Raises
@@ -132,12 +157,11 @@ def engines(case: Case, engine: str, way: Way = "forward") -> None:
     unittest.SkipTest
         If its library is not installed.
     """
-    problem = Problem(case, way)
     if not problem.trained:
         return
     value, want = gradients("numpy", problem.loss, problem.trained, *problem.rest)
     loss, got = gradients(engine, problem.loss, problem.trained, *problem.rest)
-    where = f"{case.where}: {engine}: the"
+    where, way = f"{problem.where}: {engine}: the", problem.what
     if abs(loss - value) > 1e-12 * max(abs(value), 1.0):
         raise AssertionError(f"{where} loss of {way} is {loss}, not {value}")
     off = difference(got, want)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,17 +20,26 @@ from peft_any.testing.case import Case
 from peft_any.testing.closeness import gap, rounding
 from peft_any.testing.libraries import Lib
 
-_TOLD = 5e-6
+TOLD = 5e-6
 """How far libraries may be apart in single precision, relative to the largest entry."""
 
 
-def _must(holds: object, case: Case, why: str) -> None:
+class Placed(Protocol):
+    """Whatever a law is about, with what its errors begin with."""
+
+    @property
+    def where(self) -> str:
+        """The method, and the layer if there is one."""
+
+
+def must(holds: object, case: Placed, why: str) -> None:
+    """Raise an `AssertionError` that names the case, unless it holds."""
     if not holds:
         raise AssertionError(f"{case.where}: {why}")
 
 
 @contextmanager
-def _told(case: Case, what: str) -> Iterator[None]:
+def told(case: Placed, what: str) -> Iterator[None]:
     """Say where an error arose that a method raises in the middle of a law."""
     try:
         yield
@@ -49,18 +58,17 @@ def identity(case: Case, seed: int = 0, dtype: str = "float32") -> None:
     if case.identity is not None:
         if base.bias is not None:
             change = max(change, gap(merged.bias, base.bias))
-        _must(change > 1e-3, case, "a fresh adapter is the identity, though the case denies it")
+        must(change > 1e-3, case, "a fresh adapter is the identity, though the case denies it")
         return
-    _must(
+    must(
         change <= 50 * rounding(dtype),
         case,
         f"a fresh adapter changes the weight, by {change:.2g} of its largest entry: `init` must "
         "give what leaves the layer as it was, or the case say why not (identity=)",
     )
     if base.bias is not None:
-        _must(merged.bias is not None, case, _NO_BIAS)
-        same = _same(merged.bias, base.bias)
-        _must(same, case, "a fresh adapter changes the bias")
+        must(merged.bias is not None, case, _NO_BIAS)
+        must(same(merged.bias, base.bias), case, "a fresh adapter changes the bias")
 
 
 _NO_BIAS = "merge drops the bias: give base.replace(weight=…), which keeps it"
@@ -68,7 +76,7 @@ _NO_BIAS = "merge drops the bias: give base.replace(weight=…), which keeps it"
 
 def untouched(case: Case, seed: int = 0) -> None:
     """Check that nothing that a method is given is written to."""
-    config = case.resolved
+    config, merging = case.resolved, ("merge", "effect")
     calls: dict[str, Callable[[dict[str, Any], Any, Dense], object]] = {
         "init": lambda p, x, b: config.init(  # noqa: ARG005 - one signature
             case.site, Fresh(0, resolve("numpy"), key=case.site.name, base=b)
@@ -79,22 +87,24 @@ def untouched(case: Case, seed: int = 0) -> None:
         "effect": lambda p, x, b: config.effect(p, b),  # noqa: ARG005 - likewise
         "settled": lambda p, x, b: config.settled(p),  # noqa: ARG005 - likewise
     }
-    if case.reverts:
+    if case.reverts and case.merges:
         calls["unmerge"] = lambda p, x, b: config.unmerge(p, b)  # noqa: ARG005 - likewise
     for name, call in calls.items():
+        if name in merging and not case.merges:
+            continue
         base = case.base(seed)
-        p, x = case.params(base, seed), case.inputs(seed=seed)
+        p, x = {**case.params(base, seed), **case.routing}, case.inputs(seed=seed)
         given = {"the input": x, "the base's weight": base.weight, **p}
         if base.bias is not None:
             given["the base's bias"] = base.bias
         before, names = {k: np.array(v) for k, v in given.items()}, [*p]
         call(p, x, base)
-        changed = [k for k, v in given.items() if v.tobytes() != before[k].tobytes()]
-        _must(not changed, case, f"{name} writes in place, to {', '.join(changed)}: {_NEW}")
-        _must(names == [*p], case, f"{name} adds to or takes from the dict of parameters: {_NEW}")
+        changed = [k for k, v in given.items() if np.asarray(v).tobytes() != before[k].tobytes()]
+        must(not changed, case, f"{name} writes in place, to {', '.join(changed)}: {NEW}")
+        must(names == [*p], case, f"{name} adds to or takes from the dict of parameters: {NEW}")
 
 
-_NEW = "give new arrays (x = x + y, not x += y), for some libraries cannot write at all"
+NEW = "give new arrays (x = x + y, not x += y), for some libraries cannot write at all"
 
 
 def merging(
@@ -111,15 +121,15 @@ def merging(
     base = case.base(seed, dtype=dtype, bias=bias)
     p, x = case.params(base, seed, dtype), case.inputs(lead, dtype, seed)
     merged = config.merge(p, base)
-    _must(
+    must(
         merged.weight.shape == base.weight.shape and merged.weight.dtype == base.weight.dtype,
         case,
         f"merge gives a weight of {merged.weight.dtype} {merged.weight.shape}, not of "
         f"{base.weight.dtype} {base.weight.shape}",
     )
-    _must(merged.bias is not None or not bias, case, _NO_BIAS)
+    must(merged.bias is not None or not bias, case, _NO_BIAS)
     want, y = merged(x), config.forward(p, x, base)
-    _must(y.shape == want.shape, case, f"forward gives the shape {y.shape}, not {want.shape}")
+    must(y.shape == want.shape, case, f"forward gives the shape {y.shape}, not {want.shape}")
     off = gap(y, want)
     if off > 200 * eps:
         why = f"forward and merge disagree, by {off:.2g} of the largest output: one of them errs"
@@ -131,18 +141,18 @@ def merging(
         gap(config.forward(ready, x, base), want) / 200,
         gap(config.merge(ready, base).weight, merged.weight) / 50,
     )
-    _must(off <= eps, case, "forward or merge give another result with what `prepare` gives")
+    must(off <= eps, case, "forward or merge give another result with what `prepare` gives")
     if base.bias is not None:
-        moved = not _same(merged.bias, base.bias)
+        moved = not same(merged.bias, base.bias)
         does, says = ("changes", "no") if moved else ("leaves", "yes")
-        _must(
+        must(
             moved == config.changes_bias(case.site),
             case,
             f"merge {does} the bias, and changes_bias says {says}",
         )
     dw, _ = config.effect(p, base)
     off = gap(base.weight + dw, merged.weight)
-    _must(off <= 50 * eps, case, "effect is not what merge adds to the weight")
+    must(off <= 50 * eps, case, "effect is not what merge adds to the weight")
 
 
 def unmerging(case: Case, seed: int = 0, dtype: str = "float32") -> None:
@@ -153,22 +163,22 @@ def unmerging(case: Case, seed: int = 0, dtype: str = "float32") -> None:
     try:
         again = config.unmerge(p, merged)
     except Irreversible as error:
-        _must(
+        must(
             not case.reverts,
             case,
             "unmerge is Irreversible: override it, or say that it cannot be done (reverts=0)",
         )
-        _must(case.site.name in str(error), case, f"Irreversible does not name the site: {error}")
+        must(case.site.name in str(error), case, f"Irreversible does not name the site: {error}")
         return
-    _must(case.reverts, case, "unmerge works, though the case says that it cannot (reverts=0)")
+    must(case.reverts, case, "unmerge works, though the case says that it cannot (reverts=0)")
     size = max(1.0, gap(merged.weight, base.weight))
     bound, off = case.reverts * size * rounding(dtype), gap(again.weight, base.weight)
-    _must(
+    must(
         off <= bound, case, f"unmerge misses the base, by {off:.2g} of its largest entry: the "
         f"case bounds it by {bound:.2g} (reverts={case.reverts:g})",
     )  # fmt: skip
     if base.bias is not None:
-        _must(gap(again.bias, base.bias) <= bound, case, "unmerge misses the base's bias")
+        must(gap(again.bias, base.bias) <= bound, case, "unmerge misses the base's bias")
 
 
 def libraries(case: Case, lib: Lib) -> None:
@@ -185,16 +195,16 @@ def libraries(case: Case, lib: Lib) -> None:
         return config.forward(p, x, layer), merged.weight, merged.bias, merged.stored()
 
     made = "forward or merge fail on it: where they make arrays, these need device= and dtype="
-    with _told(case, f"{lib.row}: {made}"):
+    with told(case, f"{lib.row}: {made}"):
         y, weight, bias, stored = lib.call(adapt, p, x, base.weight, base.bias)
     merged = config.merge(p, base)
     where = f"{case.where}: {lib.row}"
-    lib.check(y, config.forward(p, x, base), rtol=_TOLD, where=f"{where}: forward")
-    lib.check(weight, merged.weight, rtol=_TOLD, where=f"{where}: the merged weight")
-    lib.check(stored, merged.stored(), rtol=_TOLD, where=f"{where}: the stored weight")
-    _must(tuple(stored.shape) == case.site.stored_shape, case, "the stored weight's shape is off")
+    lib.check(y, config.forward(p, x, base), rtol=TOLD, where=f"{where}: forward")
+    lib.check(weight, merged.weight, rtol=TOLD, where=f"{where}: the merged weight")
+    lib.check(stored, merged.stored(), rtol=TOLD, where=f"{where}: the stored weight")
+    must(tuple(stored.shape) == case.site.stored_shape, case, "the stored weight's shape is off")
     if base.bias is not None:
-        lib.check(bias, merged.bias, rtol=_TOLD, where=f"{where}: the merged bias")
+        lib.check(bias, merged.bias, rtol=TOLD, where=f"{where}: the merged bias")
 
 
 def seeds(case: Case, lib: Lib, measured: Collection[str] = ()) -> None:
@@ -209,11 +219,11 @@ def seeds(case: Case, lib: Lib, measured: Collection[str] = ()) -> None:
     """
     config, base, site = case.resolved, case.base(), case.site
     there = Dense(lib.array(base.weight), None, site)
-    with _told(case, f"{lib.row}: init fails on it"):
+    with told(case, f"{lib.row}: init fails on it"):
         drawn = config.init(site, Fresh(7, lib.backend, key=site.name, base=there))
     here = Fresh(7, resolve("numpy"), key=site.name, base=base.replace(bias=None))
     want = config.init(site, here)
-    _must(list(drawn) == list(want), case, f"{lib.row}: init gives {[*drawn]}, not {[*want]}")
+    must(list(drawn) == list(want), case, f"{lib.row}: init gives {[*drawn]}, not {[*want]}")
     for name, value in want.items():
         rtol = 1e-6 if name in measured else 0.0
         lib.check(drawn[name], value, rtol=rtol, where=f"{case.where}: {lib.row}: initial {name}")
@@ -225,7 +235,7 @@ def announced(case: Case) -> None:
     p = config.init(case.site, Fresh(0, resolve("numpy"), base=case.base()))
     said = config.shapes(case.site)
     found = {k: v.shape for k, v in p.items() if k in said or k not in config.frozen}
-    _must(found == said, case, f"init gives {found}, and shapes announces {said}")
+    must(found == said, case, f"init gives {found}, and shapes announces {said}")
 
 
 def factors(case: Case, seed: int = 0) -> None:
@@ -236,13 +246,13 @@ def factors(case: Case, seed: int = 0) -> None:
     p = case.params(case.base(seed, dtype="float64"), seed, "float64")
     u, v = config.factors(p, case.site)
     delta = config.delta(p, case.site)
-    _must(
+    must(
         delta.shape == (case.site.n_out, case.site.width) == (u.shape[0], v.shape[1]),
         case,
         f"delta is {delta.shape}, its factors {u.shape} and {v.shape}, the weight "
         f"{(case.site.n_out, case.site.width)}",
     )
-    _must(gap(u @ v, delta) <= 1e-14, case, "the factors do not multiply to delta")
+    must(gap(u @ v, delta) <= 1e-14, case, "the factors do not multiply to delta")
 
 
 def files(case: Case, folder: Path | None = None) -> None:
@@ -261,27 +271,28 @@ def files(case: Case, folder: Path | None = None) -> None:
     p, config = case.params(base), case.config
     shared = {k: p.pop(k) for k in config.at(case.site).shared_shapes([case.site]) if k in p}
     config, sites = config.portable({case.site.name: p})
-    with _told(case, "its files cannot be read back"):
+    with told(case, "its files cannot be read back"):
         Adapter(config, sites, shared).save(folder / "a")
         loaded = Adapter.load(folder / "a")
         loaded.save(folder / "b")
-    _must(type(loaded.config) is type(config), case, f"files give a {loaded.config.where}")
+    must(type(loaded.config) is type(config), case, f"files give a {loaded.config.where}")
     module = case.site.name
     if case.site.kind in EXPERTS:  # PEFT's files say the parameter's module, not its own name
         module = module.rpartition(".")[0]
     found = loaded.sites.get(module, {})
-    lost = [k for k, v in sites[case.site.name].items() if not _same(found.get(k), v)]
-    lost += [k for k, v in shared.items() if not _same(loaded.shared.get(k), v)]
-    _must(
+    lost = [k for k, v in sites[case.site.name].items() if not same(found.get(k), v)]
+    lost += [k for k, v in shared.items() if not same(loaded.shared.get(k), v)]
+    must(
         not lost or not getattr(config, "save_projection", True),
         case,
         f"its files lose {', '.join(lost)}: names of parameters begin with the prefix "
         f"({config.prefix!r}), perhaps followed by .weight or .bias",
     )
     for path in (folder / "a").iterdir():
-        same = path.read_bytes() == (folder / "b" / path.name).read_bytes()
-        _must(same, case, f"{path.name} differs when it is read and written again")
+        equal = path.read_bytes() == (folder / "b" / path.name).read_bytes()
+        must(equal, case, f"{path.name} differs when it is read and written again")
 
 
-def _same(got: Any, want: Any) -> bool:
+def same(got: Any, want: Any) -> bool:
+    """Whether two host arrays are equal, the first being there at all."""
     return got is not None and got.shape == want.shape and bool(np.all(np.asarray(got) == want))
