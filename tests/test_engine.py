@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from peft_any.surgery import forked as forks
 from peft_any.surgery import sums as summing
 from peft_any.surgery.forked import forked, may_fork
 from peft_any.surgery.measure import measure
+from peft_any.surgery.passes import SWITCH, chosen, passes
 from peft_any.surgery.rounding import nearest, odd, widened
 from peft_any.surgery.sums import Sums
 from peft_any.surgery.threads import in_order, one_blas_thread, thread_count
@@ -110,8 +112,16 @@ def layer(
     return w, u * (0.02 * ratio / rank**0.5), v
 
 
+@pytest.fixture(scope="class", params=passes())
+def each_pass(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, request.param)
+        yield request.param
+
+
+@pytest.mark.usefixtures("each_pass")
 class TestSums:
-    """Single precision gives what double gives."""
+    """Single precision gives what double gives, by whichever pass."""
 
     @given(
         sizes=st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 24)),
@@ -193,6 +203,91 @@ class TestSums:
         assert Sums.of(u, v, np.zeros_like(w)) is None
         assert Sums.of(u * 1e30, v, w) is None
         assert Sums.of(0 * u, v, w) is not None
+
+
+class TestPasses:
+    """The compiled pass and NumPy's are one."""
+
+    @given(
+        sizes=st.tuples(st.integers(1, 21), st.integers(1, 200), st.integers(0, 20)),
+        scaled=st.booleans(),
+        seed=st.integers(0, 2**32),
+        odd_ones=st.lists(st.sampled_from([0.0, -0.0, np.inf, np.nan, 1e-40, 1e4]), max_size=3),
+    )
+    def test_bits_and_statistics_agree(
+        self, sizes: tuple[int, int, int], scaled: bool, seed: int, odd_ones: list[float]
+    ) -> None:
+        rows, width, rank = sizes
+        rng = np.random.default_rng(seed)
+        w, u, v = (
+            layer(*sizes, 0.05, seed) if rank else (layer(rows, width, 1, 0)[0], *empty(sizes))
+        )
+        bound = Sums.of(u, v, w)
+        sums = Sums(np.asfortranarray(u), v, np.full(rows, 1e-7) if bound is None else bound.bound)
+        w.reshape(-1)[rng.integers(0, w.size, len(odd_ones))] = odd_ones
+        gain = rng.uniform(-1.5, 1.5, rows) if scaled else None
+        found = []
+        for name in passes():
+            with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+                patch.setenv(SWITCH, name)
+                found.append(sums.rounded(w, 0, gain))
+        (values, moments), *others = found
+        for got, measured in others:
+            assert measured.finite == moments.finite
+            if moments.finite:
+                np.testing.assert_array_equal(got.view("u2"), values.view("u2"))
+                assert (measured.same, measured.size) == (moments.same, moments.size)
+                # Sums of some size, each rounded to single precision in some order.
+                size = moments.base2 + moments.delta2
+                loss = 2.0**-22 * (size * (moments.miss2 + moments.delta2)) ** 0.5
+                assert vars(measured) == pytest.approx(vars(moments), rel=1e-5, abs=loss)
+
+    def test_part_of_a_layer(self) -> None:
+        w, u, v = layer(50, 70, 3, 0.05)
+        sums = Sums.of(u, v, w)
+        assert sums is not None
+        whole, _ = sums.rounded(w, 0)
+        part, _ = sums.rounded(w[17:40], 17)
+        np.testing.assert_array_equal(part.view("u2"), whole[17:40].view("u2"))
+
+    def test_an_unknown_pass_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(SWITCH, "nunpy")
+        with pytest.raises(UsageError, match=r"nearest: 'numpy'.*unset it"):
+            chosen()
+
+    @pytest.mark.skipif(
+        all(shutil.which(cc) is None for cc in ("cc", "gcc", "clang")), reason="no C compiler here"
+    )
+    def test_where_there_is_a_compiler_there_is_a_compiled_pass(self) -> None:
+        assert len(passes()) > 1, "install the package again: pip install -e ."
+
+    @pytest.mark.skipif(len(passes()) == 1, reason="this installation has no compiled pass")
+    def test_the_compiled_pass_checks_what_it_is_given(self) -> None:
+        w, u, v = layer(3, 40, 2, 0.05)
+        sums = Sums(u, v, np.full(3, 1e-7, "float32"))
+        name, compiled = passes()[-1], chosen()[1]
+        assert compiled is not None
+        fine = (
+            w.view("u2"), np.empty((3, 40), "u2"), sums.singles[0], sums.panels, sums.u,
+            sums.columns, sums.bound,
+        )  # fmt: skip
+        assert len(compiled.add(name, *fine, None, None)) == 5
+        for i in range(len(fine)):
+            short = (*fine[:i], fine[i][:-1], *fine[i + 1 :])
+            with pytest.raises(ValueError, match="do not belong together"):
+                compiled.add(name, *short, None, None)
+        with pytest.raises(ValueError, match="do not belong together"):
+            compiled.add(name, *fine, np.ones(2, "f4"), np.ones(3))
+        with pytest.raises(ValueError, match="no such pass"):
+            compiled.add("none", *fine, None, None)
+        fine[1].flags.writeable = False
+        with pytest.raises((ValueError, BufferError)):
+            compiled.add(name, *fine, None, None)
+
+
+def empty(sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Give factors of rank 0."""
+    return np.zeros((sizes[0], 0)), np.zeros((0, sizes[1]))
 
 
 @pytest.mark.parametrize("case", separable, ids=lambda case: case.name)

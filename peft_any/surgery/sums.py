@@ -2,18 +2,22 @@
 
 Each sum is formed in float32, where its error is known to stay within a bound. Whether it rounds
 to the same bfloat16 as the exact sum shows in how far it was rounded: where that is within the
-bound of half a place, and only there, it is formed again in double precision.
+bound of half a place, and only there, it is formed again in double precision. All of it is one
+compiled pass where there is one (`passes.py`, `_sums.c`), and else what stands here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from threading import local
 
 import numpy as np
 
 from peft_any.receipt import Host
 from peft_any.surgery.measure import Moments
+from peft_any.surgery.passes import chosen
 from peft_any.surgery.rounding import nearest
 
 _INNER = 1 << 17
@@ -21,6 +25,8 @@ _INNER = 1 << 17
 _FLOPS = 1_000_000
 """Multiplications of one product: OpenBLAS has a quick way for so small ones."""
 _WIDE = 1024
+_PANEL = 32
+"""Columns that the compiled pass takes together."""
 _LARGE, _TINY = 2.0**20, 2.0**-100
 """Factors up to `_LARGE` lose less than `_TINY` to underflow in single precision."""
 _MANY = 0.05
@@ -51,12 +57,17 @@ class Sums:
     singles: tuple[Host, Host] = field(init=False, repr=False)
     columns: Host = field(init=False, repr=False)
     gram: Host = field(init=False, repr=False)
+    panels: Host = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         once = object.__setattr__
+        once(self, "u", np.ascontiguousarray(self.u))
         once(self, "singles", (self.u.astype(np.float32), self.v.astype(np.float32)))
         once(self, "columns", np.ascontiguousarray(self.v.T))
         once(self, "gram", self.v @ self.v.T)
+        k, whole = len(self.v), self.v.shape[1] // _PANEL
+        cut = self.singles[1][:, : whole * _PANEL].reshape(k, whole, _PANEL)
+        once(self, "panels", np.ascontiguousarray(np.swapaxes(cut, 0, 1)))
 
     @classmethod
     def of(cls, u: Host, v: Host, sample: Host) -> Sums | None:
@@ -92,20 +103,53 @@ class Sums:
         Moments
             Not finite where the base or the result is not.
         """
+        out = np.empty(base.shape, np.uint16)
+        level, compiled = chosen()
+        if compiled is None:
+            total = self._blocks(base, start, out, gain)
+        else:
+            total = self._pass(partial(compiled.add, level), base, start, out, gain)
+        if gain is None:
+            u = self.u[start : start + len(base)]
+            delta2 = float(np.sum((u.T @ u) * self.gram))
+            total += Moments(delta2=delta2, dot=delta2)
+        return out.view(base.dtype), total
+
+    def _pass(
+        self,
+        add: Callable[..., tuple[float, float, float, float, int]],
+        base: Host,
+        start: int,
+        out: Host,
+        gain: Host | None,
+    ) -> Moments:
+        """Round sums by the compiled pass."""
+        rows = slice(start, start + len(base))
+        gains = (None, None) if gain is None else (gain.astype(np.float32), gain)
+        base2, delta2, dot, miss2, same = add(
+            np.require(base, requirements=["C", "A"]).view(np.uint16),
+            out,
+            self.singles[0][rows],
+            self.panels,
+            self.u[rows],
+            self.columns,
+            self.bound[rows],
+            *gains,
+        )
+        return Moments(base2, delta2, dot + delta2, miss2, same, base.size)
+
+    def _blocks(self, base: Host, start: int, out: Host, gain: Host | None) -> Moments:
+        """Round sums by NumPy, in blocks that stay in the cache."""
         rows, n = base.shape
-        out, doubtful = np.empty((rows, n), np.uint16), np.empty((rows, n), np.bool_)
+        doubtful = np.empty((rows, n), np.bool_)
         total, step = Moments(), max(_INNER // n, 1)
         for i in range(0, rows, step):
             part = slice(i, min(i + step, rows))
             some = None if gain is None else gain[part]
             total += self._block(base[part], start + i, out[part], doubtful[part], some)
-        if gain is None:
-            u = self.u[start : start + rows]
-            delta2 = float(np.sum((u.T @ u) * self.gram))
-            total += Moments(delta2=delta2, dot=delta2)
         if total.finite:
             total += self._settled(base, start, out, _found(doubtful), gain)
-        return out.view(base.dtype), total
+        return total
 
     def _block(
         self, base: Host, start: int, out: Host, doubtful: Host, gain: Host | None
@@ -159,7 +203,10 @@ class Sums:
         rows, columns = np.divmod(places, base.shape[1])
         u, v = self.u.take(start + rows, axis=0), self.columns.take(columns, axis=0)
         before, flat = base[rows, columns], out.reshape(-1)
-        exact = before.astype(np.float64) + np.einsum("ik,ik->i", u, v)
+        product = np.zeros(len(places))
+        for left, right in zip(u.T, v.T, strict=True):  # in the order of the compiled pass
+            product += left * right
+        exact = before.astype(np.float64) + product
         if gain is not None:
             exact *= gain[rows]
         made = nearest(exact, "bfloat16")
