@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 from peft_any.errors import ConfigError, nearest
+from peft_any.plugins import GROUP, Plugin, chosen, plugins
 
 _known: dict[str, type[Config]] = {}
 _NAMED = {"PromptEncoderConfig": "ptuning"}
@@ -77,6 +78,12 @@ class Config(abc.ABC):
                     f"{cls.__module__}.{cls.__qualname__}: the peft_type {peft_type!r} cannot be "
                     f"taken: {module} has it; choose another name"
                 )
+            other = _known.get(peft_type)
+            if other is not None and other.__module__ != cls.__module__:
+                raise ConfigError(
+                    f"{cls.__module__}.{cls.__qualname__}: the peft_type {peft_type!r} cannot be "
+                    f"taken: {other.__module__}.{other.__qualname__} has it; choose another name"
+                )
             cls.peft_type, cls.prefix = peft_type, prefix
             _known[peft_type] = cls
 
@@ -99,30 +106,77 @@ def method_names() -> list[str]:
 
 
 def method_for(peft_type: str) -> type[Config]:
-    """Find the configuration class of a `peft_type`: ours, or one defined by the user.
+    """Find the configuration class of a `peft_type`.
+
+    It is one of ours, one that the program has defined, or one that an installed distribution
+    registers under its `peft_type` as an entry point of the group ``peft_any.methods``.
 
     Raises
     ------
     ConfigError
-        If there is none, with the nearest names; of Hugging Face PEFT's, why, and what to do.
+        If there is none, with the nearest names; of Hugging Face PEFT's, why, and what to do; if
+        what is registered cannot be loaded, or is registered twice, whose it is.
 
     Examples
     --------
     >>> method_for("LORA").__name__
     'LoraConfig'
     """
-    if peft_type not in _known:
-        if peft_type not in method_names():
-            if peft_type in _ABSENT:
-                why, instead = _ABSENT[peft_type]
-                raise ConfigError(f"peft_type {peft_type!r} cannot be used: {why}: {instead}")
-            known = sorted({*method_names(), *_known})
-            raise ConfigError(
-                f"peft_type {peft_type!r} cannot be used: no such method"
-                f"{nearest(peft_type.upper(), known)}; known: {', '.join(known)}"
-            )
+    if peft_type in _known:
+        return _known[peft_type]
+    if peft_type in method_names():
         importlib.import_module(f"peft_any.methods.{peft_type.lower()}")
-    return _known[peft_type]
+        return _known[peft_type]
+    others = plugins()
+    if peft_type in others:
+        return _registered(peft_type, others)
+    if peft_type in _ABSENT:
+        why, instead = _ABSENT[peft_type]
+        raise ConfigError(f"peft_type {peft_type!r} cannot be used: {why}: {instead}")
+    known = sorted({*method_names(), *_known, *others})
+    raise ConfigError(
+        f"peft_type {peft_type!r} cannot be used: no such method"
+        f"{nearest(peft_type.upper(), known)}; known: {', '.join(known)}"
+    )
+
+
+def registered_methods() -> tuple[dict[str, str], list[str]]:
+    """List the methods of other distributions, each loaded, and why some cannot be used.
+
+    Returns
+    -------
+    methods : dict of str to str
+        The distribution of each `peft_type`, in alphabetical order.
+    problems : list of str
+        One sentence for each that is broken, or clashes with another.
+    """
+    owners, problems, others = {}, [], plugins()
+    for peft_type in others:
+        try:
+            _registered(peft_type, others)
+        except ConfigError as error:
+            problems.append(str(error))
+        else:
+            owners[peft_type] = others[peft_type][0].owner
+    return owners, problems
+
+
+def _registered(peft_type: str, others: Mapping[str, list[Plugin]]) -> type[Config]:
+    """Load another distribution's method, and check that it is one, of that name."""
+    plugin = chosen(peft_type, others[peft_type], method_names())
+    try:
+        made = plugin.load()
+    except ConfigError:
+        _known.pop(peft_type, None)  # of a module that failed after the class was made
+        raise
+    if not (isinstance(made, type) and issubclass(made, Config)):
+        raise plugin.error("which is no configuration class: derive it from Tuner or Prompt")
+    if getattr(made, "peft_type", None) != peft_type:
+        raise plugin.error(
+            f"whose peft_type is {getattr(made, 'peft_type', None)!r}: in {GROUP} an entry has "
+            "its method's peft_type for a name"
+        )
+    return _known.setdefault(peft_type, made)
 
 
 def config_class(name: str) -> type[Config]:

@@ -31,6 +31,7 @@ LAYERS = [
         "layer",
         "site",
         "patterns",
+        "plugins",
         "dropout",
         "checks",
     },

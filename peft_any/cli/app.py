@@ -182,12 +182,14 @@ def methods(
     debug: Debug = False,  # noqa: ARG001 - `run` looks for it
 ) -> Result:
     """List the methods."""
-    from peft_any.cli.report import described, listing
-    from peft_any.registry import method_names
+    from peft_any.cli.report import described, listing, remarks
+    from peft_any.registry import method_names, registered_methods
 
+    others, problems = registered_methods()
     rows = [described(name) for name in method_names()]
-    document = {"schema_version": SCHEMA_VERSION, "methods": rows}
-    return Result(document, [listing(rows)], as_json=as_json)
+    rows += [{**described(name), "distribution": owner} for name, owner in others.items()]
+    document = {"schema_version": SCHEMA_VERSION, "methods": rows, "problems": problems}
+    return Result(document, [listing(rows), *remarks(others, problems)], as_json=as_json)
 
 
 @app.command()

@@ -268,6 +268,12 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
+def remarks(others: Mapping[str, str], problems: Sequence[str]) -> list[RenderableType]:
+    """Say whose the methods of other distributions are, and which of them cannot be used."""
+    lines = [f"{name} is of {owner}" for name, owner in others.items()]
+    return [*map(Text, lines), *(Text(f"warning: {line}") for line in problems)]
+
+
 def scores(
     rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[float]]
 ) -> list[RenderableType]:
