@@ -22,7 +22,7 @@ from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.prompt import Prompt
 from peft_any.prompts import before, spread
-from peft_any.registry import _known
+from peft_any.registry import _known, method_names
 from peft_any.routed import Routed
 from peft_any.testing import assert_close, check_method, missing, rows
 
@@ -33,10 +33,10 @@ HOST = {"backends": ["numpy"], "seeds": [0]}
 @pytest.fixture(autouse=True)
 def _forget():
     """Forget the methods that a test defines."""
-    before = dict(_known)
+    before = set(_known)
     yield
-    _known.clear()
-    _known.update(before)
+    for name in {*_known} - before - {*method_names()}:
+        del _known[name]
 
 
 def scaling(peft_type: str, **functions: Any) -> Any:

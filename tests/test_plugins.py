@@ -20,7 +20,7 @@ from peft_any import (
     read_safetensors,
     write_safetensors,
 )
-from peft_any.registry import _known, registered_methods
+from peft_any.registry import _known, method_names, registered_methods
 from tests.foreign import ENTRIES, METHOD, install, run
 
 MODULES = "acme_adapters", "other_adapters"
@@ -29,13 +29,13 @@ MODULES = "acme_adapters", "other_adapters"
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Give a directory on the path, whose distributions are forgotten afterwards."""
-    before, folder = dict(_known), tmp_path / "site"
+    before, folder = set(_known), tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield folder
-    _known.clear()
-    _known.update(before)
+    for name in {*_known} - before - {*method_names()}:
+        del _known[name]
     for name in MODULES:
         sys.modules.pop(name, None)
 

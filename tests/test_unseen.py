@@ -217,7 +217,7 @@ class OddShapes(BasisConfig, peft_type="TEST_SHAPES"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shift(Tuner, peft_type="TEST_SHIFT", prefix="shift_"):
+class Shift(Tuner, peft_type="TEST_MOVE", prefix="shift_"):
     """b′ = b + t; `honest` says that merging changes the bias."""
 
     honest: bool = True
