@@ -53,10 +53,12 @@ if TYPE_CHECKING:
     from peft_any.oneshot import stack as stack
     from peft_any.oneshot import unmerge as unmerge
     from peft_any.registry import method_for as method_for
+    from peft_any.replication import replicate_layers as replicate_layers
     from peft_any.surgery.comparison import diff as diff
     from peft_any.surgery.extraction import extract as extract
     from peft_any.surgery.inspection import inspect_adapter as inspect_adapter
     from peft_any.surgery.merge import merge_checkpoint as merge_checkpoint
+    from peft_any.surgery.repeating import replicate_checkpoint as replicate_checkpoint
     from peft_any.surgery.verify import verify_checkpoint as verify_checkpoint
     from peft_any.train import fit as fit
 
@@ -82,11 +84,13 @@ _HOMES = {
     "model": "PeftModel",
     "oneshot": "merge stack unmerge",
     "registry": "method_for",
+    "replication": "replicate_layers",
     "train": "fit",
     "surgery.comparison": "diff",
     "surgery.extraction": "extract",
     "surgery.inspection": "inspect_adapter",
     "surgery.merge": "merge_checkpoint",
+    "surgery.repeating": "replicate_checkpoint",
     "surgery.verify": "verify_checkpoint",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

@@ -19,6 +19,7 @@ from peft_any.origin import made_on
 from peft_any.prompt import Attended
 from peft_any.prompts import table_of
 from peft_any.registry import Config
+from peft_any.replication import refuse_unrepeated
 from peft_any.rng import Fresh
 from peft_any.selection import select
 from peft_any.targets import check_params, configured, place
@@ -116,6 +117,7 @@ def fresh(
         return Placed(Adapter(config, {}, config.init(root)), {}, {})
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
+    refuse_unrepeated(config, weights)
     every = layout(weights, kinds, config)
     sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)

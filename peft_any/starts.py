@@ -25,10 +25,13 @@ VARIANTS = {
     "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
     "arrow_config": "Arrow routes every token between experts",
     "ensure_weight_tying": "one adapter would serve two tied modules",
-    "layer_replication": "its model repeats layers of the base, which merging there writes out",
     "use_qalora": "QALoRA needs its quantised base",
 }
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""
+
+
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+"""Parameters of an embedding."""
 
 
 MISFITS: dict[str, frozenset[Kind]] = {

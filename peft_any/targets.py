@@ -15,6 +15,7 @@ from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
 from peft_any.patterns import refuse_endless
+from peft_any.replication import refuse_unrepeated
 from peft_any.selection import Rules, aims, in_projection, saved_whole, select
 
 __all__ = ["configured", "layout", "place", "saved_whole", "select", "site_of", "sites_of_params"]
@@ -269,10 +270,11 @@ def place(
 
     Raises
     ------
-    ShapeError, TargetError
+    ConfigError, ShapeError, TargetError
         Listing everything that does not fit.
     """
     config = adapter.config
+    refuse_unrepeated(config, weights)
     sites: dict[str, Site] = {}
     faults: list[PeftError] = []
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_any import starts
 from peft_any._typing import Array, Params, Shape
@@ -15,6 +15,8 @@ from peft_any.factors import factor_shapes
 from peft_any.layer import Layer, Site, linear, widen
 from peft_any.linalg import row_norms
 from peft_any.rng import Fresh
+
+C = TypeVar("C", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +119,8 @@ def check(config: Any) -> None:
         )
 
 
-def check_site(config: Any, site: Site) -> None:
-    """Refuse a layer that LoRA, or one of its flags, cannot adapt.
+def checked(config: C, site: Site) -> C:
+    """Give the configuration, unless LoRA or one of its flags cannot adapt the layer.
 
     Raises
     ------
@@ -128,13 +130,14 @@ def check_site(config: Any, site: Site) -> None:
     if config.use_bdlora:
         _check_blocks(config, site)
     if config.kasa_config is None:
-        return
+        return config
     side = min(site.n_in, site.n_out)
     if site.kind != "Linear" or config.fan_in_fan_out or config.r >= side:
         raise ConfigError(
             f"{site.name}: kasa_config cannot adapt a {site.kind} of {site.n_in} inputs and "
             f"{site.n_out} outputs at r={config.r}: it needs a linear layer of more than r of each"
         )
+    return config
 
 
 def _check_blocks(config: Any, site: Site) -> None:

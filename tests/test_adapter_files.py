@@ -419,7 +419,10 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
             "use_qalora=.* cannot be used: QALoRA needs",
         ),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* only after its"),
-        ({"layer_replication": [[0, 1]], "use_qalora": True}, "(?s)layer_replication.*use_qalora"),
+        (
+            {"alora_invocation_tokens": [1], "use_qalora": True},
+            "(?s)alora_invocation_tokens.*use_qalora",
+        ),
         ({"init_lora_weights": "corda"}, "'corda' cannot be loaded: .*covariances"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' cannot be loaded: .*gradients"),
         ({"init_lora_weights": "loftq"}, "'loftq' cannot be loaded: .*quantised"),

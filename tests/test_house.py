@@ -34,6 +34,7 @@ LAYERS = [
         "plugins",
         "dropout",
         "checks",
+        "replication",
     },
     {"activations", "mixtures", "projections", "spectra", "wavelets"},
     {"starts", "registry", "factors"},

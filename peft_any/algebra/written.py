@@ -160,7 +160,19 @@ def _common(configs: Sequence[Tuner], names: Sequence[str]) -> LoraConfig:
         task_type=agreed("task_type"),
         base_model_name_or_path=agreed("base_model_name_or_path"),
         fan_in_fan_out=any(getattr(c, "fan_in_fan_out", False) for c in configs),
+        layer_replication=_repeated(configs),
     )
+
+
+def _repeated(configs: Sequence[Tuner]) -> list[list[int]] | None:
+    """Give the runs of layers that all parts repeat, since they share one base."""
+    found = [getattr(c, "layer_replication", None) or None for c in configs]
+    if any(runs != found[0] for runs in found):
+        raise ConfigError(
+            f"layer_replication: adapters of {' and '.join(map(str, found))} cannot become one: "
+            "their bases have other layers; combine those of one base"
+        )
+    return found[0] if found else None
 
 
 def _targets(configs: Sequence[Tuner], names: Sequence[str]) -> list[str]:

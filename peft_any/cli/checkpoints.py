@@ -18,14 +18,18 @@ from peft_any.cli.options import (
     Debug,
     Engine,
     Map,
+    MaxShardSize,
     NoStrict,
     Out,
     Overwrite,
     Quiet,
     Rederive,
+    RunsOfLayers,
     Scheduler,
+    Stack,
     engine_at,
     fitting,
+    runs,
 )
 
 Plot = Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw it.")]
@@ -148,6 +152,39 @@ def diff(
         found = compare(one, two, base, strict=not no_strict, backend=backend, progress=step)
     _draw(found, plot)
     return Result(found.to_dict(), compared(found), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def replicate(
+    *,
+    base: Base,
+    layers: RunsOfLayers,
+    out: Annotated[str, typer.Option(help="The output: a directory.")],
+    stack: Stack = None,
+    max_shard_size: MaxShardSize = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+) -> Result:
+    """Repeat a model's layers: the base of an adapter with layer_replication."""
+    from peft_any import replicate_checkpoint
+
+    with progress("copying", quiet) as step:
+        made = replicate_checkpoint(
+            base,
+            runs(layers),
+            out,
+            stack=stack,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=step,
+        )
+    order = " ".join(map(str, made.layers))
+    lines = [f"{made.stack}: {len(made.layers)} layers, of the base's {order}"]
+    lines += [f"config.json: {k} {old!r} → {new!r}" for k, (old, new) in made.config.items()]
+    lines.append(f"{made.out['tensors']} tensors, {made.out['bytes']} bytes → {out}")
+    return Result(made.to_dict(), [*map(Text, lines)], as_json=as_json, quiet=quiet)
 
 
 def compared(found: AdapterDifference | CheckpointDifference) -> list[RenderableType]:

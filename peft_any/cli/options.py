@@ -71,6 +71,13 @@ Scheduler = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads that compute; by default one a processor.")
 ]
+RunsOfLayers = Annotated[
+    str, typer.Option(metavar="0:4,2:5", help="Runs of layers START:END, END excluded.")
+]
+Stack = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the layers are in: model.language_model.layers …"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -93,6 +100,23 @@ def engine_at(engine: str, scheduler: str | None) -> str:
     if scheduler is not None and engine != "dask":
         raise UsageError(f"--scheduler {scheduler}: is Dask's: give --engine dask with it")
     return scheduler or engine
+
+
+def runs(layers: str) -> list[list[int]]:
+    """Read runs of layers.
+
+    Examples
+    --------
+    >>> runs("0:4,2:5")
+    [[0, 4], [2, 5]]
+    """
+    pairs = [part.split(":") for part in layers.split(",")]
+    if not all(len(pair) == 2 and all(n.strip().isdecimal() for n in pair) for pair in pairs):
+        raise UsageError(
+            f"--layers {layers}: cannot be read: give runs START:END of layers, END excluded, with "
+            "commas between: 0:4,2:5"
+        )
+    return [[int(n) for n in pair] for pair in pairs]
 
 
 def weighted(adapters: Sequence[str]) -> list[tuple[str, float]]:

@@ -36,7 +36,6 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "ensure_weight_tying": "one adapter would serve two tied modules",
-        "layer_replication": "its model repeats layers of the base, which merging there writes out",
         "loftq_config": "AdaLoRA has no quantised base",
         "target_parameters": "AdaLoRA adapts modules alone",
         "use_dora": "AdaLoRA has no magnitude vector",
@@ -64,6 +63,7 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layer_replication: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         total, inside = self.total_step or 0, "between 0 and 1, both excluded"

@@ -25,6 +25,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
     target_parameters: stacks of experts, each with factors of its own.
+    layer_replication: the base's layers, repeated in runs [start, end) (`replicate_layers`).
     use_bdlora: A, then stored (r, n_in/k), or B, (n_out, r/k), of k blocks on the diagonal.
     kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
         smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
@@ -56,6 +57,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
+    layer_replication: list[list[int]] | None = None
     kasa_config: variants.KasaConfig | None = None
     use_bdlora: variants.BdLoraConfig | None = None
 
@@ -86,9 +88,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         """Resolve the patterns; refuse what has no merged form."""
         r = matching(self.rank_pattern, site.name, self.r)
         alpha = matching(self.alpha_pattern, site.name, self.lora_alpha)
-        own = replace(self, r=r, lora_alpha=alpha)
-        variants.check_site(own, site)
-        return own
+        return variants.checked(replace(self, r=r, lora_alpha=alpha), site)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A and B in the layouts of torch's own layers."""
@@ -112,8 +112,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
-        names = ("lora_embedding_A", "lora_embedding_B")
-        a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in names)
+        a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in starts.EMBEDDING)
         a, b = variants.pair(self, p, a, b, site)
         return self.scaling * by_expert(b, site), a
 

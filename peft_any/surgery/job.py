@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -14,13 +13,14 @@ from typing import Any, TypeAlias
 
 from peft_any._typing import Shape
 from peft_any.errors import PeftError, TargetError, UsageError
-from peft_any.io._faults import StrPath, reading, reporting
+from peft_any.io._faults import StrPath, reporting
 from peft_any.io._header import RANK, byte_size
 from peft_any.io._json import read_json
 from peft_any.io._writer import PlacedWriter
-from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
+from peft_any.io.checkpoint import INDEX, Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile
 from peft_any.receipt import Change, Receipt, peak_memory
+from peft_any.surgery.beside import copy_side_files, write_index, write_json
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, task_of
 from peft_any.surgery.output import Output, fill
@@ -29,7 +29,6 @@ from peft_any.surgery.shards import Spec, packed
 from peft_any.surgery.sources import Kinds
 
 RECEIPT = "merge_receipt.json"
-_INDEX = ".safetensors.index.json"
 _TOGETHER = 16
 """Files that the same workers write: few enough for any system to have them open."""
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -131,12 +130,12 @@ class Job:
         if self.max_shard is None:
             return {name: self.specs(shard) for name, shard in shards.items()}
         every = (spec for shard in shards.values() for spec in self.specs(shard))
-        return packed(every, self.max_shard, self._index_name.removesuffix(_INDEX))
+        return packed(every, self.max_shard, self._index_name.removesuffix(INDEX))
 
     @property
     def _index_name(self) -> str:
         path = self.base.index_path
-        return f"model{_INDEX}" if path is None else path.name
+        return f"model{INDEX}" if path is None else path.name
 
     @staticmethod
     def _size(_: str, dtype: str, shape: tuple[int, ...]) -> int:
@@ -263,32 +262,19 @@ class Job:
 
     def _side_files(self, folder: Path) -> None:
         base = self.base
-        for relative in base.side_files:
-            if relative.name == RECEIPT:
-                continue
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            given = base.root / relative
-            with reporting(given, "be copied"), reading(given) as source, target.open("xb") as copy:
-                shutil.copyfileobj(source, copy)
+        copy_side_files(base, folder, without=RECEIPT)
         if (base.index is not None) if self.max_shard is None else (len(self.layout) > 1):
             self._index(folder / self._index_name, base.index or {})
         changed = self._config()
         if changed is not None:
-            text = json.dumps(changed, indent=2, ensure_ascii=False)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            write_json(folder / "config.json", changed)
 
     def _index(self, path: Path, index: dict[str, Any]) -> None:
-        weight_map = dict(index.get("weight_map", {}))
+        weight_map = index.get("weight_map", {})
         if self.plan.added or self.max_shard is not None:
             homes = {spec[0]: name for name, specs in self.layout.items() for spec in specs}
             weight_map = dict(sorted(homes.items()))
-        metadata = index.get("metadata")
-        metadata = dict(metadata) if isinstance(metadata, dict) else {}
-        written = {**index, "metadata": {**metadata, "total_size": self.total}}
-        written["weight_map"] = weight_map
-        text = json.dumps(written, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_index(path, index, weight_map, self.total)
 
     def _config(self) -> dict[str, Any] | None:
         """Give the changed config.json; None where it stays as it is."""

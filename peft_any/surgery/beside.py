@@ -1,0 +1,41 @@
+"""What stands beside a model's weights: side files, the index of its shards, its configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_any.io._faults import reading, reporting
+from peft_any.io.checkpoint import Checkpoint
+
+
+def copy_side_files(base: Checkpoint, folder: Path, *, without: str) -> None:
+    """Copy configuration, tokenizer and the like into a new directory, but not files so called."""
+    for relative in base.side_files:
+        if relative.name == without:
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        given = base.root / relative
+        with reporting(given, "be copied"), reading(given) as source, target.open("xb") as copy:
+            shutil.copyfileobj(source, copy)
+
+
+def write_index(
+    path: Path, index: Mapping[str, Any], weight_map: Mapping[str, str], total: int
+) -> None:
+    """Write an index of shards: another one's, with other files and another size."""
+    metadata = index.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    written = {**index, "metadata": {**metadata, "total_size": total}}
+    written["weight_map"] = dict(weight_map)
+    write_json(path, written)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file as Hugging Face's libraries lay it out."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
