@@ -38,7 +38,7 @@ from peft_any.surgery import forked as forks
 from peft_any.surgery import sums as summing
 from peft_any.surgery.forked import forked, may_fork
 from peft_any.surgery.measure import measure
-from peft_any.surgery.passes import SWITCH, chosen, passes
+from peft_any.surgery.passes import SWITCH, chosen, passes, rounded
 from peft_any.surgery.rounding import nearest, odd, widened
 from peft_any.surgery.sums import Sums
 from peft_any.surgery.threads import in_order, one_blas_thread, thread_count
@@ -241,6 +241,35 @@ class TestPasses:
                 size = moments.base2 + moments.delta2
                 loss = 2.0**-22 * (size * (moments.miss2 + moments.delta2)) ** 0.5
                 assert vars(measured) == pytest.approx(vars(moments), rel=1e-5, abs=loss)
+
+    @given(
+        st.lists(st.floats(width=64), min_size=1, max_size=70),
+        st.sampled_from([None, 0.0, 1e-9, 0.7]),
+        st.integers(0, 2**32),
+    )
+    def test_double_precision_is_rounded_and_measured_at_once(
+        self, sums: list[float], share: float | None, seed: int
+    ) -> None:
+        exact = np.asarray(sums)
+        w = (np.random.default_rng(seed).standard_normal(len(sums))).astype(BF16)
+        delta = None if share is None else share * np.arange(len(sums), dtype="float64")
+        want = nearest(exact, "bfloat16")
+        with np.errstate(all="ignore"):
+            measured = measure(w, want, delta=delta, exact=None if share is not None else exact)
+        for name in passes():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(SWITCH, name)
+                made = rounded(w, exact, delta)
+            if name in ("numpy", "plain"):
+                assert made is None
+                continue
+            assert made is not None
+            number = ~np.isnan(exact)
+            np.testing.assert_array_equal(made[0].view("u2")[number], want.view("u2")[number])
+            assert np.isnan(made[0][~number].astype("f4")).all()
+            assert made[1].finite == measured.finite
+            if measured.finite:
+                assert vars(made[1]) == pytest.approx(vars(measured), rel=1e-12)
 
     def test_part_of_a_layer(self) -> None:
         w, u, v = layer(50, 70, 3, 0.05)

@@ -28,6 +28,13 @@ struct sums {
     int scaled;
 };
 
+struct exact {
+    const double *sums, *delta;          /* (size,); delta may be NULL */
+    const uint16_t *base;                /* (size,) */
+    uint16_t *out;                       /* (size,) */
+    ptrdiff_t size;
+};
+
 struct moments {
     double base2, delta2, dot, miss2;
     int64_t same;
@@ -52,6 +59,16 @@ static uint16_t nearest(double exact)
         bits = (bits - (a > b)) | 1;
     }
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* Adds what became of one weight. */
+static void measured(struct moments *m, double base, double moved, double delta)
+{
+    m->base2 += base * base;
+    m->delta2 += delta * delta;
+    m->dot += moved * delta;
+    m->miss2 += (moved - delta) * (moved - delta);
+    m->same += moved == 0;
 }
 
 /* One sum in double precision, in the order of sums.py. */
@@ -130,103 +147,158 @@ static inline int any_of(const void *mask, size_t size)
 #include "_tile.h"
 #endif
 
-typedef void (*pass)(const struct sums *, struct moments *);
+struct level {
+    const char *name;
+    void (*pass)(const struct sums *, struct moments *);
+    ptrdiff_t (*nearest)(const struct exact *, struct moments *);
+};
 
-/* The passes that this processor can run, the quickest last. */
-static int passes(const char **names, pass *found)
+#define MOST 3
+
+/* The levels that this processor can run, the quickest last. */
+static int levels_here(struct level *found)
 {
     int count = 0;
-    names[count] = "plain", found[count++] = pass_plain;
+    found[count++] = (struct level){"plain", pass_plain, nearest_plain};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        names[count] = "avx2", found[count++] = pass_avx2;
+        found[count++] = (struct level){"avx2", pass_avx2, nearest_avx2};
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            names[count] = "avx512", found[count++] = pass_avx512;
+            found[count++] = (struct level){"avx512", pass_avx512, nearest_avx512};
     }
 #endif
     return count;
 }
 
-#define MOST 3
-
 static PyObject *levels(PyObject *self, PyObject *nothing)
 {
     (void)self, (void)nothing;
-    const char *names[MOST];
-    pass found[MOST];
-    const int count = passes(names, found);
+    struct level found[MOST];
+    const int count = levels_here(found);
     PyObject *list = PyList_New(count);
     for (int i = 0; list && i < count; i++) {
-        PyObject *name = PyUnicode_FromString(names[i]);
+        PyObject *name = PyUnicode_FromString(found[i].name);
         if (!name || PyList_SetItem(list, i, name) < 0)
             Py_CLEAR(list);
     }
     return list;
 }
 
-enum { BASE, OUT, U, PANELS, EXACT_U, COLUMNS, BOUND, GAIN, EXACT_GAIN, BUFFERS };
+/* Finds the level called `name`; 0 and an error where there is none. */
+static int find(const char *name, struct level *level)
+{
+    struct level found[MOST];
+    for (int i = levels_here(found) - 1; i >= 0; i--)
+        if (!strcmp(name, found[i].name)) {
+            *level = found[i];
+            return 1;
+        }
+    PyErr_Format(PyExc_ValueError, "%s: no such pass on this processor", name);
+    return 0;
+}
+
+/* Takes the buffers of `count` objects, of which the one at `out` is written to and None is left
+   out; gives 0 and an error, with none held, where that fails. */
+static int hold(PyObject *const *given, Py_buffer *views, int count, int out)
+{
+    for (int i = 0; i < count; i++) {
+        const int flags = PyBUF_C_CONTIGUOUS | (i == out ? PyBUF_WRITABLE : 0);
+        memset(&views[i], 0, sizeof views[i]);
+        if (given[i] != Py_None && PyObject_GetBuffer(given[i], &views[i], flags) < 0) {
+            while (i--)
+                PyBuffer_Release(&views[i]);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* Lets the buffers go; gives what was measured, or an error where they were no good. */
+static PyObject *told(Py_buffer *views, int count, const struct moments *m, int fine)
+{
+    while (count--)
+        PyBuffer_Release(&views[count]);
+    if (!fine) {
+        PyErr_SetString(PyExc_ValueError, "these arrays do not belong together");
+        return NULL;
+    }
+    return Py_BuildValue("ddddL", m->base2, m->delta2, m->dot, m->miss2, (long long)m->same);
+}
 
 static PyObject *add(PyObject *self, PyObject *args)
 {
     (void)self;
-    const char *names[MOST], *level;
-    pass found[MOST], chosen = NULL;
-    PyObject *given[BUFFERS];
-    if (!PyArg_ParseTuple(args, "sOOOOOOOOO:add", &level, &given[BASE], &given[OUT], &given[U],
+    enum { BASE, OUT, U, PANELS, EXACT_U, COLUMNS, BOUND, GAIN, EXACT_GAIN, COUNT };
+    const char *name;
+    struct level level;
+    PyObject *given[COUNT];
+    Py_buffer of[COUNT];
+    if (!PyArg_ParseTuple(args, "sOOOOOOOOO:add", &name, &given[BASE], &given[OUT], &given[U],
                           &given[PANELS], &given[EXACT_U], &given[COLUMNS], &given[BOUND],
-                          &given[GAIN], &given[EXACT_GAIN]))
+                          &given[GAIN], &given[EXACT_GAIN]) ||
+        !find(name, &level) || !hold(given, of, COUNT, OUT))
         return NULL;
-    for (int i = passes(names, found) - 1; i >= 0; i--)
-        if (!strcmp(level, names[i]))
-            chosen = found[i];
-    if (!chosen)
-        return PyErr_Format(PyExc_ValueError, "%s: no such pass on this processor", level);
 
-    const int scaled = given[GAIN] != Py_None;
-    Py_buffer views[BUFFERS];
-    int held = 0;
-    for (; held < (scaled ? BUFFERS : GAIN); held++)
-        if (PyObject_GetBuffer(given[held], &views[held],
-                               PyBUF_C_CONTIGUOUS | (held == OUT ? PyBUF_WRITABLE : 0)) < 0)
-            break;
-    PyObject *result = NULL;
-    if (held == (scaled ? BUFFERS : GAIN)) {
-        struct sums s = {.rows = views[BOUND].len / 4, .scaled = scaled};
-        s.k = s.rows ? views[U].len / 4 / s.rows : 0;
-        s.n = s.rows ? views[BASE].len / 2 / s.rows : 0;
-        if (views[BASE].len != 2 * s.rows * s.n || views[OUT].len != 2 * s.rows * s.n ||
-            views[U].len != 4 * s.rows * s.k || views[EXACT_U].len != 8 * s.rows * s.k ||
-            views[PANELS].len != 4 * (s.n / PANEL * PANEL) * s.k ||
-            views[COLUMNS].len != 8 * s.n * s.k ||
-            (scaled && (views[GAIN].len != 4 * s.rows || views[EXACT_GAIN].len != 8 * s.rows))) {
-            PyErr_SetString(PyExc_ValueError, "add: these arrays do not belong together");
-        } else {
-            struct moments m = {0};
-            s.base = views[BASE].buf, s.out = views[OUT].buf;
-            s.u = views[U].buf, s.panels = views[PANELS].buf;
-            s.exact_u = views[EXACT_U].buf, s.columns = views[COLUMNS].buf;
-            s.bound = views[BOUND].buf;
-            if (scaled)
-                s.gain = views[GAIN].buf, s.exact_gain = views[EXACT_GAIN].buf;
-            Py_BEGIN_ALLOW_THREADS
-            chosen(&s, &m);
-            rest(&s, &m);
-            Py_END_ALLOW_THREADS
-            result = Py_BuildValue("ddddL", m.base2, m.delta2, m.dot, m.miss2, (long long)m.same);
-        }
+    struct sums s = {.rows = of[BOUND].len / 4, .scaled = given[GAIN] != Py_None};
+    s.k = s.rows ? of[U].len / 4 / s.rows : 0;
+    s.n = s.rows ? of[BASE].len / 2 / s.rows : 0;
+    s.base = of[BASE].buf, s.out = of[OUT].buf, s.u = of[U].buf, s.panels = of[PANELS].buf;
+    s.exact_u = of[EXACT_U].buf, s.columns = of[COLUMNS].buf, s.bound = of[BOUND].buf;
+    s.gain = of[GAIN].buf, s.exact_gain = of[EXACT_GAIN].buf;
+    const int fine =
+        of[BASE].len == 2 * s.rows * s.n && of[OUT].len == of[BASE].len &&
+        of[U].len == 4 * s.rows * s.k && of[EXACT_U].len == 8 * s.rows * s.k &&
+        of[PANELS].len == 4 * (s.n / PANEL * PANEL) * s.k && of[COLUMNS].len == 8 * s.n * s.k &&
+        of[GAIN].len == (s.scaled ? 4 * s.rows : 0) && of[EXACT_GAIN].len == 2 * of[GAIN].len;
+    struct moments m = {0};
+    if (fine) {
+        Py_BEGIN_ALLOW_THREADS
+        level.pass(&s, &m);
+        rest(&s, &m);
+        Py_END_ALLOW_THREADS
     }
-    while (held--)
-        PyBuffer_Release(&views[held]);
-    return result;
+    return told(of, COUNT, &m, fine);
+}
+
+static PyObject *round_sums(PyObject *self, PyObject *args)
+{
+    (void)self;
+    enum { BASE, OUT, SUMS, DELTA, COUNT };
+    const char *name;
+    struct level level;
+    PyObject *given[COUNT];
+    Py_buffer of[COUNT];
+    if (!PyArg_ParseTuple(args, "sOOOO:round", &name, &given[BASE], &given[OUT], &given[SUMS],
+                          &given[DELTA]) ||
+        !find(name, &level) || !hold(given, of, COUNT, OUT))
+        return NULL;
+
+    struct exact e = {of[SUMS].buf, of[DELTA].buf, of[BASE].buf, of[OUT].buf, of[BASE].len / 2};
+    const int fine = of[OUT].len == of[BASE].len && of[SUMS].len == 4 * of[BASE].len &&
+                     (given[DELTA] == Py_None || of[DELTA].len == of[SUMS].len);
+    struct moments m = {0};
+    if (fine) {
+        Py_BEGIN_ALLOW_THREADS
+        for (ptrdiff_t i = level.nearest(&e, &m); i < e.size; i++) {
+            const double w = wide(e.base[i]), delta = e.delta ? e.delta[i] : e.sums[i] - w;
+            e.out[i] = nearest(e.sums[i]);
+            measured(&m, w, wide(e.out[i]) - w, delta);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    return told(of, COUNT, &m, fine);
 }
 
 static PyMethodDef functions[] = {
     {"levels", levels, METH_NOARGS, "Name the passes that this processor can run."},
     {"add", add, METH_VARARGS,
      "Add a product and round: (level, base, out, u, panels, exact_u, columns, bound, gain, "
-     "exact_gain) gives (base2, delta2, dot, miss2, same)."},
+     "exact_gain) gives (base2, delta2, dot, miss2, same); dot without the product's own."},
+    {"round", round_sums, METH_VARARGS,
+     "Round sums in double precision: (level, base, out, sums, delta or None) gives (base2, "
+     "delta2, dot, miss2, same)."},
     {0},
 };
 

@@ -7,10 +7,24 @@ typedef uint32_t NAME(words) __attribute__((vector_size(4 * LANES)));
 typedef int32_t NAME(flags) __attribute__((vector_size(4 * LANES)));
 typedef uint16_t NAME(halves) __attribute__((vector_size(2 * LANES)));
 
+/* Half as many lanes, of twice the size, and what they are converted to and from. */
+typedef double NAME(doubles) __attribute__((vector_size(4 * LANES)));
+typedef int64_t NAME(longs) __attribute__((vector_size(4 * LANES)));
+typedef float NAME(singles) __attribute__((vector_size(2 * LANES)));
+typedef uint32_t NAME(bits32) __attribute__((vector_size(2 * LANES)));
+typedef int32_t NAME(marks) __attribute__((vector_size(2 * LANES)));
+typedef uint16_t NAME(bits16) __attribute__((vector_size(LANES)));
+
 #define floats NAME(floats)
 #define words NAME(words)
 #define flags NAME(flags)
 #define halves NAME(halves)
+#define doubles NAME(doubles)
+#define longs NAME(longs)
+#define bits16 NAME(bits16)
+#define marks NAME(marks)
+#define bits32 NAME(bits32)
+#define singles NAME(singles)
 
 /* Adds what the lanes have summed to the doubles, and clears them. */
 TARGET static inline void NAME(flush)(floats *lanes, double *sum)
@@ -97,6 +111,50 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
         m->same += same[l];
 }
 
+/* Rounds sums in double precision, all but the last few, and measures them against `delta`, or
+   against what they are more than the base where that is NULL. */
+TARGET static ptrdiff_t NAME(nearest)(const struct exact *e, struct moments *m)
+{
+    ptrdiff_t i = 0;
+    doubles base2 = {0}, delta2 = {0}, dot = {0}, miss2 = {0};
+    marks same = {0};
+    for (; i + LANES / 2 <= e->size; i += LANES / 2) {
+        bits16 stored;
+        doubles exact, delta;
+        memcpy(&stored, e->base + i, sizeof stored);
+        memcpy(&exact, e->sums + i, sizeof exact);
+        const bits32 before = __builtin_convertvector(stored, bits32) << 16;
+        const doubles w = __builtin_convertvector((singles)before, doubles);
+        const singles single = __builtin_convertvector(exact, singles);
+        const doubles back = __builtin_convertvector(single, doubles);
+        /* To odd: a step towards zero where it went away from it, and the last bit where cut. */
+        const doubles off = back - exact;
+        const marks away = __builtin_convertvector(
+            (off != 0) & (((longs)off ^ (longs)exact) >= 0), marks);
+        const marks cut = __builtin_convertvector(back != exact, marks);
+        bits32 bits = ((bits32)single + (bits32)away) | ((bits32)cut & 1);
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        stored = __builtin_convertvector(bits, bits16);
+        memcpy(e->out + i, &stored, sizeof stored);
+        const doubles made = __builtin_convertvector((singles)(bits << 16), doubles);
+        if (e->delta)
+            memcpy(&delta, e->delta + i, sizeof delta);
+        else
+            delta = exact - w;
+        const doubles moved = made - w, miss = moved - delta;
+        base2 += w * w;
+        delta2 += delta * delta;
+        dot += moved * delta;
+        miss2 += miss * miss;
+        same -= __builtin_convertvector(moved == 0, marks);
+    }
+    for (int l = 0; l < LANES / 2; l++) {
+        m->base2 += base2[l], m->delta2 += delta2[l], m->dot += dot[l], m->miss2 += miss2[l];
+        m->same += same[l];
+    }
+    return i;
+}
+
 TARGET static void NAME(pass)(const struct sums *s, struct moments *m)
 {
     ptrdiff_t i = 0;
@@ -116,6 +174,12 @@ TARGET static void NAME(pass)(const struct sums *s, struct moments *m)
 #undef words
 #undef flags
 #undef halves
+#undef doubles
+#undef longs
+#undef bits16
+#undef marks
+#undef bits32
+#undef singles
 #undef NAME
 #undef TARGET
 #undef LANES

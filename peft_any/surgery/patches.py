@@ -22,6 +22,7 @@ from peft_any.method import Additive
 from peft_any.parts import Part
 from peft_any.receipt import Host
 from peft_any.surgery.measure import Moments, all_finite, measure
+from peft_any.surgery.passes import rounded
 from peft_any.surgery.rounding import nearest
 from peft_any.surgery.start import Start
 from peft_any.surgery.sums import Sums
@@ -88,7 +89,18 @@ class Patch(abc.ABC):
             If the result has some: it does not fit the dtype.
         """
         exact, delta = self.exact(rows)
+        quick = self._at_once(exact, delta, rows)
+        if quick is not None and quick[1].finite:
+            return quick
         return self.checked(exact, delta, nearest(exact, self.start.dtype), rows)
+
+    def _at_once(self, exact: Host, delta: Host | None, rows: slice) -> tuple[Host, Moments] | None:
+        """Round and measure in one pass, where there is one for these dtypes."""
+        stored = self.start.stored
+        if not stored.dtype.name == self.start.dtype == "bfloat16" or stored.ndim == 0:
+            return None
+        base = stored[rows]
+        return rounded(base, exact, delta) if base.shape == exact.shape else None
 
     def checked(
         self, exact: Host, delta: Host | None, realised: Host, rows: slice
