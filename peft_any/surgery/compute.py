@@ -25,14 +25,11 @@ from peft_any.surgery.patches import (
     Patch,
     Product,
     Whole,
-    cast,
-    is_product,
-    product,
-    scales,
 )
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.rounding import nearest
 from peft_any.surgery.start import Start
+from peft_any.surgery.structure import cast, is_product, product, scales
 
 
 @dataclass
