@@ -12,7 +12,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 pytest_plugins = ["pytest_peft_any"]
-"""The same as the entry point's, for where the package is on the path but not installed."""
 collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py", "tests/sharded.py"]
 """Programs of their own: no doctests to look for, and they import torch and peft, or JAX."""
 if find_spec("torch") is None:

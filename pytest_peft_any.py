@@ -1,12 +1,14 @@
 """The plugin of pytest: ``--backend``, and the fixtures `lib` and `xp` over array libraries.
 
-Outside the package, so that it costs nothing where no test asks for a fixture, and that the
-package is imported after coverage has started.
+A project asks for it: ``pytest_plugins = ["pytest_peft_any"]`` in the conftest.py of its root, or
+``-p pytest_peft_any``. It stands outside the package, which is imported where a test asks for a
+fixture, and so after coverage has started.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +31,8 @@ ROWS = [
     )
 ]  # fmt: skip
 LIBRARIES = [*dict.fromkeys(row.partition(":")[0] for row in ROWS)]
+MODULES = {"strict": "array_api_strict"}
+"""Libraries whose module has another name."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +44,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=LIBRARIES,
         help="run the tests that take `lib` or `xp` with this array library alone",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a library that is not installed: with it every test would be skipped.
+
+    Raises
+    ------
+    pytest.UsageError
+        Naming it.
+    """
+    for name in config.getoption("--backend") or ():
+        if find_spec(MODULES.get(name, name)) is None:
+            raise pytest.UsageError(f"--backend {name}: {name} is not installed here")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from peft_any.testing.libraries import Lib as Lib
-from peft_any.testing.libraries import installed
 from peft_any.testing.libraries import missing as missing
 
 settings.register_profile(
@@ -37,13 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, "1")
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Fail when the library that this session is for is not there: never skip it silently."""
-    required = os.environ.get("PEFT_ANY_REQUIRE")
-    if required and not installed(required):
-        pytest.exit(f"PEFT_ANY_REQUIRE={required}, but {required} is not installed", returncode=3)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -56,9 +56,24 @@ def install(
     return site
 
 
-def run(site: Path, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_tests(site: Path, files: Mapping[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    """Write a project's tests beside its distribution, and run them with no plugin unasked for."""
+    project = site.parent / "project"
+    for name, text in files.items():
+        path = project / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (project / "pytest.ini").write_text("[pytest]\n")
+    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", *args
+    return run(site, *command, cwd=project, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+
+
+def run(
+    site: Path, *command: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with the distribution installed."""
     path = os.pathsep.join(map(str, (site, ROOT)))
     env = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= variables
     given = [sys.executable, *command]
     return subprocess.run(given, cwd=cwd, env=env, capture_output=True, text=True, check=False)

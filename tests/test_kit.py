@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import pytest_peft_any
 from peft_any.backend import backend_of, creation_device, detach, namespace, resolve
 from peft_any.custom import custom_vjp
 from peft_any.errors import ConfigError, UsageError
@@ -24,7 +27,8 @@ from peft_any.prompt import Prompt
 from peft_any.prompts import before, spread
 from peft_any.registry import _known, method_names
 from peft_any.routed import Routed
-from peft_any.testing import assert_close, check_method, missing, rows
+from peft_any.testing import LIBRARIES, assert_close, check_method, missing, rows
+from tests.foreign import METHOD, ROOT, install, run, run_tests
 
 FC = [Site("fc", 6, 5)]
 HOST = {"backends": ["numpy"], "seeds": [0]}
@@ -440,6 +444,89 @@ def test_what_cannot_be_checked_is_refused() -> None:
         check_method(LoraConfig(), [Site("n", 3, 3, "Norm")])
     with pytest.raises(UsageError, match="library 'numpi' cannot be tested"):
         check_method(LoraConfig(r=1), FC, backends=["numpi"])
+
+
+PROJECT = {
+    "conftest.py": 'pytest_plugins = ["pytest_peft_any"]\n',
+    "test_rows.py": """
+import numpy as np
+import pytest
+
+from peft_any import method_for
+from peft_any.testing import Case, check_method, laws
+
+CASE = Case("rows", method_for("ROWS")(), reverts=200)
+
+
+def test_all_laws():
+    check_method(CASE.config, [CASE.site], reverts=200, backends=["numpy"], seeds=[0])
+
+
+def test_numbers(lib, xp):
+    assert lib.backend.xp is xp
+    laws.libraries(CASE, lib)
+""",
+}
+
+
+def test_another_project_uses_the_kit(tmp_path: Path) -> None:
+    found = run_tests(install(tmp_path / "site"), PROJECT, "--backend", "numpy")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "3 passed" in found.stdout  # all laws, and the numbers on both rows of NumPy
+    assert "deselected" in found.stdout
+
+
+def test_another_project_sees_a_planted_fault(tmp_path: Path) -> None:
+    fault = (
+        METHOD
+        + """
+    def forward(self, p, x, base):
+        return base(x) * (1.0 + 2.0 * p["rows_v"])
+"""
+    )
+    found = run_tests(install(tmp_path / "site", fault), PROJECT, "--backend", "numpy")
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "breaks 1 of" in found.stdout
+    assert "forward and merge disagree, by" in found.stdout
+
+
+def test_the_plugin_is_there_where_it_is_asked_for_alone(tmp_path: Path) -> None:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "pytest11" not in named.get("entry-points", {})
+    site, files = install(tmp_path / "site"), {"test_one.py": "def test_xp(xp): ...\n"}
+    found = run_tests(site, files, "--backend", "numpy")
+    assert found.returncode == 4
+    assert "unrecognized arguments: --backend" in found.stderr
+    found = run_tests(site, files, "-p", "pytest_peft_any", "--backend", "numpy")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "2 passed" in found.stdout
+
+
+def test_a_library_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+    site = install(tmp_path / "site")
+    hidden = """
+pytest_plugins = ["pytest_peft_any"]
+import pytest_peft_any
+pytest_peft_any.MODULES["torch"] = "torch_that_is_not_here"
+"""
+    files = {"conftest.py": hidden, "test_one.py": "def test_xp(xp): ...\n"}
+    for name, why in {
+        "torch": "--backend torch: torch is not installed here",
+        "numpi": "invalid choice: 'numpi'",
+    }.items():
+        found = run_tests(site, files, "--backend", name)
+        assert found.returncode == 4, found.stdout + found.stderr
+        assert why in found.stderr
+
+
+def test_the_plugin_names_the_rows_of_the_kit() -> None:
+    assert rows() == pytest_peft_any.ROWS
+    assert [*LIBRARIES] == pytest_peft_any.LIBRARIES
+
+
+def test_the_plugin_leaves_the_package_to_coverage(tmp_path: Path) -> None:
+    code = "import sys, pytest_peft_any; sys.exit('peft_any' in sys.modules)"
+    assert run(tmp_path, "-c", code).returncode == 0
 
 
 def test_closeness_compares_the_kind_before_the_values(lib, xp) -> None:
