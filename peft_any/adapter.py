@@ -114,7 +114,7 @@ class Adapter:
         tensors, found = files.find_adapter(Path(path), configured=config is not None)
         raw, notes = None, []
         if config is None:
-            raw = read_json(found)
+            raw = files.renewed(read_json(found))
             config, more = files.config_from_dict(raw, str(found))
             notes = files.unheard(more, str(found))
         files.refuse_unconverted(config, str(found))

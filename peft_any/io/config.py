@@ -13,6 +13,7 @@ import msgspec
 
 from peft_any.errors import ConfigError, FormatError, PeftError, StorageError, nearest
 from peft_any.io._atomic import StrPath
+from peft_any.io._former import renewed as renewed
 from peft_any.io._json import parse_object, read_json
 from peft_any.registry import Config, method_for, method_names
 
@@ -100,6 +101,7 @@ def config_from_dict(
         ...
     peft_any.errors.ConfigError: adapter_config.json: Expected `int`, got `str` - at `$.r`
     """
+    raw = renewed(raw)
     name = raw.get("peft_type")
     if not isinstance(name, str):
         raise ConfigError(

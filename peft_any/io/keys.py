@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from peft_any.errors import TargetError, nearest
+from peft_any.io._former import PARTS
 from peft_any.layout import looks_like_embedding
 from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config, method_names
@@ -75,8 +76,9 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     unknown: dict[str, str] = {}
     rest = []
     suffixes: dict[str, tuple[str, list[str]]] = {}
+    former = PARTS.get(config.peft_type, {})
     for key in keys:
-        parts = key.removeprefix(PREFIX).split(".")
+        parts = [former.get(part, part) for part in key.removeprefix(PREFIX).split(".")]
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
         if at and parts[at[0]] in _TRAINING:
             places[key] = Place("spare", _module(parts[: at[0]]), parts[at[0]])

@@ -1,4 +1,4 @@
-"""MiSS: matrix shard sharing, once named Bone. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
+"""MiSS: matrix shard sharing, once Bone, whose files are read too. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
 
 from __future__ import annotations
 
