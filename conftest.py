@@ -12,10 +12,12 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 pytest_plugins = ["pytest_peft_any"]
-collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py", "tests/sharded.py"]
+collect_ignore_glob = ["tests/benchmarks/*", "tests/golden/make*.py", "tests/sharded*.py"]
 """Programs of their own: no doctests to look for, and they import torch and peft, or JAX."""
 if find_spec("torch") is None:
     collect_ignore_glob.append("peft_any/integrations/torch/*")
+if find_spec("jax") is None:
+    collect_ignore_glob.append("peft_any/integrations/jax/*")
 
 
 def enter(namespace: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ LIBRARIES = "numpy", "numpy-oldest", "strict", "torch", "jax", "dask", "cupy"
 EXTRAS = {
     "strict": "strict",
     "torch": "torch",
-    "jax": "optax",  # and JAX with it
+    "jax": "optax equinox flax",  # and JAX with them
     "dask": "dask",
     "cupy": "cupy-cuda12x",
 }
@@ -40,7 +40,7 @@ def tests(session: nox.Session, library: str) -> None:
     """Run the tests with one array library, and none but NumPy and it installed."""
     name = library.removesuffix("-oldest")
     oldest = ("-c", "constraints-oldest.txt")
-    extras = [EXTRAS[name]] if name in EXTRAS else []
+    extras = EXTRAS.get(name, "").split()
     install(session, "test", *extras, constraints=oldest if name != library else CONSTRAINTS)
     chosen = list(session.posargs)
     if name == "cupy" and not has_cuda(session):
@@ -61,7 +61,7 @@ def has_cuda(session: nox.Session) -> bool:
 @nox.session(name="all")
 def everything(session: nox.Session) -> None:
     """Run the whole suite with every CPU library in one environment, with coverage."""
-    install(session, "test", "strict", "torch", "jax", "optax", "dask", "plot")
+    install(session, "test", "strict", "torch", "jax", "optax", "equinox", "flax", "dask", "plot")
     session.install("--no-deps", *CONSTRAINTS, *REAL_DATA)
     report = ("--cov", "--cov-report=term", "--junitxml=build/junit.xml")
     session.run("pytest", *PARALLEL, *report, *session.posargs, env=ENV)

@@ -110,7 +110,7 @@ def layout(
         else:
             continue
         said = kinds or {}
-        key = module if module in said else next((k for k in said if _named(k, module)), None)
+        key = module if module in said else next((k for k in said if is_named(k, module)), None)
         given = None if key is None else said[key]
         if key is not None:
             unused.pop(key, None)
@@ -227,7 +227,7 @@ def orientations(
     proofs = _proofs(shapes)
     told: dict[str, Kind | None] = {}
     for module in asked:
-        given = next((v for k, v in (kinds or {}).items() if _named(k, module)), None)
+        given = next((v for k, v in (kinds or {}).items() if is_named(k, module)), None)
         kind = given.kind if isinstance(given, Site) else given
         kind = kind or _told(module, shapes, proofs)
         if kind is not None or len({*proofs.values()}) > 1:
@@ -235,7 +235,14 @@ def orientations(
     return told
 
 
-def _named(key: str, module: str) -> bool:
+def is_named(key: str, module: str) -> bool:
+    """Whether a key of `kinds` means a module: its name, the last parts of it, or an expression.
+
+    Examples
+    --------
+    >>> is_named("fc", "layers.0.fc"), is_named("layers.[01].fc", "layers.0.fc")
+    (True, True)
+    """
     if module == key or module.endswith(f".{key}"):
         return True
     return expression(key, "kinds").fullmatch(module) is not None

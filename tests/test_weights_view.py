@@ -18,6 +18,7 @@ from peft_any._tree import leaves, tree_map
 from peft_any.backend import namespace, to_numpy
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
+from peft_any.methods.ln_tuning import LNTuningConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.testing import Lib
@@ -704,3 +705,20 @@ def test_neuralfoil_s_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     want, base = run(host.merge()), run(weights)
     np.testing.assert_allclose(got["CL"], want["CL"], atol=1e-4)
     assert not np.allclose(got["CL"], base["CL"], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Norm"])
+def test_a_bias_that_an_adapter_changes_beside_a_convolution_or_a_norm(kind: str) -> None:
+    shape = (4, 3, 2) if kind == "Conv1d" else (4,)
+    weights = {"n.weight": np.ones(shape), "n.bias": np.zeros(4)}
+    config: Any = LoraConfig(r=2, target_modules=["n"], lora_bias=True)
+    if kind == "Norm":
+        config = LNTuningConfig(target_modules=["n"])
+    model = PeftModel(weights)
+    model.add("a", config, dtype="float64")
+    moved = {"a": {s: {k: v + 1.0 for k, v in p.items()} for s, p in model.parameters["a"].items()}}
+    model.update(moved)
+    bound, merged = model.bind().weights, model.merge()
+    for name in weights:
+        np.testing.assert_allclose(np.asarray(bound[name]), merged[name], rtol=1e-12)
+    assert (bound["n.bias"] != 0).all()

@@ -131,6 +131,6 @@ def at_zero(layer: BoundLayer) -> Array:
     """Give the bias of an adapted layer: what it makes of zeros."""
     base = layer.base.weight
     xp = namespace(base, *_params(layer))
-    zeros = xp.zeros((1, base.shape[1]), dtype=base.dtype, device=creation_device(base))
+    zeros = xp.zeros((1, layer.base.site.reads), dtype=base.dtype, device=creation_device(base))
     y: Array = layer(zeros)[0, :]
     return y

@@ -338,5 +338,5 @@ def _adapted(model: Any, make: Callable[[str], BoundLayer], name: str, site: Sit
         return _stand_in(source, flipped=site.kind in ("Conv1D", "Embedding"))
     bound = make(site.name)
     if site.is_conv:
-        return model.merged(name)
+        return model.merged_site(site).bias
     return astype(at_zero(bound), dtype_name(bound.base.bias))
