@@ -33,6 +33,8 @@ class Tuner(Config):
     """Layer kinds that the method supports."""
     copied: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
+    grouped: ClassVar[frozenset[str]] = frozenset()
+    """Shared arrays of which there are several, told apart by what follows a dot."""
     thins: ClassVar[str] = ""
     """The field with the rate at which training thins the adapter's input, if there is one."""
     inner: ClassVar[str] = "(weight|bias)?"

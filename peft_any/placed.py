@@ -203,7 +203,9 @@ def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
             f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
             "nothing"
         )
-    root, params = Fresh(0, library(weights), sites=(*placed.sites.values(),)), {}
+    place = {name: i for i, name in enumerate(weights)}
+    in_order = sorted(placed.sites.values(), key=lambda site: place[site.weight])
+    root, params = Fresh(0, library(weights), sites=(*in_order,)), {}
     for name, site in placed.sites.items():
         new = root.at(name, dense(weights, site))
         params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype
+from peft_any.backend import astype, is_lazy, is_traced, namespace
 from peft_any.errors import ConfigError
 from peft_any.layer import Site
 from peft_any.rng import Fresh, TorchGenerator
+
+_ALIKE = 0.02
+"""Of an array's norm: bfloat16 rounds by less, and two draws differ by more than all of it."""
 
 
 def largest(sites: Sequence[Site]) -> tuple[int, int]:
@@ -95,6 +98,47 @@ def _normalised(host: Any) -> Any:
     spread = astype(np.std(host.astype(np.float64), ddof=1), host.dtype.name)
     wide = host.astype(np.float32) / np.float32(spread)
     return astype(astype(wide, host.dtype.name), "float32")
+
+
+def leading_pair(w: Any, r: int, dtype: str) -> tuple[Any, Any]:
+    """Give √S·Vᵀ (r, n) and U·√S (m, r) of a matrix's r largest singular values, in a dtype.
+
+    Each of U, S and V is rounded to it first, as HF PEFT does.
+    """
+    u, s, v = (astype(a, dtype) for a in np.linalg.svd(w, full_matrices=False))
+    root = np.sqrt(s[:r])
+    return root[:, None] * v[:r], u[:, :r] * root
+
+
+def normal_projection(shape: Shape, seed: int, new: Fresh) -> Array:
+    """Draw TinyLoRA's projection (u, r, r), normal of variance 1/r, as torch's generator does."""
+    drawn: Array = new.array(new.torch(seed).normal(shape) * np.float32(shape[1] ** -0.5))
+    return drawn
+
+
+def place_of(array: Array, drawn: Sequence[Array], name: str) -> Array:
+    """Tell which of some drawn arrays one is, as far as torch's builds agree, and dtypes round.
+
+    Returns
+    -------
+    array of integers (1,)
+
+    Raises
+    ------
+    ConfigError
+        If it is none of several, where that can be seen.
+    """
+    xp = namespace(array, *drawn)
+    apart = xp.stack([xp.sum((array - other) ** 2) for other in drawn])
+    place: Array = xp.reshape(xp.argmin(apart), (1,))
+    if len(drawn) == 1 or is_lazy(apart) or is_traced(apart):
+        return place
+    if not bool(xp.min(apart) <= _ALIKE**2 * xp.sum(array**2)):
+        raise ConfigError(
+            f"{name}: was not drawn for any of the adapted layers: projection_seed is another, or "
+            "layers are missing; convert the adapter where it was made (convert_to_lora)"
+        )
+    return place
 
 
 @lru_cache(maxsize=2)

@@ -36,7 +36,6 @@ _ABSENT = {
         _RUN,
     ),
     "FROD": (_LATER, _MERGE),
-    "TINYLORA": (_LATER, _MERGE),
     "BONE": ("it is called MISS now", "start a MissConfig; files of it are read as that"),
 }
 """Methods of Hugging Face PEFT that are not here: why, and the way out."""

@@ -41,6 +41,7 @@ from peft_any.methods.randlora import RandLoraConfig
 from peft_any.methods.road import RoadConfig
 from peft_any.methods.shira import ShiraConfig
 from peft_any.methods.supertuning import SupertuningConfig
+from peft_any.methods.tinylora import TinyLoraConfig
 from peft_any.methods.trainable_tokens import TrainableTokensConfig
 from peft_any.methods.unilora import UniLoraConfig
 from peft_any.methods.vblora import VBLoRAConfig
@@ -68,8 +69,11 @@ class Case(testing.Case):
     @property
     def single(self) -> bool:
         """Whether Hugging Face PEFT computes it in float32, even where all is float64."""
-        kasa = getattr(self.config, "kasa_config", None)
-        return self.config.peft_type in SINGLE or kasa is not None
+        config = self.config
+        kasa = getattr(config, "kasa_config", None)
+        # Torch's normal numbers are drawn in it, alike to 1e-6.
+        drawn = config.peft_type == "TINYLORA" and not config.save_projection
+        return config.peft_type in SINGLE or kasa is not None or drawn
 
 
 RANDOM = "HF's init_weights=False draws every factor"
@@ -711,6 +715,27 @@ CASES = [
     Case(
         "unilora-conv1d-transposed",
         UniLoraConfig(r=4, theta_d_length=20, init_theta_d_bound=1.0, fan_in_fan_out=True),
+        Site("fc", 6, 9, "Conv1D"),
+        identity=DRAWN,
+    ),
+    # TinyLoRA
+    Case("tinylora", TinyLoraConfig(u=9, init_weights="uniform", init_v_bound=1.0), FC, DRAWN),
+    Case("tinylora-zero", TinyLoraConfig(r=3, u=2, weight_tying=1.0), FC),
+    Case(
+        "tinylora-seeded",
+        TinyLoraConfig(r=9, u=3, save_projection=False, projection_seed=7, init_weights=False),
+        Site("a.fc", 13, 7, bias=False),
+        identity=RANDOM,
+    ),
+    Case(
+        "tinylora-embedding",
+        TinyLoraConfig(r=3, u=5, weight_tying=0.5, init_weights="uniform", init_v_bound=1.0),
+        WTE,
+        identity=DRAWN,
+    ),
+    Case(
+        "tinylora-conv1d-transposed",
+        TinyLoraConfig(u=4, init_weights="uniform", init_v_bound=1.0, fan_in_fan_out=True),
         Site("fc", 6, 9, "Conv1D"),
         identity=DRAWN,
     ),

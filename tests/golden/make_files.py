@@ -272,6 +272,10 @@ MADE: dict[str, Made] = {
             boft_block_size=4, target_modules=["q", "fc1", "conv2"], bias="boft_only"
         ),
     ),
+    "tinylora": (
+        make_net,
+        lambda: peft.TinyLoraConfig(u=5, weight_tying=0.5, target_modules=["q", "fc1", "emb"]),
+    ),
     "unilora": (
         make_net,
         lambda: peft.UniLoraConfig(r=2, theta_d_length=20, save_indices=True, target_modules=PAIR),

@@ -144,7 +144,9 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name parameters as a file does."""
     own, saved = shapes_of(case), getattr(case.config, "save_projection", True)
     config: Any = case.config.at(case.site)
-    shared = config.shared_shapes([case.site]) if saved else {}
+    shared = config.shared_shapes([case.site])
+    if not saved:
+        shared = {k: shape for k, shape in shared.items() if k not in config.frozen}
     copies = {
         f"{PREFIX}{case.site.name}.{k}": np.asarray(params[k])
         for k in (case.config.copied if saved else ())
