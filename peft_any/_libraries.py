@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
 
 from peft_any._dtypes import dtype_name, is_native, numpy_dtype
+from peft_any._imports import imported
 from peft_any._typing import Namespace
 from peft_any.errors import BackendError
 
@@ -39,11 +39,11 @@ class Library:
     @property
     def module(self) -> Any:
         """The imported package."""
-        return import_module(self.package)
+        return imported(self.package)
 
     def namespace(self, x: Any = None) -> Namespace:
         """Give the Array API namespace."""
-        return import_module(self.space) if self.space else x.__array_namespace__()
+        return imported(self.space) if self.space else x.__array_namespace__()
 
     def owns(self, x: Any) -> bool:
         """Tell whether `x` is an array of this library."""

@@ -296,3 +296,18 @@ def test_a_backend_is_read_as_it_is_printed(spec: str) -> None:
         pytest.skip(reason)
     found = resolve(spec)
     assert resolve(str(found)) == found
+
+
+def test_numpys_namespace_imports_its_tools_when_asked() -> None:
+    code = """
+import sys
+import numpy as np
+from peft_any import PeftModel
+from peft_any.backend import namespace
+xp = namespace(np.ones(2))
+assert not {"numpy.testing", "numpy.f2py", "numpy.ma"} & sys.modules.keys()
+assert xp is namespace(np.ones(3))
+assert xp.testing is np.testing and xp.ma.masked is np.ma.masked
+assert not hasattr(xp, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

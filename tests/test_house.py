@@ -16,7 +16,7 @@ from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED
 PACKAGE = Path(peft_any.__file__).parent
 LAYERS = [
     {"_typing", "errors"},
-    {"_dtypes"},
+    {"_dtypes", "_imports"},
     {"_libraries"},
     {"_arrays", "_jaxpr"},
     {"_engines"},
@@ -103,6 +103,7 @@ def test_one_module_names_the_array_libraries(path: Path) -> None:
         "_arrays",
         "_libraries",
         "_dtypes",
+        "_imports",
         "_engines",
         "_jaxpr",
         "cluster",

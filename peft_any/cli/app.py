@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -44,6 +45,8 @@ from peft_any.receipt import SCHEMA_VERSION
 
 INTERNAL, STORAGE, PIPE = 1, 5, 128 + 13
 """Exit codes that no `PeftError` has; the last is what a shell gives for SIGPIPE."""
+_COLLECTED = 50_000
+"""Objects between two collections."""
 
 app = typer.Typer(
     add_completion=False,
@@ -326,4 +329,6 @@ def record(error: BaseException, message: str, code: int) -> dict[str, Any]:
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
+    gc.freeze()
+    gc.set_threshold(_COLLECTED)  # a command's imports alone make more than the usual hundreds
     sys.exit(run(args))

@@ -21,6 +21,8 @@ Spec: TypeAlias = tuple[str, str, Shape]
 """A tensor's name, dtype and shape."""
 _COPIED = 1 << 25
 """Bytes that one task copies."""
+_COMPUTED = 1 << 23
+"""Bytes that one task computes, at least: what all its blocks need is prepared once."""
 _FLUSHED = 1 << 24
 """Bytes after which the device is asked to begin writing."""
 _ALONE = 1 << 24
@@ -114,9 +116,11 @@ def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterato
     source = surgeon.plan.source(name)
     if source is not None:
         patch = surgeon.patch(source)
-        blocks = [*patch.blocks]
-        for i, rows in enumerate(blocks, 1):
-            yield partial(_compute, name, patch, rows, writer, len(blocks) - i)
+        blocks, row = [*patch.blocks], (byte_size(*spec[1:]) or 0) // max(*spec[2][:1], 1)
+        step = max(_COMPUTED // max((blocks[0].stop - blocks[0].start) * row, 1), 1)
+        for i in range(0, len(blocks), step):
+            some = blocks[i : i + step]
+            yield partial(_compute, name, patch, some, writer, len(blocks) - i - len(some))
         return
     origin = surgeon.plan.added.get(name, name)
     size = 0 if writer is None else surgeon.plan.base.info(origin).nbytes
@@ -125,12 +129,17 @@ def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterato
         yield partial(_copy, surgeon, (origin, name), slice(start, stop), writer, size - stop)
 
 
-def _compute(name: str, patch: Patch, rows: slice, writer: PlacedWriter | None, left: int) -> _Done:
-    values, moments = patch.made(rows)
-    if writer is not None:
-        row = values.nbytes // values.shape[0] if values.ndim and values.size else 0
-        writer.put(name, rows.start * row, values)
-    return values.nbytes, moments, left
+def _compute(
+    name: str, patch: Patch, blocks: list[slice], writer: PlacedWriter | None, left: int
+) -> _Done:
+    size, total = 0, Moments()
+    for rows in blocks:
+        values, moments = patch.made(rows)
+        if writer is not None:
+            row = values.nbytes // values.shape[0] if values.ndim and values.size else 0
+            writer.put(name, rows.start * row, values)
+        size, total = size + values.nbytes, total + moments
+    return size, total, left
 
 
 def _copy(

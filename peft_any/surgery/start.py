@@ -13,8 +13,8 @@ from peft_any.surgery.measure import Moments, all_finite
 from peft_any.surgery.rounding import widened
 from peft_any.surgery.sums import Sums
 
-_SAMPLE = 1 << 16
-"""Elements that tell how large a tensor's weights are."""
+_SAMPLE, _MANY = 1 << 14, 1 << 16
+"""Elements that tell how large a tensor's weights are; and that are worth to be told."""
 _SEEN = 1e-6
 """Of ‖Δ‖²/‖W‖²: single precision measures larger ones as W′ − W."""
 
@@ -50,7 +50,7 @@ class Start:
         stored = self.stored
         return (
             not self.replaced
-            and stored.size >= _SAMPLE
+            and stored.size >= _MANY
             and stored.dtype.name == self.dtype == "bfloat16"
         )
 
@@ -59,7 +59,7 @@ class Start:
         if not self.plain:
             return None
         table = self.stored.reshape(self.stored.shape[0], -1)
-        return Sums.of(u, v, table[: max(_SAMPLE // table.shape[1], 1)])
+        return Sums.of(u, v, table[:: -(-table.size // _SAMPLE)])
 
     def summed(
         self, sums: Sums, rows: slice, gain: Host | None = None
