@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 from peft_any import parts as several
 from peft_any._tree import leaves
@@ -72,19 +72,34 @@ class BoundLayer:
         return y
 
 
-class Layers(Mapping[str, BoundLayer]):
+class BoundLike(Protocol):
+    """A layer of a bound model, of one adapter or of a batch with many."""
+
+    @property
+    def traced(self) -> bool:
+        """Whether its arrays only stand for some, inside a transformation such as jit."""
+
+    @property
+    def base(self) -> Dense:
+        """The layer below the adapters."""
+
+    def __call__(self, x: Array) -> Array:
+        """Apply the layer."""
+
+
+class Layers(Mapping[str, BoundLike]):
     """The layers of a bound model by module name, each made on first use."""
 
     def __init__(
         self,
         adapted: Collection[str],
         every: Callable[[], Mapping[str, Any]],
-        make: Callable[[str], BoundLayer],
+        make: Callable[[str], BoundLike],
     ) -> None:
         self._adapted, self._every, self._make = adapted, every, make
-        self._made: dict[str, BoundLayer] = {}
+        self._made: dict[str, BoundLike] = {}
 
-    def __getitem__(self, name: str) -> BoundLayer:
+    def __getitem__(self, name: str) -> BoundLike:
         if name not in self._made:
             # a step asks for adapted layers alone; to find the others takes a look at all tensors
             if name not in self._adapted and name not in self._every():

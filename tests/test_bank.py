@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from peft_any import (
     stack,
     value_and_grad,
 )
-from peft_any.backend import to_numpy
+from peft_any.backend import namespace, to_numpy
 from peft_any.bank.data import StackedLayer
 from peft_any.bank.factors import factored, factors_of
 from peft_any.bank.mixed import MixedLayer
@@ -30,6 +30,7 @@ from peft_any.layer import Dense
 from peft_any.parts import Part
 from peft_any.testing import Lib
 from tests.cases import CASES, Case
+from tests.racing import race
 
 ROWS = [1, 0, 2, 1, 0, 1]
 PARTNER = LoraConfig(r=2, lora_alpha=3)
@@ -304,6 +305,113 @@ def test_what_add_refuses_a_swap_refuses_too() -> None:
         bank.swap("a", {"fc": whole})
 
 
+def whole_net() -> PeftModel:
+    """Make a model whose adapters have copies of layers, biases and rows of a table too."""
+    rng = np.random.default_rng(5)
+    shapes = {"wte.weight": (7, 6), "fc.weight": (8, 6), "fc.bias": (8,), "head.weight": (5, 8)}
+    model = PeftModel({k: rng.standard_normal(s) for k, s in shapes.items()})
+    on: Any = {"target_modules": ["fc"], "init_lora_weights": False}
+    configs = {
+        "copied": LoraConfig(r=2, modules_to_save=["head"], **on),
+        "tokens": LoraConfig(r=3, trainable_token_indices={"wte": [3, 5]}, **on),
+        "biased": LoraConfig(r=2, bias="all", **on),
+        "table": LoraConfig(r=2, init_lora_weights=False, target_modules=["wte", "fc"]),
+        "ia3": IA3Config(target_modules=["fc"], feedforward_modules=[]),
+        "other": LoraConfig(r=2, modules_to_save=["head"], **on),
+    }
+    for i, (name, config) in enumerate(configs.items()):
+        made = model.add(name, config, seed=i, dtype="float64")
+        moved = {
+            site: {k: v + rng.standard_normal(v.shape) for k, v in p.items()}
+            for site, p in made.trainable().items()
+        }
+        model.update({name: moved})
+    return model
+
+
+WHOLE_ROWS = ["copied", None, "tokens", "biased", "other", "table", "ia3", "copied", "tokens"]
+
+
+def passed(layers: Any, tokens: Any) -> Any:
+    return layers["head"](np.tanh(layers["fc"](layers["wte"](tokens))))
+
+
+@pytest.mark.parametrize("rows", [WHOLE_ROWS, ["copied"] * 9, [None] * 9, ["copied", "other"] * 5])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_rows_have_their_own_copies_biases_and_tokens(rows: list[Any], *, numbers: bool) -> None:
+    model = whole_net()
+    tokens = np.random.default_rng(2).integers(0, 7, (len(rows), 4))
+    tokens[:, :2] = 3, 5
+    given: Any = rows
+    if numbers:
+        given = np.asarray([-1 if name is None else model.names.index(name) for name in rows])
+    got = passed(model.bind(rows=given).layers, tokens)
+    for name, row, own in zip(rows, got, tokens, strict=True):
+        model.activate([] if name is None else name)
+        np.testing.assert_allclose(row, passed(model.bind().layers, own), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_reach_the_copies_of_each_rows_adapter() -> None:
+    model, tokens = whole_net(), np.asarray([[3, 1], [5, 3], [3, 5]])
+    rows = ["copied", "other", "tokens"]
+    params = {name: dict(model.parameters[name]) for name in rows}
+
+    def loss(p: Any, keep: int) -> Any:
+        y = passed_on_tape(model.bind(p, rows=rows).layers, tokens)
+        return namespace(y).sum(y[keep, ...] ** 2)
+
+    for keep, name in enumerate(rows):
+        _, grads = value_and_grad(lambda p, keep=keep: loss(p, keep))(params)
+        for other in rows:
+            size = max(float(np.max(np.abs(g))) for p in grads[other].values() for g in p.values())
+            assert (size > 1e-6) == (other == name)
+    assert np.any(value_and_grad(lambda p: loss(p, 0))(params)[1]["copied"][""]["head.weight"])
+
+
+def passed_on_tape(layers: Any, tokens: Any) -> Any:
+    y = layers["fc"](layers["wte"](tokens))
+    return layers["head"](namespace(y).tanh(y))
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_rows_are_thinned_as_their_adapters_are(*, numbers: bool) -> None:
+    model = PeftModel({"fc.weight": np.random.default_rng(0).standard_normal((8, 6))})
+    for i, rate in enumerate((0.5, 0.0, 0.9)):
+        config = LoraConfig(r=2, lora_dropout=rate, init_lora_weights=False, target_modules=["fc"])
+        model.add(f"a{i}", config, seed=i, dtype="float64")
+    rows: Any = ["a0", "a1", None, "a0", "a2"]
+    x = np.random.default_rng(1).standard_normal((5, 40, 6))
+    given = np.asarray([0, 1, -1, 0, 2]) if numbers else rows
+    plain = model.bind(rows=given).layers["fc"](x)
+
+    def thinned(seed: int) -> Any:
+        return model.bind(rng=seed, rows=given).layers["fc"](x)
+
+    one, again, other = thinned(3), thinned(3), thinned(4)
+    np.testing.assert_array_equal(one, again)
+    for i, changes in enumerate((True, False, False, True, True)):
+        assert np.allclose(one[i], plain[i]) != changes
+        assert np.allclose(one[i], other[i]) != changes
+    assert not np.allclose((one - plain)[0], (one - plain)[3])  # a row's draws are its own
+    if not numbers:  # the rows of an adapter are what it makes of them alone
+        model.activate("a0")
+        alone = model.bind(rng=3).layers["fc"](x[[0, 3]])
+        np.testing.assert_allclose(one[[0, 3]], alone, rtol=1e-12)
+    mean = np.mean([thinned(seed) for seed in range(400)], axis=0)
+    np.testing.assert_allclose(mean[[0, 3]], plain[[0, 3]], atol=0.2 * float(np.abs(plain).max()))
+
+
+def test_numbers_name_what_is_there_for_good() -> None:
+    model = model_of([2, 3, 1])
+    bank, x = stack([model[name] for name in model.names], model.weights), np.ones((2, 6))
+    want = bank.bind(["1", None]).layers["fc"](x)
+    np.testing.assert_array_equal(bank.bind([np.int64(1), np.int32(-1)]).layers["fc"](x), want)
+    with pytest.raises(ConfigError, match="number 5: there are 5 adapters"):
+        bank.bind([0, 5])
+    with pytest.raises(ConfigError, match=r"1\.0 names no adapter"):
+        bank.bind([1.0])
+
+
 ROWS_READ = [None, ["a", None], None, np.asarray([0, -1]), np.asarray([0, -1])]
 
 
@@ -312,36 +420,33 @@ def test_no_thread_ever_sees_a_torn_adapter() -> None:
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["fc0", "fc1"])
     model.add("a", config, dtype="float64")
     bank = stack({"a": model["a"]}, model.weights)
-    bound = bank.bind(["a", None])
-    ones, stop, torn = np.ones((2, 2)), threading.Event(), []
+    bound, ones, seen = bank.bind(["a", None]), np.ones((2, 2)), set[float]()
 
-    def state(c: float) -> dict[str, Any]:
-        p = {"lora_A.weight": np.full((1, 2), c), "lora_B.weight": np.full((2, 1), c)}
-        return {"fc0": p, "fc1": p}
+    def state(c: float, r: int) -> Any:
+        p = {"lora_A.weight": np.full((r, 2), c), "lora_B.weight": np.full((2, r), c)}
+        fields = replace(config, r=r, lora_alpha=r)
+        return model["a"].replace(config=fields, sites={"fc0": p, "fc1": p})
 
-    bound.swap("a", state(1.0))
+    bound.swap("a", state(1.0, 1))
 
-    def write(c: float) -> None:
-        while not stop.is_set():
-            bound.swap("a", state(c))
+    def write(new: Any) -> Any:
+        return lambda: bound.swap("a", new)
 
-    def read(rows: Any) -> None:
+    def read(rows: Any) -> Any:
         own = bound if rows is None else bank.bind(rows)
-        while not stop.is_set():
-            layers = own.layers
-            seen = np.stack([layers["fc0"](ones), layers["fc1"](ones)])
-            if np.any(seen[:, 1]) or np.ptp(seen[:, 0]) or seen[0, 0, 0] not in (2.0, 8.0, 18.0):
-                torn.append(seen)
 
-    threads = [threading.Thread(target=write, args=(c,)) for c in (1.0, 2.0, 3.0)]
-    threads += [threading.Thread(target=read, args=(rows,)) for rows in ROWS_READ]
-    for thread in threads:
-        thread.start()
-    stop.wait(1.0)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not torn
+        def look() -> Any:
+            layers = own.layers
+            y = np.stack([layers["fc0"](ones), layers["fc1"](ones)])
+            seen.add(float(y[0, 0, 0]))
+            torn = np.any(y[:, 1]) or np.ptp(y[:, 0]) or y[0, 0, 0] not in (2.0, 8.0, 16.0)
+            return y if torn else None
+
+        return look
+
+    writers = [write(state(1.0, 1)), write(state(2.0, 1)), write(state(2.0, 2))]
+    assert not race(*writers, *map(read, ROWS_READ))
+    assert len(seen) == 3  # what was written was read, too
 
 
 def test_a_swap_is_checked_and_a_bound_model_keeps_its_state() -> None:

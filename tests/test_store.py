@@ -7,6 +7,9 @@ import os
 import random
 import shutil
 import threading
+import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from peft_any import (
     StorageError,
     stack,
 )
+from tests.racing import race
 
 N, SIZE = 16, 2 * 2 * 16 * 4
 """A layer's sides, and the bytes of an adapter's arrays."""
@@ -175,33 +179,83 @@ def test_a_thousand_adapters_over_one_base(tmp_path: Path) -> None:
 
 
 def test_threads_that_read_while_adapters_are_replaced_see_whole_ones(folder: Path) -> None:
-    store = AdapterStore(folder, max_bytes=2 * SIZE)
-    stop, wrong = threading.Event(), []
+    store, numbers = AdapterStore(folder, max_bytes=2 * SIZE), count(10)
 
     def write() -> None:
-        c = 10
-        while not stop.is_set():
-            made(c).save(folder / "a0", overwrite=True)
-            c += 1
-        made(c).save(folder / "a0", overwrite=True)
+        made(next(numbers)).save(folder / "a0", overwrite=True)
 
-    def read() -> None:
-        while not stop.is_set():
-            try:
-                value(store["a0"])
-            except StorageError:
-                pass  # between two states
-            except (AssertionError, PeftError) as error:
-                wrong.append(error)
-            if value(store["a1"]) != 1.0:
-                wrong.append("a1")
+    def read() -> Any:
+        with suppress(StorageError):  # between two states
+            value(store["a0"])
+        return value(store["a1"]) != 1.0
 
-    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in range(7))]
-    for thread in threads:
-        thread.start()
-    stop.wait(1.0)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not race(write, *[read] * 7)
+    write()
     assert value(store["a0"]) >= 10.0
+
+
+def test_nothing_is_kept_of_names_that_nobody_asks_for_any_more(folder: Path) -> None:
+    store = AdapterStore(folder, max_bytes=SIZE)
+    for name in [f"a{i}" for i in range(5)] + [f"none{i}" for i in range(50)]:
+        with suppress(StorageError):
+            _ = store[name]
+    assert store._loading == {}
+    assert len(store.held) == 1
+
+
+def test_a_name_that_is_gone_when_its_batch_runs_is_an_error_of_the_store(folder: Path) -> None:
+    bank = stack(AdapterStore(folder, SIZE), {"fc.weight": np.zeros((N, N), "float32")})
+    bound = bank.bind(["a1", None])
+    shutil.rmtree(folder / "a1")
+    with pytest.raises(StorageError, match=r"a1: the adapter cannot be read"):
+        _ = bound.layers
+    for wrong in ([0], [np.int64(1)], np.asarray([1])):
+        with pytest.raises(ConfigError, match=r"from a store.*stack\(\{name"):
+            bank.bind(wrong)
+    with pytest.raises(ConfigError, match=r"'a11'.*not here"):
+        bank.bind(["a11"])
+    with pytest.raises(ConfigError, match="b1"):
+        bank.swap("b1", made(1))
+
+
+HOW = ["gone", "no tensors", "config", "method", "short", "empty", "noise", "nan"]
+
+
+def test_a_thousand_adapters_with_files_failing_underneath(tmp_path: Path) -> None:
+    """One thread damages adapters and puts them right; seven read, and only theirs fail."""
+    whole, names = tmp_path.parent / "whole", [f"a{i}" for i in range(1000)]
+    made(1).save(whole)
+    for name in names:
+        shutil.copytree(whole, tmp_path / name)
+    store, touched = AdapterStore(tmp_path, max_bytes=20 * SIZE), names[::10]
+    bank = stack(store, {"fc.weight": np.zeros((N, N), "float32")})
+    x, failed, picks = np.ones((2, N), "float32"), list[str](), random.Random(1)
+
+    def spoil() -> None:
+        name = picks.choice(touched)
+        damage(tmp_path / name, picks.choice(HOW))
+        time.sleep(0.002)
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        shutil.copytree(whole, tmp_path / name)
+
+    def reader(seed: int) -> Any:
+        draw = random.Random(seed)
+
+        def read() -> Any:
+            name = draw.choice(draw.choice([names, touched]))
+            try:
+                y = bank.bind([name, None]).layers["fc"](x)
+            except PeftError as error:
+                failed.append(name)
+                return None if name in touched else error
+            if sum(store.held.values()) > store.max_bytes:
+                return store.held
+            return None if np.array_equal(y[:, 0], [2.0 * N, 0.0]) else (name, y)
+
+        return read
+
+    assert not race(spoil, *map(reader, range(7)), seconds=2.0)
+    assert failed
+    assert store._loading == {}
+    for name in {*failed}:  # put right, they are read again
+        assert value(store[name]) == 1.0

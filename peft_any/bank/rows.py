@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from threading import Lock
 from typing import Any, TypeAlias
 
@@ -71,7 +72,7 @@ class Bank:
 
     @property
     def names(self) -> list[str]:
-        """The adapters' names; their places are the numbers that rows may have."""
+        """The adapters' names; without a store their places are the numbers that rows may have."""
         held = self._model.names
         return [*held, *(name for name in self._source or () if name not in held)]
 
@@ -108,7 +109,7 @@ class Bank:
             If there is no such adapter, or the new one does not fit; nothing is changed then.
         """
         with self._lock:
-            model = self._with(self._model, [name])
+            model = self._with(self._model, [name] if self._holds(name) else [])
             if isinstance(new, Adapter):
                 model.exchange(name, new)
             else:
@@ -122,21 +123,19 @@ class Bank:
             which = [names.index(name) for name in rows]
             some = State(self._with(model, [name for name in names if name]), names)
             return some, Layers(
-                some.adapted, some.every, lambda key: _as_layer(MixedLayer(some.layers(key), which))
+                some.adapted, some.every, lambda key: MixedLayer(some.layers(key), which)
             )
         whole = self._whole
         if whole is None or whole.model is not model:
             whole = self._whole = State(model, [None, *model.names])
         kept = whole
-        return kept, Layers(
-            kept.adapted, kept.every, lambda key: _as_layer(DataLayer(kept.stack(key), rows))
-        )
+        return kept, Layers(kept.adapted, kept.every, lambda key: DataLayer(kept.stack(key), rows))
 
     def _with(self, model: Any, names: Sequence[str]) -> Any:
         """Copy a model, with the adapters that only the source holds."""
         model = model.alone(None)
         for name in names:
-            if name not in model and self._source is not None and name in self._source:
+            if name not in model and self._source is not None:
                 model.add(name, self._source[name])
         return model.alone(None)
 
@@ -146,24 +145,49 @@ class Bank:
             return self._numbers(rows)
         if not rows or isinstance(rows, str):
             raise ConfigError(f"rows={rows!r}: give a list with one name, or None, for each row")
-        names = self.names
-        known, wrong = {*names}, []
+        wrong: list[Any] = []
         out: list[str | None] = []
         for row in rows:
-            if isinstance(row, int) and row < len(names):
-                out.append(names[row] if row >= 0 else None)
-            elif row is None or row in known:
-                out.append(row)
-            elif row == BASE:
+            if row is None or row == BASE:
                 out.append(None)
+            elif isinstance(row, str):
+                out.append(row)
+                wrong += [] if self._holds(row) else [row]
             else:
-                wrong.append(row)
+                out.append(self._numbered(row))
         if wrong:
             missing = [*dict.fromkeys(wrong)]
             raise ConfigError(
-                f"rows: adapters {missing} are not here{nearest(str(missing[0]), names)}"
+                f"rows: adapters {missing} are not here{nearest(missing[0], self.names)}"
             )
         return out
+
+    def _holds(self, name: str) -> bool:
+        return name in self._model or (self._source is not None and name in self._source)
+
+    def _numbered(self, row: Any) -> str | None:
+        """Give the name of an adapter's number, None for a negative one."""
+        try:
+            number = index(row)
+        except TypeError:
+            raise ConfigError(
+                f"rows: {row!r} names no adapter: give a name, a number or None for each row"
+            ) from None
+        if number < 0:
+            return None
+        self._refuse_numbers()
+        names: list[str] = self._model.names
+        if number >= len(names):
+            raise ConfigError(f"rows: number {number}: there are {len(names)} adapters")
+        return names[number]
+
+    def _refuse_numbers(self) -> None:
+        if self._source is not None:
+            raise ConfigError(
+                "rows: numbers need all adapters at once, and this bank takes them from a store, "
+                "where one that comes or goes would number them anew: give names, or stack those "
+                "that you need, stack({name: store[name], …}, weights)"
+            )
 
     def _numbers(self, rows: Array) -> Array:
         if rows.ndim != 1 or not dtype_name(rows).startswith(("int", "uint")):
@@ -171,11 +195,7 @@ class Bank:
                 f"rows: an array {tuple(rows.shape)} of {dtype_name(rows)} cannot number "
                 "adapters: give one integer for each row"
             )
-        if self._source is not None:
-            raise ConfigError(
-                "rows: numbers in an array need all adapters at once, and this bank takes them "
-                "from a store: stack those that you need, stack({name: store[name], …}, weights)"
-            )
+        self._refuse_numbers()
         if isinstance(rows, np.ndarray):
             count = len(self._model.names)
             if rows.size and int(rows.max()) >= count:
@@ -183,10 +203,6 @@ class Bank:
             like = next(iter(self._model.weights.values()))
             rows = from_numpy_like(rows.astype("int32"), like)
         return rows
-
-
-def _as_layer(made: Any) -> Any:
-    return made
 
 
 class BoundRows:

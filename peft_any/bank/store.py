@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,13 @@ class Held(NamedTuple):
     adapter: Adapter
     size: int
     stamp: Stamp
+
+
+class Gate:
+    """What lets one thread at a time load an adapter, and how many hold it or wait for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.wanted = Lock(), 0
 
 
 class AdapterStore(Mapping[str, Adapter]):
@@ -74,7 +82,7 @@ class AdapterStore(Mapping[str, Adapter]):
         self.max_bytes = max_bytes
         self._backend, self._mapped = backend, mapped
         self._lock = Lock()
-        self._loading: dict[str, Lock] = {}
+        self._loading: dict[str, Gate] = {}
         self._held: OrderedDict[str, Held] = OrderedDict()
         self._size = 0
 
@@ -103,10 +111,23 @@ class AdapterStore(Mapping[str, Adapter]):
         """
         if not _plain(name):
             raise StorageError(f"{self.directory}: {name!r} cannot name an adapter in it")
-        with self._lock:
-            gate = self._loading.setdefault(name, Lock())
-        with gate:
+        with self._alone(name):
             return self._given(name)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Let one thread at a time in for a name; nothing is kept of names that nobody asks for."""
+        with self._lock:
+            gate = self._loading.setdefault(name, Gate())
+            gate.wanted += 1
+        try:
+            with gate.lock:
+                yield
+        finally:
+            with self._lock:
+                gate.wanted -= 1
+                if not gate.wanted:
+                    del self._loading[name]
 
     def _given(self, name: str) -> Adapter:
         folder = self.directory / name
