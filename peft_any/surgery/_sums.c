@@ -76,19 +76,16 @@ static double exact_sum(const struct sums *s, ptrdiff_t row, ptrdiff_t column)
 {
     const double *u = s->exact_u + row * s->k, *v = s->columns + column * s->k;
     double product = 0;
-    for (ptrdiff_t t = 0; t < s->k; t++) {
-        const volatile double next = u[t] * v[t]; /* volatile: not fused with the sum */
-        product += next;
-    }
+    for (ptrdiff_t t = 0; t < s->k; t++)
+        product += u[t] * v[t];
     const double sum = wide(s->base[row * s->n + column]) + product;
     return s->scaled ? sum * s->exact_gain[row] : sum;
 }
 
 /* Forms a doubtful sum again, and corrects what was measured. */
-static void settle(const struct sums *s, ptrdiff_t row, ptrdiff_t column, struct moments *m)
+static void settle(const struct sums *s, ptrdiff_t at, struct moments *m)
 {
-    const ptrdiff_t at = row * s->n + column;
-    const double exact = exact_sum(s, row, column);
+    const double exact = exact_sum(s, at / s->n, at % s->n);
     const double before = wide(s->base[at]), old = wide(s->out[at]);
     s->out[at] = nearest(exact);
     const double made = wide(s->out[at]);
@@ -117,33 +114,40 @@ static void rest(const struct sums *s, struct moments *m)
         }
 }
 
-static inline int any_of(const void *mask, size_t size)
+static inline unsigned four_signs(const void *mask)
 {
-    uint64_t some = 0, part;
-    for (size_t i = 0; i < size; i += sizeof part) {
-        memcpy(&part, (const char *)mask + i, sizeof part);
-        some |= part;
-    }
-    return some != 0;
+    uint64_t two[2];
+    memcpy(two, mask, sizeof two);
+    if (!(two[0] | two[1]))
+        return 0;
+    return (two[0] >> 31 & 1) | (two[0] >> 62 & 2) | (two[1] >> 29 & 4) | (two[1] >> 60 & 8);
 }
 
 #define NAME(x) x##_plain
 #define TARGET
 #define LANES 4
 #define ROWS 4
+#define WIDE(stored) __builtin_convertvector(stored, words)
+#define SIGNS(mask) four_signs(&(const flags[1]){(flags)(mask)})
 #include "_tile.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #define NAME(x) x##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define ROWS 4
+#define WIDE(stored) __builtin_convertvector(stored, words)
+#define SIGNS(mask) (unsigned)_mm256_movemask_ps((__m256)(mask))
 #include "_tile.h"
 
 #define NAME(x) x##_avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define LANES 16
 #define ROWS 8
+#define WIDE(stored) (words)_mm512_cvtepu16_epi32((__m256i)(stored))
+#define SIGNS(mask) _mm512_movepi32_mask((__m512i)(mask))
 #include "_tile.h"
 #endif
 

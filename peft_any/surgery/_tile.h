@@ -1,4 +1,5 @@
-/* The pass of _sums.c, once for every kind of processor: TARGET, LANES and ROWS say which.
+/* The pass of _sums.c, once for every kind of processor: TARGET, LANES and ROWS say which, and
+   SIGNS how the signs of lanes become bits.
 
    Vectors are GCC's and Clang's own, so that one text serves all architectures. */
 
@@ -39,6 +40,8 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     const struct sums *s, ptrdiff_t i, const int rows, const int scaled, struct moments *m)
 {
     const ptrdiff_t n = s->n, k = s->k;
+    const uint16_t *const base = s->base;
+    uint16_t *const out = s->out;
     const floats zero = {0}, half = zero + (scaled ? HALF_PLACE - SCALED : HALF_PLACE - SUM);
     floats base2 = zero, delta2 = zero, dot = zero, miss2 = zero;
     flags same = {0};
@@ -60,45 +63,43 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                     sum[r][1] += u * v1;
                 }
             }
-            flags doubtful[ROWS][2], some = {0};
+            ptrdiff_t doubtful[2 * ROWS * LANES];
+            int count = 0;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
+            {
+                const float gain = scaled ? s->gain[i + r] : 1;
+                const float bound = s->bound[i + r] * (gain < 0 ? -gain : gain);
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
                     const ptrdiff_t at = (i + r) * n + j + c + h * LANES;
                     halves stored;
-                    memcpy(&stored, s->base + at, sizeof stored);
-                    const words before = __builtin_convertvector(stored, words);
-                    const floats w = (floats)(before << 16);
+                    memcpy(&stored, base + at, sizeof stored);
+                    const words before = WIDE(stored) << 16;
+                    const floats w = (floats)before;
                     floats delta = sum[r][h], total = w + delta;
-                    float bound = s->bound[i + r];
                     if (scaled) {
-                        const float gain = s->gain[i + r];
                         total *= gain;
                         delta = total - w;
                         delta2 += delta * delta;
-                        bound *= gain < 0 ? -gain : gain;
                     }
-                    const words bits = ((words)total + (1u << 15)) >> 16;
-                    const floats miss = (floats)(bits << 16) - total;
+                    const words near = ((words)total + (1u << 15)) & 0xFFFF0000u;
+                    const floats miss = (floats)near - total;
                     const floats place = (floats)((words)total & EXPONENT);
                     const floats size = (floats)((words)miss & ~SIGN);
-                    stored = __builtin_convertvector(bits, halves);
-                    memcpy(s->out + at, &stored, sizeof stored);
+                    stored = __builtin_convertvector(near >> 16, halves);
+                    memcpy(out + at, &stored, sizeof stored);
                     base2 += w * w;
                     dot += miss * delta;
                     miss2 += miss * miss;
-                    same -= (flags)(bits == before);
-                    doubtful[r][h] = (flags)(size >= place * half - bound);
-                    some |= doubtful[r][h];
+                    same -= (flags)(near == before);
+                    unsigned set = SIGNS((size >= place * half - bound));
+                    for (; set; set &= set - 1)
+                        doubtful[count++] = at + __builtin_ctz(set);
                 }
-            if (any_of(&some, sizeof some))
-                for (int r = 0; r < rows; r++)
-                    for (int h = 0; h < 2; h++)
-                        if (any_of(&doubtful[r][h], sizeof some))
-                            for (int l = 0; l < LANES; l++)
-                                if (doubtful[r][h][l])
-                                    settle(s, i + r, j + c + h * LANES + l, m);
+            }
+            while (count--)
+                settle(s, doubtful[count], m);
         }
         if (j / PANEL % 8 == 7 || j + 2 * PANEL > n) {
             NAME(flush)(&base2, &m->base2);
@@ -184,3 +185,5 @@ TARGET static void NAME(pass)(const struct sums *s, struct moments *m)
 #undef TARGET
 #undef LANES
 #undef ROWS
+#undef SIGNS
+#undef WIDE

@@ -204,7 +204,7 @@ class Sums:
         u, v = self.u.take(start + rows, axis=0), self.columns.take(columns, axis=0)
         before, flat = base[rows, columns], out.reshape(-1)
         product = np.zeros(len(places))
-        for left, right in zip(u.T, v.T, strict=True):  # in the order of the compiled pass
+        for left, right in zip(u.T, v.T, strict=True):  # as the compiled pass does
             product += left * right
         exact = before.astype(np.float64) + product
         if gain is not None:
