@@ -433,7 +433,7 @@ class TestRefused:
 
     def test_a_prompt(self) -> None:
         config = PromptTuningConfig(num_virtual_tokens=2, token_dim=4)
-        with pytest.raises(ConfigError, match="adapts no layer"):
+        with pytest.raises(ConfigError, match="a Sequential cannot take a prompt"):
             attach(mlp(), config)
 
     def test_a_forward_that_another_library_replaced(self) -> None:

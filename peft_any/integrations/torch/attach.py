@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_any import placed as placing
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, nearest
-from peft_any.extras import token_indices
-from peft_any.integrations.torch.slot import (
-    Share,
-    close_slot,
-    open_slot,
-    refuse_replaced,
-    slot_of,
-    tensor,
-)
+from peft_any.integrations.torch import prompting
+from peft_any.integrations.torch.dealing import refuse_conflicts, shares_of
+from peft_any.integrations.torch.slot import Share, close_slot, open_slot, slot_of, tensor
 from peft_any.integrations.torch.tensors import Arrays, modules, names_of, sites, tensors
 from peft_any.io._atomic import StrPath
-from peft_any.method import Tuner
+from peft_any.method import Prompt
 from peft_any.placed import Placed
 from peft_any.registry import Config
 
@@ -155,6 +149,9 @@ def attach(
     record: _Record = vars(module).get(RECORD) or _Record()
     if name in record.adapters:
         raise ConfigError(f"adapter {name!r} is already there: detach it first, or rename")
+    fresh = isinstance(adapter, Prompt)
+    if isinstance(adapter, Prompt):
+        adapter = prompting.sized(adapter, module)
     placed = placing.attached(
         name,
         adapter,
@@ -164,15 +161,15 @@ def attach(
         dtype=dtype,
         rederive=rederive,
     )
-    if not isinstance(placed.adapter.config, Tuner):
-        raise ConfigError(
-            f"{placed.adapter.config.where}: adapts no layer, so that it cannot be attached to a "
-            "module: call its own functions"
-        )
-    made = _shares(module, name, placed)
-    _refuse_conflicts(module, made)
+    if fresh and isinstance(placed.adapter.config, Prompt):
+        placed = replace(placed, adapter=placed.adapter.with_copies(tensors(module), {}))
+    made = shares_of(module, name, placed)
+    refuse_conflicts(module, made)
+    if isinstance(placed.adapter.config, Prompt):
+        made.insert(0, prompting.open_prompt(module, name, placed))
     for share in made:
-        open_slot(module.get_submodule(share.owner)).shares.append(share)
+        if share.prompt is None:
+            open_slot(module.get_submodule(share.owner)).shares.append(share)
     frozen = [p for _, m in modules(module) for p in m.parameters(recurse=False)]
     new = [p for p in frozen if p.requires_grad]
     for parameter in new:
@@ -204,6 +201,7 @@ def detach_adapter(module: nn.Module, name: str = "default") -> Adapter:
         raise ConfigError(f"adapter {name!r} is not on this module{nearest(name, there)}")
     adapter = there[name].adapter
     record: _Record = vars(module)[RECORD]
+    prompting.close_prompt(module, name)
     for owner in {share.owner: None for share in there[name]._shares}:  # noqa: SLF001
         inner = module.get_submodule(owner)
         slot = slot_of(inner)
@@ -247,6 +245,9 @@ def merge_into(module: nn.Module) -> nn.Module:
     >>> torch.allclose(merge_into(net)(x), adapted, atol=1e-6)
     True
     """
+    for name, held in attached(module).items():
+        if isinstance(held._placed.adapter.config, Prompt):  # noqa: SLF001 - its own class
+            raise ConfigError(f"adapter {name!r}: a prompt is no weight and cannot be merged")
     merged: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for owner, inner in modules(module):
@@ -270,71 +271,3 @@ def merge_into(module: nn.Module) -> nn.Module:
     if untied and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         module.config.tie_word_embeddings = False
     return module
-
-
-def _shares(root: nn.Module, name: str, placed: Placed) -> list[Share]:
-    """Deal an adapter out to the modules that carry it."""
-    adapter, config = placed.adapter, placed.adapter.config
-    trained = adapter.trainable()
-    loose = trained.get("", {})
-    shared = Arrays(adapter.shared, loose)
-    made: list[Share] = []
-    at: dict[str, Share] = {}
-    for key, site in placed.sites.items():
-        owner = _owner(root, key)
-        share = Share(name, owner, placed.configs[key], site)
-        like = tensor(root, site.weight)
-        share.own = Arrays(adapter.sites[key], trained.get(key, {})).to(like.device)
-        share.shared = shared
-        made.append(share)
-        at.setdefault(owner, share)
-
-    owners = {share.site.name: share for share in made if share.site is not None}
-    for (key, parameter), first in placed.ties.items():
-        owners[key].own.repeat(parameter, owners[first].own)
-
-    def of(full: str) -> Share:
-        owner = _owner(root, full.rpartition(".")[0])
-        if owner not in at:
-            at[owner] = Share(name, owner)
-            made.append(at[owner])
-        return at[owner]
-
-    for full, value in adapter.extra.items():
-        share = of(full)
-        within = share.within(full)
-        kept = share.copies.arrays() | {within: value}
-        share.copies = Arrays(kept, [k for k in kept if share.outside(k) in loose])
-    aliases = names_of(root)
-    for table, rows in adapter.tokens.items():
-        held = Arrays({"weight": rows}, ["weight"])
-        for full in aliases[id(tensor(root, f"{table}.weight"))]:
-            share = of(full)
-            share.rows, within = held, share.within(full)
-            share.indices[within] = token_indices(config, table)
-    return made
-
-
-def _owner(root: nn.Module, name: str) -> str:
-    """Name the module whose forward reads a layer's tensors: mostly the layer itself."""
-    parent, _, last = name.rpartition(".")
-    if not name:
-        return name
-    above = root.get_submodule(parent)
-    inside = isinstance(above, nn.MultiheadAttention) or isinstance(getattr(above, last), Tensor)
-    return parent if inside else name
-
-
-def _refuse_conflicts(root: nn.Module, shares: list[Share]) -> None:
-    """Refuse a replaced forward, and a second full copy of one tensor, of which one would act."""
-    for share in shares:
-        refuse_replaced(root.get_submodule(share.owner), share.owner)
-        slot = slot_of(root.get_submodule(share.owner))
-        there = [] if slot is None else [s for s in slot.shares if isinstance(s, Share)]
-        for other in there:
-            both = [*(share.copies.arrays().keys() & other.copies.arrays().keys())]
-            if both:
-                raise ConfigError(
-                    f"{share.outside(both[0])}: adapters {other.adapter!r} and {share.adapter!r} "
-                    "each carry a full copy of it and cannot act together: detach one"
-                )

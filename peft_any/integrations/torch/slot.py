@@ -16,7 +16,7 @@ from peft_any.errors import ConfigError
 from peft_any.extras import with_rows
 from peft_any.integrations.torch.tensors import CHILD, Arrays, is_transposed
 from peft_any.layer import Dense, Site
-from peft_any.method import Tuner
+from peft_any.method import Prompt, Tuner
 from peft_any.parts import Part
 
 Values = Mapping[str, Tensor]
@@ -44,6 +44,8 @@ class Share(nn.Module):
         Which rows.
     on : bool
         Whether it acts.
+    prompt : Prompt, optional
+        The method, where it makes virtual tokens of what is `shared`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Share(nn.Module):
         super().__init__()
         self.adapter, self.owner, self.config, self.site = adapter, owner, config, site
         self.on = True
+        self.prompt: Prompt | None = None
         self.own, self.shared, self.copies, self.rows = (Arrays({}) for _ in range(4))
         self.indices: dict[str, list[int]] = {}
 

@@ -10,6 +10,8 @@ from peft_any.layer import CONVOLUTIONS, Kind, Site
 
 CHILD = "peft_any"
 """Name of the child that holds adapters, in every adapted module."""
+PROMPT = "peft_any_prompt"
+"""Name of the child that holds a prompt, in the module that takes it."""
 _CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
     zip((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTIONS, strict=True)
 )
@@ -18,7 +20,7 @@ _CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Give every module by its first name, as Hugging Face PEFT does, but no adapters."""
     for name, module in root.named_modules():
-        if CHILD not in name.split("."):
+        if not {CHILD, PROMPT} & {*name.split(".")}:
             yield name, module
 
 
