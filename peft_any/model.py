@@ -20,8 +20,9 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, attached, dense, given, summed, taken
+from peft_any.placed import Placed, attached, dense, given, summed
 from peft_any.registry import Config
+from peft_any.routed import taken
 from peft_any.view import weights as view
 
 Given: TypeAlias = Mapping[str, Any] | None

@@ -15,6 +15,7 @@ from peft_any.layer import Dense, Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting
+from peft_any.naming.experts import with_experts
 from peft_any.origin import made_on
 from peft_any.prompt import Attended
 from peft_any.prompts import table_of
@@ -118,6 +119,7 @@ def fresh(
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
     refuse_unrepeated(config, weights)
+    config = with_experts(config, weights)
     every = layout(weights, kinds, config)
     sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)
@@ -302,20 +304,6 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
     )
     return Placed(changed, placed.sites, placed.configs)
-
-
-def taken(routing: Mapping[str, Any], adapters: Mapping[str, Placed]) -> dict[str, Any]:
-    """Check that what a call is given beside its input is something that an adapter takes.
-
-    Raises
-    ------
-    ConfigError
-    """
-    takes = {n for placed in adapters.values() for c in placed.configs.values() for n in c.takes}
-    for name in routing:
-        if name not in takes:
-            raise ConfigError(f"{name}: no adapter takes it{nearest(name, takes)}")
-    return dict(routing)
 
 
 def summed(

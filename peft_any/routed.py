@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from peft_any._typing import Array, Params
 from peft_any.dropout import Noise
-from peft_any.errors import ConfigError
+from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Layer, Site
 from peft_any.method import Tuner
 
@@ -50,3 +51,17 @@ class Routed(Tuner):
             Always: with the reason and the way out.
         """
         raise ConfigError(f"{base.site.name}: {self.refusal}")
+
+
+def taken(routing: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that what a call is given beside its input is something that an adapter takes.
+
+    Raises
+    ------
+    ConfigError
+    """
+    takes = {n for placed in adapters.values() for c in placed.configs.values() for n in c.takes}
+    for name in routing:
+        if name not in takes:
+            raise ConfigError(f"{name}: no adapter takes it{nearest(name, takes)}")
+    return dict(routing)

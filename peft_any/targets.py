@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
@@ -11,6 +10,7 @@ from typing import Any
 
 from peft_any._typing import Params, Shape
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
+from peft_any.hints import experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
@@ -94,7 +94,7 @@ def sites_of_params(
     refuse_endless(config, base)
     missing = [name for name in params if name not in base]
     if missing:
-        hint = _prefix_hint(missing, base)
+        hint = prefix_hint(missing, base) + experts_hint(missing, weights)
         raise TargetError(
             "\n".join(f"{n}: the base has no such layer{nearest(n, base)}" for n in missing) + hint
         )
@@ -225,21 +225,6 @@ def _sizes(name: str, shapes: Mapping[str, Shape]) -> Iterator[Site]:
     sizes |= {m * n for m, n in product(sizes, sizes)}
     for n_in, n_out in product(sorted(sizes), sorted(sizes)):
         yield Site(name, n_in, n_out, kind, kernel)
-
-
-def _prefix_hint(missing: list[str], base: Mapping[str, Any]) -> str:
-    """Suggest the prefix with which, or without which, all missing modules are there."""
-    more = [{b[: -len(n)] for b in base if b.endswith(f".{n}")} for n in missing]
-    less = [{n[: -len(b)] for b in base if b and n.endswith(f".{b}")} for n in missing]
-    for found, how in ((set.intersection(*more), ""), (set.intersection(*less), "out")):
-        if len(found) == 1:
-            prefix = found.pop()
-            rule = f"--map '^{re.escape(prefix)}='" if how else f"--map '^={prefix}'"
-            return (
-                f"\nall of them are there with{how} the prefix {prefix!r}: rename the "
-                f"adapter's modules: {rule} (Adapter.renamed in Python)"
-            )
-    return ""
 
 
 def _holds(shape: Shape, needed: Shape) -> bool:

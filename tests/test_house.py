@@ -34,6 +34,7 @@ LAYERS = [
         "plugins",
         "dropout",
         "checks",
+        "hints",
         "replication",
     },
     {"activations", "mixtures", "projections", "spectra", "wavelets"},

@@ -3,7 +3,8 @@ r"""Rules that take the names of an adapter's modules to a base's: `--map 'OLD=N
 ``REGEX=REPLACEMENT`` rewrites names as `re.sub` does. ``qkv_proj=q_proj+k_proj+v_proj`` splits a
 fused module of the adapter, ``q_proj+k_proj+v_proj=qkv_proj`` fuses split ones. ``k_proj:1024``
 says how many outputs a part has, ``query_key_value@8`` that the outputs lie in 8 groups, each with
-its share of every part.
+its share of every part. ``{}`` in parts is an expert's number: ``experts.down_proj=experts.{}.w2``
+takes a stack of experts apart, ``experts.{}.w2=experts.down_proj`` stacks them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Names: TypeAlias = str | os.PathLike[str] | Mapping[str, str] | Iterable[str] | 
 
 _NAME = r"[\w-]+(?:\.[\w-]+)*"
 _PART = rf"{_NAME}(?::\d+)?"
-_PARTS = re.compile(rf"{_PART}(?:\+{_PART})+")
+_EACH = rf"{_NAME}\.\{{\}}\.{_PART}"
+_PARTS = re.compile(rf"{_PART}(?:\+{_PART})+|{_EACH}(?:\+{_EACH})*")
 _WHOLE = re.compile(rf"({_NAME})(?:@(\d+))?")
 
 PRESETS: dict[str, dict[str, str]] = {
@@ -37,8 +39,27 @@ PRESETS: dict[str, dict[str, str]] = {
         r"^model\.language_model\b": "model",
         r"^model\.visual\b": "visual",
     },
+    "mixtral": {
+        "mlp.experts.gate_up_proj": "block_sparse_moe.experts.{}.w1+block_sparse_moe.experts.{}.w3",
+        "mlp.experts.down_proj": "block_sparse_moe.experts.{}.w2",
+        r"\bmlp\.gate$": "block_sparse_moe.gate",
+    },
+    "qwen-moe": {
+        "experts.gate_up_proj": "experts.{}.gate_proj+experts.{}.up_proj",
+        "experts.down_proj": "experts.{}.down_proj",
+    },
+    "mixtral-stacked": {
+        "block_sparse_moe.experts.{}.w1+block_sparse_moe.experts.{}.w3": "mlp.experts.gate_up_proj",
+        "block_sparse_moe.experts.{}.w2": "mlp.experts.down_proj",
+        r"\bblock_sparse_moe\.gate$": "mlp.gate",
+    },
+    "qwen-moe-stacked": {
+        "experts.{}.gate_proj+experts.{}.up_proj": "experts.gate_up_proj",
+        "experts.{}.down_proj": "experts.down_proj",
+    },
 }
-"""Names in the memory of transformers 5, by the names that the same models have in their files."""
+"""Names in the memory of transformers 5, by the names that the same models have in their files; and
+the other way round for adapters that are older than stacks of experts (``-stacked``)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,11 @@ class Regroup:
     sizes: tuple[int | None, ...]
     groups: int | None
     fuses: bool
+
+    @property
+    def stacks(self) -> bool:
+        """Whether the parts are those of every expert, and the whole one tensor of all."""
+        return "{}" in self.parts[0]
 
 
 Rule: TypeAlias = Rename | Regroup

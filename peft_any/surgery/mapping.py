@@ -16,6 +16,7 @@ from peft_any.naming.heads import Heads
 from peft_any.naming.regrouping import fuse_modules, measured, split_modules, stems
 from peft_any.naming.renaming import modules
 from peft_any.naming.rules import Regroup, Rename, Rule
+from peft_any.surgery.restacking import put_together, take_apart
 from peft_any.surgery.sources import Given, Kinds
 
 
@@ -49,6 +50,8 @@ def mapped(
             moved = (
                 _rename(one, rule)
                 if isinstance(rule, Rename)
+                else _restack(one, rule, rules, known, base)
+                if rule.stacks
                 else _regroup(one, rule, known, None if base is None else base.config)
             )
             if moved is not None:
@@ -90,6 +93,23 @@ def _regroup(
     plan = {f"{stem}{rule.whole}": _fused_pieces(one, rule, stem, known, heads) for stem in found}
     moved = {part: (whole,) for whole, pieces in plan.items() for part in pieces.names}
     return _given(one, fuse_modules(one.adapter, plan), moved)
+
+
+def _restack(
+    one: Given,
+    rule: Regroup,
+    rules: Sequence[Rule],
+    known: Mapping[str, Site],
+    base: Checkpoint | None,
+) -> Given | None:
+    if not isinstance(one.adapter.config, Tuner):
+        return None
+    if rule.fuses:
+        done = put_together(one.adapter, rule, base)
+    else:
+        alike = [r for r in rules if isinstance(r, Regroup) and r.stacks and not r.fuses]
+        done = take_apart(one.adapter, rule, alike, known)
+    return None if done is None else _given(one, *done)
 
 
 def _given(one: Given, adapter: Any, moved: Mapping[str, tuple[str, ...]]) -> Given:
