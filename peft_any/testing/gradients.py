@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_any.autodiff import flatten, value_and_grad
 from peft_any.backend import Backend, from_numpy, namespace, resolve, to_numpy
-from peft_any.testing.libraries import allow_doubles, missing, traced
+from peft_any.testing.libraries import compiled, missing, set_up
 
 ENGINES = ("numpy", "strict", "torch:tape", "jax:tape", "torch", "jax")
 """Libraries; with ":tape", recorded by the tape although they differentiate themselves."""
@@ -27,8 +27,7 @@ def prepared(engine: str) -> tuple[Backend, Any]:
     library, _, forced = engine.partition(":")
     if reason := missing(library):
         raise SkipTest(reason)
-    if library == "jax":
-        allow_doubles()
+    set_up(library)
     return resolve(library), forced or "auto"
 
 
@@ -50,7 +49,7 @@ def gradients(engine: str, f: Callable[..., Any], params: Any, *rest: Any) -> tu
             value, found = both(*fill(xs))
             return value, flatten(found)[0]
 
-        loss, found = traced(flat)(arrays)
+        loss, found = compiled(flat)(arrays)
         grads = flatten(there[0])[2](found)
     else:
         loss, grads = both(*there)

@@ -173,8 +173,7 @@ def library(row: str) -> Iterator[Lib]:
         raise UsageError(f"{row}: cannot be tested here: {reason}")
     name, _, device = row.partition(":")
     with contextlib.ExitStack() as stack:
-        if name == "jax":
-            allow_doubles()
+        set_up(name)
         if row == "strict:minimal":
             import array_api_strict  # noqa: PLC0415 - an extra
 
@@ -184,19 +183,3 @@ def library(row: str) -> Iterator[Lib]:
             stack.enter_context(flags)
         spec = f"{name}:{device}" if device in ("device1", "meta") else name
         yield Lib(row, resolve(spec))
-
-
-def allow_doubles() -> None:
-    """Give JAX its 64-bit dtypes."""
-    import jax  # noqa: PLC0415 - an extra
-
-    config: Any = jax.config
-    config.update("jax_enable_x64", True)
-
-
-def traced(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Have JAX trace a function, and compile it."""
-    import jax  # noqa: PLC0415 - an extra
-
-    compiled: Callable[..., Any] = jax.jit(f)
-    return compiled
