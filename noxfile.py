@@ -130,6 +130,6 @@ def fuzz(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measure import time, adapted calls and merges, against Hugging Face PEFT where it applies."""
-    install(session, "test")
+    install(session, "test", "plot")
     session.install(*CONSTRAINTS, *HF)
     session.run("python", "-m", "tests.benchmarks", *session.posargs)

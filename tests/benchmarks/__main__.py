@@ -1,7 +1,7 @@
 """Run the benchmarks and print their tables as Markdown: ``python -m tests.benchmarks``.
 
 With ``--write FILE`` the page is also written; with Hugging Face PEFT installed its columns are
-filled in.
+filled in. ``--page`` makes `docs/comparison.md` instead (see `tests.benchmarks.page`).
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ pass over the weight, at NumPy's own speed: on one thread and into a new array, 
 never changed; torch uses all cores and writes into the base. PEFT runs BOFT with one butterfly
 factor here, because more need its CUDA extension; ours runs all three.
 
+Every method beside Hugging Face PEFT's: [](comparison.md).
 Merges of whole checkpoints, from the command to the files: [](checkpoint-benchmarks.md).
 """
 
@@ -110,7 +111,13 @@ def main() -> None:
     """Print the page, and write it where asked."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--page", nargs="*", metavar="METHOD")
     options = parser.parse_args()
+    if options.page is not None:
+        from tests.benchmarks.page import make
+
+        make(options.page)
+        return
     if any(name in os.environ for name in SLOW):
         clean = {k: v for k, v in os.environ.items() if k not in SLOW}
         os.execve(sys.executable, [sys.executable, "-m", "tests.benchmarks", *sys.argv[1:]], clean)

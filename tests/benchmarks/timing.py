@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -46,14 +47,40 @@ def cpu_ratio(f: Callable[[], object], floor: Callable[[], object], rounds: int 
     return ratio(f, floor, rounds, process_time)
 
 
-def on_one_thread(module: str) -> Iterator[str]:
+def timed(
+    calls: Mapping[str, Callable[[], object]], *, seconds: float = 1.2, least: int = 4
+) -> dict[str, list[float]]:
+    """Time calls in turn, in the processor's time, for some seconds and `least` rounds."""
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    gc.disable()
+    start = perf_counter()
+    try:
+        while len(next(iter(found.values()))) < least or perf_counter() - start < seconds:
+            for name, call in calls.items():
+                found[name].append(once(call, process_time))
+    finally:
+        gc.enable()
+    return found
+
+
+def over(found: Mapping[str, list[float]], a: str, b: str) -> float:
+    """Take the median of the ratios of two calls timed in turn."""
+    pairs = zip(found[a], found[b], strict=True)
+    return statistics.median(x / max(y, 1e-9) for x, y in pairs)
+
+
+def on_one_thread(module: str, *given: str) -> Iterator[str]:
     """Run a module of benchmarks in a process whose libraries have one thread each."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    env = dict(os.environ) | dict.fromkeys(names, "1")
-    run = subprocess.run(
-        [sys.executable, "-m", module], env=env, check=True, stdout=subprocess.PIPE, text=True
-    )
-    yield from run.stdout.splitlines()
+    env = {k: v for k, v in os.environ.items() if k not in SLOW} | dict.fromkeys(names, "1")
+    command = [sys.executable, "-m", module, *given]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        yield from (line.rstrip("\n") for line in run.stdout)
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command)
 
 
 def machine() -> str:
