@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar
 
+from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError, nearest
 from peft_any.plugins import GROUP, Plugin, chosen, plugins
 
@@ -85,6 +86,10 @@ class Config(abc.ABC):
                 )
             cls.peft_type, cls.prefix = peft_type, prefix
             _known[peft_type] = cls
+
+    def regularizer(self, sites: Iterable[Params]) -> Array | None:  # noqa: ARG002
+        """What training adds to the loss, of the trained parameters of all sites; None: nothing."""
+        return None
 
     @property
     def where(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,9 +11,9 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
-from peft_any.factors import factor_shapes
-from peft_any.layer import Layer, Site, linear, widen
-from peft_any.linalg import row_norms
+from peft_any.factors import expert_delta, expert_residual, factor_shapes
+from peft_any.layer import EXPERTS, Layer, Site, linear, widen
+from peft_any.linalg import orthogonality, row_norms
 from peft_any.rng import Fresh
 
 C = TypeVar("C", bound=Any)
@@ -21,7 +21,7 @@ C = TypeVar("C", bound=Any)
 
 @dataclass(frozen=True, kw_only=True)
 class KasaConfig:
-    """Weights of KaSA's two regularisers, which are left to the user's loss.
+    """Weights of KaSA's two regularisers, which `fit` adds to the loss.
 
     Attributes
     ----------
@@ -42,6 +42,20 @@ class KasaConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "gamma"):
             refuse(self, **{name: (getattr(self, name) >= 0, "at least 0")})
+
+    def regularizer(self, sites: Iterable[Params]) -> Array | None:
+        """Give β·‖d‖² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖), summed over all sites (eq. 9 to 11)."""
+        terms = []
+        for p in sites:
+            if "lora_diag" in p:
+                kind = compute_dtype(*p.values())
+                d, a, b = (
+                    astype(p[k], kind) for k in ("lora_diag", "lora_A.weight", "lora_B.weight")
+                )
+                xp = namespace(a, b)
+                gaps = orthogonality(xp.matrix_transpose(b)) + orthogonality(a)
+                terms.append(self.beta * xp.sum(d * d) + self.gamma * gaps)
+        return sum(terms[1:], terms[0]) if terms else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +287,19 @@ def block_linear(x: Array, w: Array, k: int) -> Array:
     return namespace(x).concat(parts, axis=-1)  # type: ignore[no-any-return]
 
 
+def delta(config: Any, p: Params, site: Site) -> Array:
+    """s·B·A, of experts one by one."""
+    if site.kind in EXPERTS:
+        whole: Array = config.scaling * expert_delta(p, site)
+        return whole
+    b, a = config.factors(p, site)
+    return b @ a  # type: ignore[no-any-return]
+
+
 def by_blocks(config: Any, p: Params, x: Array, site: Site) -> Array:
-    """B·(A·x) of BD-LoRA."""
+    """B·(A·x) of BD-LoRA, or of every expert."""
+    if site.kind in EXPERTS:
+        return expert_residual(p, x, site)
     k, factor = config.use_bdlora.nblocks, config.use_bdlora.factor(site)
     for name in "AB":
         x = block_linear(x, p[f"lora_{name}.weight"], k if name == factor else 1)

@@ -128,7 +128,8 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
 
     def regularizer(self, sites: Iterable[Params]) -> Array:
         """Give orth_reg_weight · the mean of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ over all sites (eq. 4)."""
-        pairs = [(p["lora_A"], namespace(p["lora_B"]).matrix_transpose(p["lora_B"])) for p in sites]
+        own = [p for p in sites if "lora_E" in p]
+        pairs = [(p["lora_A"], namespace(p["lora_B"]).matrix_transpose(p["lora_B"])) for p in own]
         gaps = [orthogonality(rows) for pair in pairs for rows in pair]
         return (self.orth_reg_weight / len(gaps)) * sum(gaps[1:], gaps[0])
 

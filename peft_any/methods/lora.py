@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import ClassVar, Self
 
 from peft_any import starts, variants
 from peft_any._typing import Array, Params, Shape
-from peft_any.factors import by_expert, expert_delta, expert_residual
+from peft_any.factors import by_expert
 from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear
 from peft_any.method import Additive
 from peft_any.patterns import matching
@@ -118,10 +118,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B·A."""
-        if site.kind in EXPERTS:
-            return self.scaling * expert_delta(p, site)
-        b, a = self.factors(p, site)
-        return b @ a
+        return variants.delta(self, p, site)
 
     def bias_delta(self, p: Params, site: Site) -> Array | None:
         """s·b."""
@@ -129,12 +126,14 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """s·B·(A·x)."""
-        if site.kind in EXPERTS:
-            return self.scaling * expert_residual(p, x, site)
-        if self.use_bdlora:
+        if self.use_bdlora or site.kind in EXPERTS:
             return self.scaling * variants.by_blocks(self, p, x, site)
         b, a = self.factors(p, site)
         return linear(linear(x, a), b, self.bias_delta(p, site))
+
+    def regularizer(self, sites: Iterable[Params]) -> Array | None:
+        """KaSA's β·‖d‖² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖) over all sites (eq. 9 to 11)."""
+        return None if self.kasa_config is None else self.kasa_config.regularizer(sites)
 
     def gain(self, p: Params, base: Layer) -> Array | None:
         """m/‖W + ΔW‖ by rows, with `use_dora`: W before any adapter, norms constant (§4.3)."""

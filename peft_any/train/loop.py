@@ -94,7 +94,8 @@ def fit(
 
     The run is a function of its arguments: one seed gives one run, on every library, and a run
     that was killed and goes on from its checkpoint gives the same numbers as one that was not.
-    AdaLoRA's regulariser and allocator take part by themselves. On JAX a step is compiled, so that
+    AdaLoRA's allocator and what methods add to the loss (`Config.regularizer`: AdaLoRA, KaSA) take
+    part by themselves. On JAX a step is compiled, so that
     `loss` runs as Python code only when shapes change; with dropout, whose masks are drawn on the
     host, or if `loss` asks for values, it runs in every step.
 
@@ -244,9 +245,12 @@ class _Job:
         model = copy(self.model)
         model.weights = weights  # among the arguments, so that a tape knows them
         value = self.loss(model.bind(params, rng=at), batch)
-        for name, allocator in self.allocators.items():
-            own = [p for p in params[name].values() if "lora_E" in p]
-            value = value + allocator.config.regularizer(own)
+        for name in self.model.active:
+            config = self.model[name].config
+            if isinstance(config, AdaLoraConfig) and name not in self.allocators:
+                continue  # pruned already
+            if (term := config.regularizer(params[name].values())) is not None:
+                value = value + term
         return value
 
     def slopes(self, at: Any, *given: Any) -> tuple[Array, Tree]:
