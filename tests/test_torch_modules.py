@@ -23,9 +23,15 @@ from peft_any.integrations.torch import (  # noqa: E402
     merge_into,
 )
 from peft_any.layer import EXPERTS  # noqa: E402
+from peft_any.methods.cpt import CPTConfig  # noqa: E402
 from peft_any.methods.ia3 import IA3Config  # noqa: E402
 from peft_any.methods.lora import LoraConfig  # noqa: E402
+from peft_any.methods.multitask_prompt_tuning import (  # noqa: E402
+    MultitaskPromptTuningConfig,
+)
 from peft_any.methods.oft import OFTConfig  # noqa: E402
+from peft_any.methods.p_tuning import PromptEncoderConfig  # noqa: E402
+from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
 from peft_any.methods.vera import VeraConfig  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
@@ -447,3 +453,105 @@ class TestRefused:
         net = nn.Sequential(nn.Linear(4, 3, bias=False))
         attach(net, IA3Config(target_modules=["0"], feedforward_modules=[]))
         assert net(torch.ones(2, 4)).shape == (2, 3)
+
+
+class Reader(nn.Module):
+    """Looks tokens up and sums them, as a model of transformers is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.config = type("Config", (), {"hidden_size": 4, "num_layers": 2, "n_head": 2})()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        labels: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        **more: Any,
+    ) -> Any:
+        assert position_ids is None
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None:
+            x = x * attention_mask[:, -x.shape[1] :, None]
+        found = {"logits": self.head(x.cumsum(1)), "labels": labels, "mask": attention_mask}
+        return type("Output", (), {**found, **more})()
+
+
+class Cache:
+    def __init__(self, size: int) -> None:
+        self.get_seq_length = lambda: size
+
+
+class TestPrompts:
+    """Virtual tokens on a model as transformers has them; its own are compared in `tests.hf`."""
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+            MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=3),
+            PromptEncoderConfig(num_virtual_tokens=2),
+            CPTConfig(cpt_token_ids=[3, 1], cpt_tokens_type_mask=[1, 4], task_type="CAUSAL_LM"),
+        ],
+        ids=lambda config: config.peft_type,
+    )
+    def test_rows_stand_before_the_input(self, config: Any) -> None:
+        net = Reader()
+        plain = net(self.ids).logits
+        held = attach(net, config)
+        tasks = {"task_ids": torch.tensor([2, 0])} if config.peft_type.startswith("MULTI") else {}
+        mask = torch.ones_like(self.ids)
+        out = net(self.ids, mask, position_ids=mask, token_type_ids=mask, **tasks)
+        own = held.adapter
+        x = own.config.prepend(own.shared, net.wte(self.ids), **tasks)
+        close(out.logits, net.head(x.cumsum(1)), 1e-6)
+        assert out.mask.shape == (2, 5)
+        out.logits.sum().backward()
+        assert all(p.grad is not None for p in held.parameters())
+        again = net(self.ids[:, -1:], mask, past_key_values=Cache(5))
+        assert again.mask.shape == (2, 5)
+        close(again.logits, net.head(net.wte(self.ids[:, -1:])), 1e-6)
+        labelled = net(self.ids, labels=self.ids)
+        if config.peft_type == "CPT":
+            close(labelled.loss, config.loss(labelled.logits, self.ids), 1e-6)
+        else:
+            assert labelled.labels.tolist() == [[-100, -100, 1, 2, 3], [-100, -100, 4, 5, 6]]
+        with pytest.raises(ConfigError, match="cannot be merged"):
+            merge_into(net)
+        detach_adapter(net)
+        close(net(self.ids).logits, plain, 0.0)
+
+    def test_sizes_are_the_model_s(self) -> None:
+        made = attach(Reader(), PrefixTuningConfig(num_virtual_tokens=3)).adapter.config
+        sizes = made.num_layers, made.token_dim, made.num_attention_heads
+        assert sizes == (2, 4, 2)
+
+    def test_what_is_refused(self) -> None:
+        net = Reader()
+        config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        attach(net, config)
+        for call, said in (
+            ({"attention_mask": torch.ones(1, 1, 2, 2)}, "cannot be lengthened"),
+            ({}, "neither input_ids nor inputs_embeds"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                net(**call)
+        with pytest.raises(ConfigError, match="takes a prompt already"):
+            attach(net, config, "b")
+        detach_adapter(net)
+        with pytest.raises(ConfigError, match="embeddings of width 4"):
+            attach(net, replace(config, token_dim=6))
+        net.forward = net.forward
+        with pytest.raises(ConfigError, match="forward was replaced"):
+            attach(net, config)
