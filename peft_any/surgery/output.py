@@ -116,7 +116,7 @@ def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterato
     source = surgeon.plan.source(name)
     if source is not None:
         patch = surgeon.patch(source)
-        blocks, row = [*patch.blocks], (byte_size(*spec[1:]) or 0) // max(*spec[2][:1], 1)
+        blocks, row = [*patch.blocks], (byte_size(*spec[1:]) or 0) // max((*spec[2][:1], 1))
         step = max(_COMPUTED // max((blocks[0].stop - blocks[0].start) * row, 1), 1)
         for i in range(0, len(blocks), step):
             some = blocks[i : i + step]
