@@ -18,13 +18,11 @@ from hypothesis import strategies as st
 
 import peft_any
 from peft_any import merge_checkpoint, read_safetensors, verify_checkpoint
-from peft_any import parts as several
 from peft_any.backend import numpy_dtype
 from peft_any.errors import FormatError, ShapeError, StorageError, UsageError, VerifyError
 from peft_any.io._writer import PlacedWriter
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.safetensors import SafetensorsFile, write_safetensors
-from peft_any.layer import Dense
 from peft_any.method import Tuner
 from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
@@ -33,7 +31,6 @@ from peft_any.methods.lokr import LoKrConfig
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
-from peft_any.parts import Part
 from peft_any.surgery import forked as forks
 from peft_any.surgery import sums as summing
 from peft_any.surgery.forked import forked, may_fork
@@ -42,6 +39,7 @@ from peft_any.surgery.passes import SWITCH, chosen, passes, rounded
 from peft_any.surgery.rounding import nearest, odd, widened
 from peft_any.surgery.sums import Sums
 from peft_any.surgery.threads import in_order, one_blas_thread, thread_count
+from peft_any.testing import wholes
 from tests.cases import CASES, Case
 from tests.models import BF16, random_adapter, sharded, single
 
@@ -322,25 +320,8 @@ def empty(sizes: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("case", separable, ids=lambda case: case.name)
 @given(seed=st.integers(0, 2**32), data=st.data())
 def test_rows_merge_by_themselves(case: Case, seed: int, data: Any) -> None:
-    config, site = case.config.at(case.site), case.site
-    base = case.base(seed, dtype="float64", bias=config.changes_bias(site) or site.bias)
-    part = Part(config, case.params(base, seed, "float64"))
-    start = data.draw(st.integers(0, site.n_out - 1))
-    rows = slice(start, data.draw(st.integers(start + 1, site.n_out)))
-    cut = several.cut(part, site, rows)
-    if cut is None:  # it needs the base it began from
-        assert config.frozen & part.params.keys()
-        return
-    whole = config.merge(part.params, base)
-    own = Dense(
-        base.weight[rows],
-        None if base.bias is None else base.bias[rows],
-        several.replace(site, n_out=rows.stop - rows.start),
-    )
-    got = config.merge(cut.params, own)
-    np.testing.assert_allclose(got.weight, whole.weight[rows], rtol=1e-12, atol=1e-14)
-    if base.bias is not None:
-        np.testing.assert_allclose(got.bias, whole.bias[rows], rtol=1e-12, atol=1e-14)
+    start = data.draw(st.integers(0, case.site.n_out - 1))
+    wholes.rows_apart(case, seed, start, data.draw(st.integers(start + 1, case.site.n_out)))
 
 
 METHODS: dict[str, Tuner] = {

@@ -217,6 +217,28 @@ def test_other_faults_are_named() -> None:
     assert "changes_bias says yes" in said
 
 
+def test_false_claims_of_rows_and_products_are_caught() -> None:
+    def merge(self, p, base):  # a reflection: every row needs all others
+        w, v = base.weight, p["scale_v"][:, None]
+        return base.replace(weight=w - v @ (v.T @ w))
+
+    def forward(self, p, x, base):
+        return self.merge(p, base)(x)
+
+    whole = {"merge": merge, "forward": forward, "unmerge": Tuner.unmerge}
+    said = complaint(scaling("MIXING", separable=property(lambda self: True), **whole), reverts=0)
+    assert {"rows apart"} == laws_of(said)
+    assert "it says that it is separable, and its rows depend on one another" in said
+
+    def product(self, p, base):
+        v = p["scale_v"][:, None]
+        return v, v.T @ base.weight  # the sign is wrong
+
+    said = complaint(scaling("TURNED", product=product, **whole), reverts=0)
+    assert {"product"} == laws_of(said)
+    assert "product is not what merge adds to the weight, by" in said
+
+
 def test_names_of_parameters_that_files_lose_are_caught() -> None:
     @dataclass(frozen=True, kw_only=True)
     class LostConfig(Additive, peft_type="LOST", prefix="lost_"):

@@ -14,7 +14,7 @@ from peft_any.method import Tuner
 from peft_any.prompt import Attended, Prompt
 from peft_any.registry import Config
 from peft_any.routed import Routed
-from peft_any.testing import applying, descent, laws, prompting
+from peft_any.testing import applying, descent, laws, prompting, wholes
 from peft_any.testing.case import Case, usual_sites
 from peft_any.testing.gradients import ENGINES
 from peft_any.testing.libraries import LIBRARIES, Lib, library, missing, rows
@@ -57,8 +57,9 @@ def check_method(
     A fresh adapter changes nothing; `forward` is the merged layer; unmerging gives the base back;
     nothing is written in place; every library gives NumPy's numbers, in its own dtype and on its
     own device, jitted and lazy too; one seed draws the same numbers everywhere; gradients are
-    those of finite differences on every engine; files lose nothing. What is not installed is
-    skipped, and said: install ``peft_any[strict,torch,jax,dask]`` to try it all.
+    those of finite differences on every engine; files lose nothing; a checkpoint on disk is merged
+    as its weights are in memory. What is not installed is skipped, and said: install
+    ``peft_any[strict,torch,jax,dask]`` to try it all.
 
     A `Routed` method, or one that is given `routing`, is applied instead of merged. Of a
     `Prompt`, virtual tokens must stand before the input, which they leave as it is and do not
@@ -206,7 +207,12 @@ def _merged(case: Case, seeds: Sequence[int]) -> Laws:
     yield "merging", _each(seeds, merging)
     yield "unmerging", _each(seeds, partial(laws.unmerging, case))
     yield "factors", partial(laws.factors, case)
+    yield "product", partial(wholes.product, case)
+    if case.site.n_out > 1:
+        yield "rows apart", partial(wholes.rows_apart, case, 0, 1, case.site.n_out)
     yield "files", partial(laws.files, case)
+    yield "a model", partial(wholes.bound, case)
+    yield "on disk", partial(wholes.on_disk, case)
 
 
 def _applied(case: Case, seeds: Sequence[int]) -> Laws:
