@@ -6,6 +6,7 @@ from math import prod
 
 from peft_any._typing import Array
 from peft_any.backend import creation_device, detach, inv, namespace
+from peft_any.layer import linear
 
 
 def skew(v: Array, b: int) -> Array:
@@ -249,3 +250,29 @@ def butterfly(r: Array, limit: int = 256) -> list[tuple[Array, int, int]]:
         blocks = xp.permute_dims(blocks, (0, 1, 4, 3, 5, 2, 6))
         fused.append((xp.reshape(blocks, (high * apart, 2 * half, 2 * half)), apart))
     return [(blocks, apart, c if m > 1 else 1) for blocks, apart in fused]
+
+
+def block_diagonal(w: Array, k: int) -> Array:
+    """Put k blocks (m/k, n), which stand one above the other, along the diagonal of (m, k·n).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block_diagonal(np.asarray([[1, 2], [3, 4]]), 2)
+    array([[1, 2, 0, 0],
+           [0, 0, 3, 4]])
+    """
+    xp, m = namespace(w), w.shape[0] // k
+    rows = []
+    for i in range(k):
+        block = w[i * m : (i + 1) * m, :]
+        none = xp.zeros_like(block)
+        rows.append(xp.concat([block if j == i else none for j in range(k)], axis=1))
+    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
+
+
+def block_linear(x: Array, w: Array, k: int) -> Array:
+    """Multiply x (..., k·n) by `block_diagonal(w, k)`, block by block."""
+    n, m = x.shape[-1] // k, w.shape[0] // k
+    parts = [linear(x[..., i * n : (i + 1) * n], w[i * m : (i + 1) * m, :]) for i in range(k)]
+    return namespace(x).concat(parts, axis=-1)  # type: ignore[no-any-return]

@@ -46,9 +46,6 @@ class Tuner(Config):
     """Whether what they lack follows from the order of the model's layers: it is taken unasked
     where there is one site. A file may then hold no tensor of any site."""
 
-    takes: ClassVar[frozenset[str]] = frozenset()
-    """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""
-
     target_modules: list[str] | str | None = None
 
     @property

@@ -96,6 +96,16 @@ class Config(abc.ABC):
         """The class's name, with which its errors begin."""
         return type(self).__name__
 
+    @property
+    def takes(self) -> frozenset[str]:
+        """What a call needs beside its input, among the parameters (`PeftModel.routed`)."""
+        return frozenset()
+
+    @property
+    def refusal(self) -> str | None:
+        """What a refused merge says: why, and the way out; None where a merge is possible."""
+        return None
+
 
 def method_names() -> list[str]:
     """List the `peft_type` of every method of the package, in alphabetical order.

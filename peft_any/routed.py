@@ -17,7 +17,7 @@ class Routed(Tuner):
     """y = W·x + b + r(x), where no matrix holds r: it is applied, and never merged.
 
     What a call needs beside x (the tasks of its rows, say) is named by `takes`; `residual` finds
-    it among the parameters, where `PeftModel.bind(routing=…)` puts it.
+    it among the parameters, where `PeftModel.routed` puts it.
     """
 
     why: ClassVar[str]

@@ -22,7 +22,6 @@ FOREIGN = {
 
 
 VARIANTS = {
-    "alora_invocation_tokens": "activated LoRA acts only after its invocation tokens",
     "arrow_config": "Arrow routes every token between experts",
     "ensure_weight_tying": "one adapter would serve two tied modules",
     "use_qalora": "QALoRA needs its quantised base",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from peft_any import starts
+from peft_any import alora, starts
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
+from peft_any.blocks import block_diagonal, block_linear
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
-from peft_any.factors import expert_delta, expert_residual, factor_shapes
-from peft_any.layer import EXPERTS, Layer, Site, linear, widen
+from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes
+from peft_any.layer import EXPERTS, Layer, Site, flat, linear, widen
 from peft_any.linalg import orthogonality, row_norms
+from peft_any.patterns import matching
 from peft_any.rng import Fresh
 
 C = TypeVar("C", bound=Any)
@@ -111,6 +113,7 @@ def check(config: Any) -> None:
     ConfigError
     """
     starts.check(config)
+    alora.check(config)
     init = config.init_lora_weights
     others = (config.use_dora, config.lora_bias, config.target_parameters, config.kasa_config)
     if config.use_bdlora and (any(others) or init not in (True, False, None, "gaussian")):
@@ -134,13 +137,17 @@ def check(config: Any) -> None:
 
 
 def checked(config: C, site: Site) -> C:
-    """Give the configuration, unless LoRA or one of its flags cannot adapt the layer.
+    """Resolve the patterns; refuse a layer that LoRA or one of its flags cannot adapt.
 
     Raises
     ------
     ConfigError
     """
+    r = matching(config.rank_pattern, site.name, config.r)
+    alpha = matching(config.alpha_pattern, site.name, config.lora_alpha)
+    config = replace(config, r=r, lora_alpha=alpha)
     starts.check_site(config, site)
+    alora.check_site(config, site)
     if config.use_bdlora:
         _check_blocks(config, site)
     if config.kasa_config is None:
@@ -261,45 +268,41 @@ def pair(config: Any, p: Params, a: Array, b: Array, site: Site) -> tuple[Array,
     return a, b
 
 
-def block_diagonal(w: Array, k: int) -> Array:
-    """Put k blocks (m/k, n), which stand one above the other, along the diagonal of (m, k·n).
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> block_diagonal(np.asarray([[1, 2], [3, 4]]), 2)
-    array([[1, 2, 0, 0],
-           [0, 0, 3, 4]])
-    """
-    xp, m = namespace(w), w.shape[0] // k
-    rows = []
-    for i in range(k):
-        block = w[i * m : (i + 1) * m, :]
-        none = xp.zeros_like(block)
-        rows.append(xp.concat([block if j == i else none for j in range(k)], axis=1))
-    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
-
-
-def block_linear(x: Array, w: Array, k: int) -> Array:
-    """Multiply x (..., k·n) by `block_diagonal(w, k)`, block by block."""
-    n, m = x.shape[-1] // k, w.shape[0] // k
-    parts = [linear(x[..., i * n : (i + 1) * n], w[i * m : (i + 1) * m, :]) for i in range(k)]
-    return namespace(x).concat(parts, axis=-1)  # type: ignore[no-any-return]
+def factors(config: Any, p: Params, site: Site) -> tuple[Array, Array]:
+    """Give s·B (n_out, k) and A (k, width)."""
+    a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in starts.EMBEDDING)
+    a, b = pair(config, p, a, b, site)
+    return config.scaling * by_expert(b, site), a
 
 
 def delta(config: Any, p: Params, site: Site) -> Array:
-    """s·B·A, of experts one by one."""
+    """s·B·A.
+
+    Raises
+    ------
+    ConfigError
+        If no matrix holds what the adapter does.
+    """
+    if config.refusal is not None:
+        raise ConfigError(f"{site.name}: {config.refusal}")
     if site.kind in EXPERTS:
-        whole: Array = config.scaling * expert_delta(p, site)
-        return whole
-    b, a = config.factors(p, site)
-    return b @ a  # type: ignore[no-any-return]
+        return config.scaling * expert_delta(p, site)  # type: ignore[no-any-return]
+    b, a = factors(config, p, site)
+    return b @ a
+
+
+def residual(config: Any, p: Params, x: Array, site: Site) -> Array:
+    """s·B·(A·x), with the bias's share."""
+    if site.kind in EXPERTS:
+        return config.scaling * expert_residual(p, x, site)  # type: ignore[no-any-return]
+    if config.use_bdlora:
+        return config.scaling * by_blocks(config, p, x, site)  # type: ignore[no-any-return]
+    b, a = factors(config, p, site)
+    return linear(linear(x, a), b, config.bias_delta(p, site))
 
 
 def by_blocks(config: Any, p: Params, x: Array, site: Site) -> Array:
-    """B·(A·x) of BD-LoRA, or of every expert."""
-    if site.kind in EXPERTS:
-        return expert_residual(p, x, site)
+    """B·(A·x) of BD-LoRA."""
     k, factor = config.use_bdlora.nblocks, config.use_bdlora.factor(site)
     for name in "AB":
         x = block_linear(x, p[f"lora_{name}.weight"], k if name == factor else 1)

@@ -812,6 +812,18 @@ ROUTED = [
         RANDOM,
         routing={"task_ids": [1, 0]},
     ),
+    RoutedCase(
+        "alora",
+        LoraConfig(r=3, alora_invocation_tokens=[5, 2]),
+        FC,
+        routing={"alora_offsets": [2, 0]},
+    ),
+    RoutedCase(
+        "alora-bias",
+        LoraConfig(r=2, lora_bias=True, alora_invocation_tokens=[1]),
+        Site("a.fc", 13, 7),
+        routing={"alora_offsets": [1, 9]},
+    ),
     RoutedCase("lily-random", LilyConfig(r=4, init_weights=False), FC, identity=RANDOM),
 ]
 

@@ -418,10 +418,18 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
             {"use_qalora": True, "qalora_group_size": 4},
             "use_qalora=.* cannot be used: QALoRA needs",
         ),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* only after its"),
+        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens=\[\] cannot be found"),
         (
-            {"alora_invocation_tokens": [1], "use_qalora": True},
-            "(?s)alora_invocation_tokens.*use_qalora",
+            {"arrow_config": {"top_k": 1}, "use_qalora": True},
+            "(?s)arrow_config.*use_qalora",
+        ),
+        (
+            {"alora_invocation_tokens": [1], "use_dora": True},
+            "alora_invocation_tokens cannot go with use_dora",
+        ),
+        (
+            {"alora_invocation_tokens": [1], "init_lora_weights": "olora"},
+            "alora_invocation_tokens cannot go with init_lora_weights",
         ),
         ({"init_lora_weights": "corda"}, "'corda' cannot be loaded: .*covariances"),
         ({"init_lora_weights": "lora_ga"}, "'lora_ga' cannot be loaded: .*gradients"),

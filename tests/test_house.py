@@ -38,7 +38,7 @@ LAYERS = [
         "replication",
     },
     {"activations", "mixtures", "projections", "spectra", "wavelets"},
-    {"starts", "registry", "factors"},
+    {"starts", "registry", "factors", "alora"},
     {"prompt", "variants"},
     {"prompts"},
     {"encoders", "prefixes"},

@@ -10,18 +10,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_any import Adapter, ConfigError, PeftModel, ShapeError, merge_checkpoint
+from peft_any import (
+    Adapter,
+    ConfigError,
+    PeftModel,
+    ShapeError,
+    Site,
+    convert,
+    inspect_adapter,
+    merge_checkpoint,
+    resize,
+)
+from peft_any.alora import calculate_alora_offsets
 from peft_any.io.safetensors import write_safetensors
 from peft_any.methods.lily import LilyConfig
+from peft_any.methods.lora import LoraConfig
 from peft_any.methods.poly import PolyConfig
-from peft_any.routed import Routed
 from peft_any.testing import Lib, applying, descent, laws
 from peft_any.testing.gradients import ENGINES
 from peft_any.testing.strategies import dtypes
 from tests.cases import ROUTED, RoutedCase
 
 never = pytest.mark.parametrize(
-    "case", [c for c in ROUTED if isinstance(c.config, Routed)], ids=lambda case: case.name
+    "case", [c for c in ROUTED if c.config.refusal is not None], ids=lambda case: case.name
 )
 table = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
 
@@ -52,7 +63,7 @@ def test_a_merge_is_refused_with_the_way_out(case: RoutedCase) -> None:
     for refused in (config.merge, config.effect):
         with pytest.raises(ConfigError, match=refusal):
             refused(p, base)
-    model = PeftModel({case.site.weight: base.weight})
+    model = PeftModel(base.tensors())
     model.add("a", replace(case.config, target_modules=[case.site.name]))
     with pytest.raises(ConfigError, match=refusal):
         model.merge()
@@ -252,3 +263,128 @@ def test_a_poly_adapter_of_one_task_acts_in_torch_modules() -> None:
     attach(root, model["a"])
     y = root["fc"](torch.tensor(x)).detach().numpy()
     np.testing.assert_allclose(y, model.bind().layers["fc"](x), rtol=1e-12)
+
+
+INVOKED = [[9, 5, 2, 5, 2, 7], [5, 2, 9, 9, 9, 5], [2, 5, 9, 9, 9, 9]]
+OFFSETS = [3, 6, 0]
+
+
+def test_invocations_are_found_on_every_library(lib: Lib) -> None:
+    def find(ids: Any) -> Any:
+        return calculate_alora_offsets([5, 2], ids)
+
+    lib.check(lib.call(find, np.asarray(INVOKED)), np.asarray(OFFSETS), rtol=0)
+
+
+@given(
+    ids=st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=3),
+    tokens=st.lists(st.integers(0, 2), max_size=7),
+)
+def test_an_invocation_is_the_last_occurrence(ids: list[list[int]], tokens: list[int]) -> None:
+    def offset(row: list[int]) -> int:
+        n = len(tokens)
+        found = [i for i in range(len(row) - n + 1) if n and row[i : i + n] == tokens]
+        return len(row) - found[-1] if found else 0
+
+    got = calculate_alora_offsets(tokens, np.asarray(ids))
+    assert [*got] == [offset(row) for row in ids]
+
+
+def activated(**fields: Any) -> tuple[PeftModel, np.ndarray]:
+    """Make a model with an adapter that acts from its invocation on."""
+    rng = np.random.default_rng(0)
+    model = PeftModel({"fc.weight": rng.standard_normal((6, 4))})
+    given = {"r": 2, "init_lora_weights": False, "target_modules": ["fc"], **fields}
+    model.add("a", LoraConfig(alora_invocation_tokens=[5, 2], **given), dtype="float64")
+    return model, rng.standard_normal((3, 6, 4))
+
+
+def test_positions_before_the_invocation_are_the_bases() -> None:
+    model, x = activated(lora_dropout=0.5)
+    base = x @ model.weights["fc.weight"].T
+    p = model["a"].sites["fc"]
+    change = 4 * x @ p["lora_A.weight"].T @ p["lora_B.weight"].T
+    acts = np.arange(6) >= 6 - np.asarray(OFFSETS)[:, None]
+    want = base + change * acts[:, :, None]
+    for offsets in (OFFSETS, [3, 6, None], np.asarray(OFFSETS)):
+        bound = model.routed(alora_offsets=offsets).bind()
+        got = bound.layers["fc"](x)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_array_equal(got[~acts], base[~acts])
+        np.testing.assert_allclose(x @ bound.weights["fc.weight"].T, want, rtol=1e-12)
+    dropped = model.routed(alora_offsets=OFFSETS).bind(rng=1).layers["fc"](x)
+    np.testing.assert_array_equal(dropped[~acts], base[~acts])
+    assert not np.allclose(dropped[acts], want[acts])
+    flat = model.routed(alora_offsets=[1, 0, 2]).bind().layers["fc"](x[:, 0, :])
+    np.testing.assert_allclose(flat, (base + change * [[[1]], [[0]], [[1]]])[:, 0], rtol=1e-12)
+
+
+def test_rows_of_a_batch_keep_their_own_invocations() -> None:
+    model, x = activated()
+    config = LoraConfig(r=3, init_lora_weights=False, target_modules=["fc"])
+    model.add("plain", config, seed=1, dtype="float64")
+    routed = model.routed(alora_offsets=OFFSETS)
+    alone = routed.bind().layers["fc"](x)
+    model.activate("plain")
+    plain = model.bind().layers["fc"](x)
+    want = np.stack([plain[0], alone[1], alone[2]])
+    got = routed.bind(rows=["plain", "a", "a"]).layers["fc"](x)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    arrays = model.routed(alora_offsets=np.asarray(OFFSETS))
+    for rows in (["plain", "a", "a"], np.asarray([1, 0, 0])):
+        got = arrays.bind(rows=rows).layers["fc"](x)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_activated_lora_refuses_what_it_cannot_do(tmp_path) -> None:
+    model, x = activated()
+    with pytest.raises(ConfigError, match=r"fc: .*routed\(alora_offsets=calculate_alora_offsets"):
+        model.bind().layers["fc"](x)
+    for offsets in ([1, 2], [[1], [2]]):
+        with pytest.raises(ShapeError, match=r"fc: 2 alora_offsets for .*\(3, 6, 6\).* each"):
+            model.routed(alora_offsets=offsets).bind().layers["fc"](x)
+    with pytest.raises(ConfigError, match="no adapter takes it"):
+        poly()[0].routed(alora_offsets=3)
+    with pytest.raises(ConfigError, match=r"wte: .* cannot adapt a Embedding layer"):
+        LoraConfig(alora_invocation_tokens=[1]).at(Site("wte", 5, 4, "Embedding"))
+    with pytest.raises(ShapeError, match=r"float64 of shape \(2, 3\) cannot be searched"):
+        calculate_alora_offsets([1], np.zeros((2, 3)))
+    model["a"].save(tmp_path / "a")
+    assert inspect_adapter(tmp_path / "a").sites[0].rank == 2
+    write_safetensors(tmp_path / "base.safetensors", model.weights)
+    refusal = "a: LORA cannot be merged: alora_invocation_tokens .*routed"
+    with pytest.raises(ConfigError, match=refusal):
+        merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
+    for made in (convert, resize):
+        with pytest.raises(ConfigError, match=refusal):
+            made(tmp_path / "a", tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["alora", "poly"])
+def test_torch_modules_are_routed_within_a_block(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    from peft_any.integrations.torch import attach, merge_into
+
+    model, x = activated() if kind == "alora" else poly(n_tasks=3)
+    name, values = ("alora_offsets", OFFSETS) if kind == "alora" else ("task_ids", [2, 0, 1])
+    layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.float64)
+    layer.weight.data = torch.tensor(model.weights["fc.weight"])
+    root = torch.nn.ModuleDict({"fc": layer})
+    task = attach(root, model["a"])
+    want = model.routed(**{name: values}).bind().layers["fc"](x)
+    for routing in (values, torch.tensor(values)):
+        with task.routed(**{name: routing}):
+            y = root["fc"](torch.tensor(x))
+        np.testing.assert_allclose(y.detach().numpy(), want, rtol=1e-12)
+    with pytest.raises(ConfigError, match=name), task.routed(**{name: values}), task.routed():
+        root["fc"](torch.tensor(x))
+    with pytest.raises(ConfigError, match=name):
+        root["fc"](torch.tensor(x))
+    with (
+        pytest.raises(ConfigError, match=f"nearest: '{name}'"),
+        task.routed(**{f"{name}s": values}),
+    ):
+        pass
+    with pytest.raises(ConfigError, match=name):
+        merge_into(root)

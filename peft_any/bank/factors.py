@@ -34,6 +34,7 @@ def factored(config: Tuner, site: Site) -> TypeGuard[Additive]:
         and type(config).factors is not Additive.factors
         and type(config).forward is Additive.forward
         and site.kind not in EXPERTS
+        and not config.takes
     )
 
 

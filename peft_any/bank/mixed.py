@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,13 +11,20 @@ import numpy as np
 
 from peft_any import parts as several
 from peft_any._typing import Array
-from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, namespace
+from peft_any.backend import (
+    astype,
+    dtype_name,
+    from_numpy_like,
+    is_array,
+    is_floating,
+    namespace,
+)
 from peft_any.bank.factors import alike, applied, factored, factors_of, small
 from peft_any.bound import BoundLayer
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Site, check_input
 from peft_any.method import Additive
-from peft_any.parts import Once
+from peft_any.parts import Once, Part
 
 
 def check_rows(x: Array, site: Site, rows: int) -> None:
@@ -146,6 +153,7 @@ class MixedLayer:
         pieces = []
         for layer, group, additive in zip(self.layers, groups, adds, strict=True):
             own, base = layer.ready
+            own = [routed(part, group, len(self.rows)) for part in own]
             some = taken(x, group)
             if floating:
                 some = astype(some, dtype_name(base.weight))
@@ -158,6 +166,18 @@ class MixedLayer:
         if hasattr(xp, "lift"):
             pieces = [xp.lift(piece) for piece in pieces]
         return taken(xp.concat(pieces, axis=0), where)
+
+
+def routed(part: Part, rows: Sequence[int], of: int) -> Part:
+    """Give an adapter, of what a batch of `of` rows is routed by, what some rows have."""
+    own = dict(part.params)
+    for name in part.config.takes & own.keys():
+        given = own[name]
+        if isinstance(given, list | tuple) and len(given) == of:
+            own[name] = [given[i] for i in rows]
+        elif is_array(given) and given.ndim and given.shape[0] == of:
+            own[name] = taken(given, rows)
+    return replace(part, params=own)
 
 
 def taken(x: Array, rows: Sequence[int]) -> Array:

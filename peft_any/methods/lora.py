@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import ClassVar, Self
 
-from peft_any import starts, variants
+from peft_any import alora, starts, variants
 from peft_any._typing import Array, Params, Shape
-from peft_any.factors import by_expert
-from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site, flat, linear
+from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site
 from peft_any.method import Additive
-from peft_any.patterns import matching
 from peft_any.rng import Fresh
 
 
@@ -24,8 +22,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
         (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
     lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
-    target_parameters: stacks of experts, each with factors of its own.
-    layer_replication: the base's layers, repeated in runs [start, end) (`replicate_layers`).
+    alora_invocation_tokens: it acts from these on, by `routed` (https://arxiv.org/abs/2504.12397).
+    target_parameters: stacks of experts. layer_replication: repeated layers (`replicate_layers`).
     use_bdlora: A, then stored (r, n_in/k), or B, (n_out, r/k), of k blocks on the diagonal.
     kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
         smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
@@ -60,6 +58,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     layer_replication: list[list[int]] | None = None
     kasa_config: variants.KasaConfig | None = None
     use_bdlora: variants.BdLoraConfig | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
         variants.check(self)
@@ -72,12 +71,22 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     @property
     def separable(self) -> bool:
         """All but KaSA, which decomposes the weight, and BD-LoRA, whose rows' places matter."""
-        return self.kasa_config is None and self.use_bdlora is None
+        return not (self.kasa_config or self.use_bdlora)
 
     @property
     def certain(self) -> bool:
         """What KaSA takes out of the base."""
         return self.kasa_config is not None
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Where each row is invoked, with `alora_invocation_tokens`."""
+        return alora.TAKES if self.alora_invocation_tokens else frozenset()
+
+    @property
+    def refusal(self) -> str | None:
+        """With `alora_invocation_tokens`."""
+        return alora.REFUSAL if self.alora_invocation_tokens else None
 
     @property
     def scaling(self) -> float:
@@ -86,9 +95,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def per_site(self, site: Site) -> Self:
         """Resolve the patterns; refuse what has no merged form."""
-        r = matching(self.rank_pattern, site.name, self.r)
-        alpha = matching(self.alpha_pattern, site.name, self.lora_alpha)
-        return variants.checked(replace(self, r=r, lora_alpha=alpha), site)
+        return variants.checked(self, site)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A and B in the layouts of torch's own layers."""
@@ -112,9 +119,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B (n_out, k) and A (k, width): ΔW is their product."""
-        a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in starts.EMBEDDING)
-        a, b = variants.pair(self, p, a, b, site)
-        return self.scaling * by_expert(b, site), a
+        return variants.factors(self, p, site)
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B·A."""
@@ -126,10 +131,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """s·B·(A·x)."""
-        if self.use_bdlora or site.kind in EXPERTS:
-            return self.scaling * variants.by_blocks(self, p, x, site)
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b, self.bias_delta(p, site))
+        return alora.invoked(self, p, variants.residual(self, p, x, site), site)
 
     def regularizer(self, sites: Iterable[Params]) -> Array | None:
         """KaSA's β·‖d‖² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖) over all sites (eq. 9 to 11)."""

@@ -29,12 +29,10 @@ class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
 
     n_splits: q; above 1 it is multi-head routing (MHR; Caccia et al. 2022,
         https://arxiv.org/abs/2211.03831). init_weights: true (B = 0), false (B random).
-    poly_type: "poly" alone.
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     inner: ClassVar[str] = "(module_logits)?"
-    takes: ClassVar[frozenset[str]] = frozenset({"task_ids"})
 
     r: int = 8
     poly_type: str = "poly"
@@ -47,6 +45,11 @@ class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
     def __post_init__(self) -> None:
         check_fields(self, "r", "n_tasks", "n_skills", "n_splits")
         refuse(self, poly_type=(self.poly_type == "poly", '"poly"'))
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The tasks."""
+        return frozenset({"task_ids"})
 
     def per_site(self, site: Site) -> Self:
         """Check that the splits fit."""

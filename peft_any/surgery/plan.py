@@ -14,7 +14,6 @@ from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
 from peft_any.placed import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
-from peft_any.routed import Routed
 from peft_any.selection import saved_whole
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.mapping import mapped
@@ -147,7 +146,6 @@ def make_plan(
     for one in given:
         notes = dict.fromkeys((*one.adapter.notes, *one.lost))
         plan.warnings.extend(f"{one.label}: {note}" for note in notes)
-    _check_methods(plan)
     _check_bases(plan)
     _check_grown(plan)
     _check_origins(plan, fit.any_base)
@@ -229,14 +227,6 @@ def _touched(view: View, given: list[Given], placed: list[Placed]) -> dict[str, 
         for name in view
         if name in names
     }
-
-
-def _check_methods(plan: Plan) -> None:
-    """Refuse methods that no weight can hold."""
-    for one, placed in zip(plan.given, plan.placed, strict=True):
-        config = placed.adapter.config
-        if isinstance(config, Routed):
-            raise ConfigError(f"{one.label}: {config.refusal}")
 
 
 def _check_bases(plan: Plan) -> None:

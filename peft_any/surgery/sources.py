@@ -24,7 +24,6 @@ from peft_any.layout import layout, looks_like_embedding
 from peft_any.method import Prompt
 from peft_any.naming.nesting import named
 from peft_any.naming.nesting import names as names_of
-from peft_any.prompt import Attended
 from peft_any.receipt import Host, Source, Use
 
 AdapterLike: TypeAlias = StrPath | Adapter
@@ -95,7 +94,7 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
             raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
         given = given_one(item, float(weight), strict=strict)
-        if isinstance(given.adapter.config, Attended):
+        if given.adapter.config.refusal is not None:
             raise ConfigError(f"{given.label}: {given.adapter.config.refusal}")
         if isinstance(given.adapter.config, Prompt):
             raise ConfigError(

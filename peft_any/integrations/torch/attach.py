@@ -2,89 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from peft_any import placed as placing
-from peft_any._typing import Params
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, nearest
 from peft_any.integrations.torch import prompting
 from peft_any.integrations.torch.dealing import refuse_conflicts, shares_of
-from peft_any.integrations.torch.slot import Share, close_slot, open_slot, slot_of, tensor
+from peft_any.integrations.torch.handle import Attached
+from peft_any.integrations.torch.slot import close_slot, open_slot, slot_of, tensor
 from peft_any.integrations.torch.tensors import Arrays, modules, names_of, sites, tensors
-from peft_any.io._atomic import StrPath
 from peft_any.method import Prompt
-from peft_any.placed import Placed
 from peft_any.registry import Config
 
 RECORD = "_peft_any"
 """Attribute of a module with adapters that says which."""
-
-
-@dataclass(frozen=True, eq=False)
-class Attached:
-    """An adapter on a torch module, with its name: what `attach` gives."""
-
-    module: nn.Module
-    name: str
-    _placed: Placed
-    _shared: Arrays
-    _shares: list[Share]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give what is trained, by the names of `Adapter.trainable`."""
-        seen: set[int] = set()
-        for share in self._shares:
-            where = "" if share.site is None else share.site.name
-            groups = (share.own, where), (share.shared, ""), (share.copies, share.owner)
-            for arrays, stem in (*groups, (share.rows, share.owner)):
-                for name, array in arrays.arrays().items():
-                    if isinstance(array, nn.Parameter) and id(array) not in seen:
-                        seen.add(id(array))
-                        yield f"{stem}.{name}" if stem else name, array
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Give what is trained, for an optimiser."""
-        return (parameter for _, parameter in self.named_parameters())
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter as it stands: copies of its arrays, where they are."""
-        own = self._placed.adapter
-        params: dict[str, Params] = {}
-        copies: Params = {}
-        rows: Params = {}
-        for share in self._shares:
-            if share.site is not None:
-                params[share.site.name] = share.own.snapshot()
-            copies |= {share.outside(k): v for k, v in share.copies.snapshot().items()}
-            rows |= {share.outside(k): v for k, v in share.rows.snapshot().items()}
-        return own.replace(
-            sites={name: params[name] for name in own.sites},
-            shared=self._shared.snapshot(),
-            extra={name: copies[name] for name in own.extra},
-            tokens={name: rows[f"{name}.weight"] for name in own.tokens},
-        )
-
-    def save(self, path: StrPath, *, overwrite: bool = False) -> None:
-        """Write it as Hugging Face PEFT lays it out: see `Adapter.save`."""
-        self.adapter.to("numpy").save(path, overwrite=overwrite)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Let it not act within the block."""
-        for share in self._shares:
-            share.on = False
-        try:
-            yield
-        finally:
-            for share in self._shares:
-                share.on = True
 
 
 @dataclass

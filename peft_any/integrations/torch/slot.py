@@ -46,6 +46,8 @@ class Share(nn.Module):
         Whether it acts.
     prompt : Prompt, optional
         The method, where it makes virtual tokens of what is `shared`.
+    routing : dict
+        What calls are given beside their input.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Share(nn.Module):
         self.adapter, self.owner, self.config, self.site = adapter, owner, config, site
         self.on = True
         self.prompt: Prompt | None = None
+        self.routing: dict[str, Any] = {}
         self.own, self.shared, self.copies, self.rows = (Arrays({}) for _ in range(4))
         self.indices: dict[str, list[int]] = {}
 
@@ -102,7 +105,7 @@ class Slot(nn.Module):
         out = dict(values)
         for site in {share.site: None for share in self.acting if share.site}:
             here = [share for share in self.acting if share.site == site]
-            parts = [Part(share.config, share.params) for share in here if share.config]
+            parts = [Part(s.config, {**s.params, **s.routing}) for s in here if s.config]
             layer = several.rounded(parts, stored(module, values, here[0]), stacked=True)
             out[here[0].within(site.weight)] = layer.stored()
             if layer.bias is not None and any(part.config.changes_bias(site) for part in parts):
@@ -158,6 +161,7 @@ class Held:
         """Make an adapter ready to act on this layer."""
         assert share.config is not None  # noqa: S101 - a share with a site has one
         wide = {k: astype(v, self.name) if is_floating(v) else v for k, v in share.params.items()}
+        wide |= share.routing
         at = None if noise is None else noise.at(f"{share.adapter}/{self.site.name}")
         return Part(share.config, share.config.prepare(wide, self), noise=at)
 
