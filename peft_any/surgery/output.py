@@ -20,9 +20,7 @@ from peft_any.surgery.threads import in_order
 Spec: TypeAlias = tuple[str, str, Shape]
 """A tensor's name, dtype and shape."""
 _COPIED = 1 << 25
-"""Bytes that one task copies."""
-_COMPUTED = 1 << 23
-"""Bytes that one task computes, at least: what all its blocks need is prepared once."""
+"""Bytes that one task copies, or computes: what all its blocks need is prepared once."""
 _FLUSHED = 1 << 24
 """Bytes after which the device is asked to begin writing."""
 _ALONE = 1 << 24
@@ -116,8 +114,8 @@ def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterato
     source = surgeon.plan.source(name)
     if source is not None:
         patch = surgeon.patch(source)
-        blocks, row = [*patch.blocks], (byte_size(*spec[1:]) or 0) // max((*spec[2][:1], 1))
-        step = max(_COMPUTED // max((blocks[0].stop - blocks[0].start) * row, 1), 1)
+        blocks, size = [*patch.blocks], byte_size(*spec[1:]) or 0
+        step = max(len(blocks) * _COPIED // max(size, 1), 1)
         for i in range(0, len(blocks), step):
             some = blocks[i : i + step]
             yield partial(_compute, name, patch, some, writer, len(blocks) - i - len(some))
