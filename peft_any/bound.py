@@ -35,7 +35,9 @@ class BoundLayer:
     stacked: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_wide", several.ready(self.parts, self.base))
+        object.__setattr__(
+            self, "_wide", several.ready(self.parts, self.base, stacked=self.stacked)
+        )
 
     @property
     def ready(self) -> tuple[list[Part], Dense]:

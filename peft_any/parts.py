@@ -41,8 +41,10 @@ class Part:
         return self.config.dropped(self.params, x, base, self.noise)
 
 
-def ready(parts: Sequence[Part], base: Dense) -> tuple[list[Part], Dense]:
+def ready(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> tuple[list[Part], Dense]:
     """Widen adapters and base together, and compute what all calls have in common.
+
+    Stacked, each on the layer that the ones before it made.
 
     A base below traced parameters goes to the tape that records them: its library may refuse to
     meet a tape's arrays.
@@ -52,15 +54,17 @@ def ready(parts: Sequence[Part], base: Dense) -> tuple[list[Part], Dense]:
     xp = namespace(base.weight, *arrays)
     if hasattr(xp, "lift"):
         base = Dense(xp.lift(base.weight), xp.lift(base.bias), base.site, base.unadapted)
-    made = []
+    made: list[Part] = []
+    layer: Layer = base
     for part, p in zip(parts, params, strict=True):
-        made.append(Part(part.config, part.config.prepare(p, base), part.weight, part.noise))
+        made.append(replace(part, params=part.config.prepare(p, layer)))
+        layer = Adapted(made[-1], layer) if stacked else base
     return made, base
 
 
 def rounded(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense:
     """Merge adapters into a layer, in the compute dtype, and round to the base's dtypes."""
-    return narrow(merge(*ready(parts, base), stacked=stacked), base)
+    return narrow(merge(*ready(parts, base, stacked=stacked), stacked=stacked), base)
 
 
 def cut(part: Part, site: Site, rows: slice) -> Part | None:

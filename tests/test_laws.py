@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_any.bound import BoundLayer
 from peft_any.layer import EXPERTS
 from peft_any.method import Additive
+from peft_any.parts import Part, rounded
 from peft_any.testing import Lib, laws
 from peft_any.testing.strategies import dtypes, leads
 from tests.cases import CASES, Case
@@ -35,6 +38,21 @@ def test_forward_is_the_merged_layer(
     case: Case, seed: int, lead: tuple[int, ...], bias: bool, dtype: str
 ) -> None:
     laws.merging(case, seed, lead, dtype, bias=bias)
+
+
+CALLED = [c for c in CASES if not c.site.is_conv and c.site.kind not in EXPERTS]
+
+
+@pytest.mark.parametrize("case", CALLED, ids=lambda case: case.name)
+def test_two_adapters_one_upon_another_apply_as_they_merge(case: Case) -> None:
+    base, site = case.base(dtype="float64"), case.site
+    parts = [Part(case.resolved, case.params(base, seed, "float64")) for seed in (1, 2)]
+    x: Any = np.random.default_rng(0).standard_normal((3, site.n_in))
+    if site.kind == "Embedding":
+        x = np.arange(site.n_in)
+    want = rounded(parts, base, stacked=True)(x)
+    y = BoundLayer(base, parts, stacked=True)(x)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-10 * np.abs(want).max())
 
 
 @table

@@ -95,12 +95,12 @@ class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
     def prepare(self, p: Params, base: Layer) -> Params:
         """Decompose once, and project the base once."""
         q, across = self.directions(p)
-        taken = namespace(across).matrix_transpose(across) @ base.weight
+        taken = namespace(across).matrix_transpose(across) @ base.original
         return {**p, "directions": (q, across), "taken": taken}
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
         """−Q and ρᵀ·W − s·R."""
-        (q, across), w = self.directions(p), base.weight
+        (q, across), w = self.directions(p), base.original
         taken = namespace(w).matrix_transpose(across) @ w
         if not self.para:
             taken = taken - self.scaling * p["deft_R"]
@@ -122,11 +122,10 @@ class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
     def _applied(self, p: Params, x: Array, thin: Array, base: Layer) -> Array:
         (q, across), xp = self.directions(p), namespace(x)
         y = base(x)
-        if "taken" in p:
-            less = linear(x, p["taken"])
-        else:
-            plain = y if base.bias is None else y - base.bias
-            less = plain @ across
+        taken = p.get("taken")
+        if taken is None:
+            taken = xp.matrix_transpose(across) @ base.original
+        less = linear(x, taken)
         if not self.para:
             less = less - self.scaling * linear(thin, p["deft_R"])
         applied: Array = y - less @ xp.matrix_transpose(q)
