@@ -106,7 +106,8 @@ def golden(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, *HF)
     session.install("--no-deps", *CONSTRAINTS, *REAL_DATA, "neuralfoil")
     session.run("python", "-m", "tests.golden.make", "--check", *session.posargs)
-    for maker in ("make_files", "make_minilm", "make_demo") if not session.posargs else ():
+    others = ("make_files", "make_experts", "make_minilm", "make_demo")
+    for maker in others if not session.posargs else ():
         session.run("python", "-m", f"tests.golden.{maker}", "--check")
 
 

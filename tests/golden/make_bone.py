@@ -4,7 +4,7 @@ Run from the repository's root, with a release that has it::
 
     python -m venv --system-site-packages OLD
     OLD/bin/pip install peft==0.17.1 transformers==4.56.2
-    OLD/bin/python -m tests.golden.bone      # write tests/golden/bone/<row>.safetensors
+    OLD/bin/python -m tests.golden.make_bone      # write tests/golden/bone/<row>.safetensors
 
 A file is laid out as those of `tests.golden.make`.
 """

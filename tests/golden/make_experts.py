@@ -2,7 +2,8 @@
 
 Run in an environment with peft and transformers 5::
 
-    python -m tests.golden.experts      # write tests/golden/experts/<row>.safetensors
+    python -m tests.golden.make_experts            # write tests/golden/experts/<row>.safetensors
+    python -m tests.golden.make_experts --check    # compare with what is committed
 
 A file is laid out as those of `tests.golden.make`; ``apart.…`` is the base as transformers saves
 it, where that keeps experts apart.
@@ -10,6 +11,8 @@ it, where that keeps experts apart.
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +23,9 @@ import peft
 import safetensors.numpy
 import torch
 import transformers
+
+from tests.golden.make import TOLERANCE, differences
+from tests.hf.reference import config_text
 
 HERE = Path(__file__).parent / "experts"
 SIZES: dict[str, Any] = {
@@ -66,25 +72,36 @@ def record(row: str, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], dict[st
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         data = (Path(folder) / "adapter_model.safetensors").read_bytes()
-        text = (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
+        config = json.loads(config_text(Path(folder)))
+        for field in ("target_modules", "target_parameters"):  # sets, there
+            config[field] = sorted(config[field])
         if name == "mixtral":
             model_of(name, dtype).save_pretrained(Path(folder) / "base")
             saved = safetensors.numpy.load_file(Path(folder) / "base" / "model.safetensors")
             tensors |= {f"apart.{k}": v for k, v in saved.items()}
     tensors |= {f"merged.{k}": v.numpy() for k, v in theirs.merge_and_unload().state_dict().items()}
     tensors["adapter_model.safetensors"] = np.frombuffer(data, dtype="uint8")
-    return tensors, {"adapter_config.json": text, "peft": peft.__version__}
+    return tensors, {"adapter_config.json": json.dumps(config, indent=2), "peft": peft.__version__}
 
 
 def main() -> int:
-    """Write all rows, in float32 and float64."""
+    """Write all rows in float32 and float64, or compare; return the number of files that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check, wrong = parser.parse_args().check, 0
     HERE.mkdir(exist_ok=True)
     for row in ROWS:
-        for dtype in (torch.float32, torch.float64):
-            name = row if dtype == torch.float32 else f"{row}@float64"
-            path = HERE / f"{name}.safetensors"
-            path.write_bytes(safetensors.numpy.save(*record(row, dtype)))
-    return 0
+        for dtype in ("float32", "float64"):
+            path = HERE / f"{row}{'' if dtype == 'float32' else f'@{dtype}'}.safetensors"
+            tensors, texts = record(row, getattr(torch, dtype))
+            if not check:
+                path.write_bytes(safetensors.numpy.save(tensors, texts))
+                continue
+            said = differences(path, tensors, texts, TOLERANCE[dtype])
+            for line in said:
+                print(f"{path.stem}: {line}")
+            wrong += bool(said)
+    return wrong
 
 
 if __name__ == "__main__":
