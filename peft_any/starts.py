@@ -22,7 +22,7 @@ FOREIGN = {
 
 
 VARIANTS = {
-    "arrow_config": "Arrow routes every token between experts",
+    "arrow_config": "Arrow routes tokens between experts, and its file has none (experts.arrow_of)",
     "ensure_weight_tying": "one adapter would serve two tied modules",
     "use_qalora": "QALoRA needs its quantised base",
 }

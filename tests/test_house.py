@@ -50,7 +50,7 @@ LAYERS = [
     {"parts", "bound", "bank", "placed", "origin"},
     {"view"},
     {"model", "receipt"},
-    {"surgery", "oneshot", "algebra"},
+    {"surgery", "oneshot", "algebra", "experts"},
     {"train"},
     {"demo"},
     {"cli", "integrations", "testing"},
