@@ -273,15 +273,22 @@ def status_page() -> str:
 
 def write_pages(out: Path) -> None:
     """Write all pages, leaving alone those that are as they should be."""
+    import parity_page  # noqa: PLC0415 - which uses this module
+
     out.mkdir(exist_ok=True)
+    keep(out.parent / "hf-parity.md", parity_page.compose())
     pages = {"index": status_page()}
     pages |= {name.lower(): method_page(name) for name in method_names()}
     for stale in {p for p in out.glob("*.md") if p.stem not in pages}:
         stale.unlink()
     for name, text in pages.items():
-        path = out / f"{name}.md"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        keep(out / f"{name}.md", text)
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a page, unless it is as it should be."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

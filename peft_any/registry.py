@@ -42,6 +42,17 @@ _ABSENT = {
 """Methods of Hugging Face PEFT that are not here: why, and the way out."""
 
 
+def absent() -> dict[str, tuple[str, str]]:
+    """Name Hugging Face PEFT's methods that are not here: why, and the way out.
+
+    Examples
+    --------
+    >>> absent()["SHADOW"][1]
+    'run it with Hugging Face PEFT'
+    """
+    return {name: said for name, said in _ABSENT.items() if name not in method_names()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(abc.ABC):
     """What every method's configuration holds: Hugging Face PEFT's common fields.
