@@ -43,13 +43,18 @@ def fits(form: str, case: Case) -> bool:
     return kind in wanted if form != "dict" else True
 
 
+USUAL = {"lora", "dora", "lora-conv2", "lora-embedding", "lora-bias", "ia3"}
+
+
 def pairs() -> list[tuple[str, Case]]:
-    """Give each row one of the forms that can hold it, in turn; usual methods all of them."""
+    """Give a row of each method and kind of layer one of the forms, in turn; usual ones all."""
     found = []
-    for i, case in enumerate(CASES):
+    unlike = {(case.config.peft_type, case.site.kind): case for case in CASES}
+    usual = [case for case in CASES if case.name in USUAL]
+    for i, case in enumerate({case.name: case for case in [*unlike.values(), *usual]}.values()):
         forms = [form for form in FORMS if fits(form, case)]
-        every = case.name in {"lora", "dora", "lora-conv2", "lora-embedding", "lora-bias", "ia3"}
-        found += [(form, case) for form in (forms if every else [forms[i % len(forms)]])]
+        chosen = forms if case.name in USUAL else [forms[i % len(forms)]]
+        found += [(form, case) for form in chosen]
     return found
 
 
@@ -198,14 +203,15 @@ class TestTraining:
     @nets
     @pytest.mark.parametrize("method", [RANDOM, IA3Config(feedforward_modules=[], **BOTH)])
     def test_gradients_are_those_of_the_merged_tree(self, net: Any, method: Any) -> None:
-        task = attach_tree(net, method)
+        wide = jax.tree.map(lambda a: a.astype("float64") if eqx.is_inexact_array(a) else a, net)
+        task, x = attach_tree(wide, method, dtype="float64"), X.astype("float64")
         losses = [
-            lambda p: jnp.sum(run(task.bind(p), X) ** 2),
-            lambda p: jnp.sum(run(merge_tree(task, p), X) ** 2),
+            lambda p: jnp.sum(run(task.bind(p), x) ** 2),
+            lambda p: jnp.sum(run(merge_tree(task, p), x) ** 2),
         ]
         got, want = (jax.jit(jax.grad(f))(task.params) for f in losses)
         assert jax.tree.structure(got) == jax.tree.structure(task.params)
-        jax.tree.map(lambda a, b: close(a, b, 1e-4), got, want)
+        jax.tree.map(lambda a, b: close(a, b, 1e-8), got, want)
 
     def test_the_parameters_are_kept_where_the_method_keeps_them(self) -> None:
         config = OFTConfig(oft_block_size=2, coft=True, eps=1e-3, **BOTH)
@@ -216,12 +222,33 @@ class TestTraining:
 
     def test_dropout_acts_in_products_and_is_refused_elsewhere(self) -> None:
         config = replace(RANDOM, lora_dropout=0.5)
-        task = attach_tree(dict_net(), config)
-        still, again = run(task.bind(), X), run(task.bind(rng=(0, 1)), X)
-        close(again, run(task.bind(rng=(0, 1)), X), 0.0)
-        assert float(jnp.abs(still - again).max()) > 1e-3
-        with pytest.raises(ConfigError, match=r"layers\.0: cannot drop inputs"):
-            attach_tree(Flax(), config).bind(rng=1)
+        for net in (dict_net(), Flax()):
+            task = attach_tree(net, config)
+            still, again = run(task.bind(), X), run(task.bind(rng=(0, 1)), X)
+            close(again, run(task.bind(rng=(0, 1)), X), 0.0)
+            assert float(jnp.abs(still - again).max()) > 1e-3
+        net = {"conv": nnx.Conv(2, 2, (1,), rngs=nnx.Rngs(0))}
+        config = replace(config, target_modules=["conv"])
+        with pytest.raises(ConfigError, match="conv: cannot drop inputs"):
+            attach_tree(net, config).bind(rng=1)
+
+    def test_what_else_a_layer_of_flax_is_asked_for(self) -> None:
+        config = LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)
+        for asked in (
+            {"precision": "highest"},
+            {"preferred_element_type": jnp.float32},
+            {"dtype": jnp.bfloat16},
+            {"dot_general": lambda *args, **how: 2 * jax.lax.dot_general(*args, **how)},
+            {"use_bias": False},
+        ):
+            net = {"fc": nnx.Linear(6, 4, rngs=nnx.Rngs(0), **asked)}
+            task = attach_tree(net, config)
+            got, want = task.bind()["fc"](X), merge_tree(task)["fc"](X)
+            assert got.dtype == want.dtype
+            close(got, want, 2e-2 if "dtype" in asked else 1e-5)
+        kernel = attach_tree({"fc": nnx.Linear(6, 4, rngs=nnx.Rngs(0))}, config).bind()["fc"].kernel
+        assert (kernel.shape, kernel.ndim, kernel.dtype) == ((6, 4), 2, jnp.float32)
+        assert kernel[0].shape == (4,)
 
 
 class TestTransformations:
@@ -251,6 +278,10 @@ class TestTransformations:
         nets = [(big, lambda t: X64 @ t["layers"][0]["kernel"])]
         linear = eqx.nn.Linear(64, 32, key=jax.random.key(0), dtype=jnp.float32)
         nets.append(({"layers": [linear]}, lambda t: jax.vmap(t["layers"][0])(X64)))
+        flax = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+        nets.append(({"layers": [flax]}, lambda t: t["layers"][0](X64)))
+        general = nnx.LinearGeneral((8, 8), (4, 8), axis=(-2, -1), rngs=nnx.Rngs(0))
+        nets.append(({"layers": [general]}, lambda t: t["layers"][0](X64.reshape(3, 8, 8))))
         for net, call in nets:
             task = attach_tree(net, LoraConfig(r=2, target_modules=["layers.0"]))
             apply = jax.jit(lambda p, t=task, f=call: f(t.bind(p)))

@@ -63,23 +63,32 @@ class Source:
         merged: Array = self._keep("merged", make)
         return merged
 
-    def symbol(self, stand_in: Callable[[Source], Any]) -> Array:
-        """Give the weight as an operation of the function that JAX traces."""
-        if "symbol" not in self._kept:
+    def opened(self) -> tuple[Callable[[Any], Source], Any]:
+        """Give how it is made of a nest of arrays, and the nest."""
+        if "opened" not in self._kept:
             bound, site = self._whole(), self.site
             parts, stacked = [replace(part, params={}) for part in bound.parts], bound.stacked
 
-            def make(nest: Any) -> Any:
+            def make(nest: Any) -> Source:
                 weight, bias, unadapted, params = nest
                 own = [replace(q, params=p) for q, p in zip(parts, params, strict=True)]
                 base = Dense(weight, bias, site, unadapted)
                 source = Source(lambda: BoundLayer(base, own, stacked), site)
                 source._outlives = False
-                return stand_in(source)
+                return source
 
             base = bound.base
             nest = base.weight, base.bias, base.unadapted, [part.params for part in bound.parts]
-            self._kept["symbol"] = recipe_of(make, nest, self.stored)
+            self._kept["opened"] = make, nest
+        made: tuple[Callable[[Any], Source], Any] = self._kept["opened"]
+        return made
+
+    def symbol(self, stand_in: Callable[[Source], Any]) -> Array:
+        """Give the weight as an operation of the function that JAX traces."""
+        if "symbol" not in self._kept:
+            make, nest = self.opened()
+            made = recipe_of(lambda arrays: stand_in(make(arrays)), nest, self.stored)
+            self._kept["symbol"] = made
         array: Array = symbol(*self._kept["symbol"])
         return array
 

@@ -72,7 +72,7 @@ class AttachedTree:
         Returns
         -------
         pytree
-            Linear layers and embeddings of Equinox, and two-dimensional arrays of dicts, hold an
+            Linear layers, embeddings of Equinox and two-dimensional arrays of dicts hold an
             array-like whose products apply the adapted layer; all other adapted layers the merged
             weight.
 

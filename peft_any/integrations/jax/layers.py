@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from peft_any._typing import Shape
+from peft_any.integrations.jax.kernels import is_usual
 from peft_any.layer import CONVOLUTIONS, Kind, Site
 
 _OF_DIMENSIONS: dict[int, Kind] = {n: kind for kind, n in CONVOLUTIONS.items()}
@@ -193,7 +194,8 @@ def _flax_matrix(layer: Any) -> Described:
         return NOTHING
     n_in, n_out = prod(w.shape[: ends[0]]), prod(w.shape[ends[0] :])
     site = Site("", n_in, n_out, bias=b is not None)
-    return Described(_with_bias(("kernel", as_kernel(n_in, n_out)), b), site)
+    lazy = _is_just(layer, _NNX, "Linear", "LinearGeneral") and is_usual(layer)
+    return Described(_with_bias(("kernel", as_kernel(n_in, n_out)), b), site, lazy)
 
 
 def _flax_table(layer: Any) -> Described:

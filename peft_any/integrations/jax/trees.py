@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from peft_any.errors import ConfigError
+from peft_any.integrations.jax.kernels import Kernel, give
 from peft_any.integrations.jax.layers import (
     Layout,
     as_convolution,
@@ -240,6 +241,8 @@ def _copied(node: Any) -> Any:
 def _fitted(place: Place, given: Any) -> Any:
     """Turn a checkpoint's tensor, or its stand-in, to how the tree has it."""
     if place.lazy and is_view(given):
+        if place.attribute == "kernel":
+            return Kernel(lambda: given.source, place.shape)
         return given if place.layout.straight else given.T
     return place.layout.own(jax.numpy.asarray(given), place.shape)
 
@@ -248,4 +251,7 @@ def _changed(layer: Any, attributes: Mapping[str, Any]) -> Any:
     """Copy a layer with other values of some attributes."""
     pairs, found = jax.tree_util.tree_flatten_with_path(layer)
     structure: Any = found
-    return structure.unflatten(attributes.get(_key(path[0]), leaf) for path, leaf in pairs)
+    made = structure.unflatten(attributes.get(_key(path[0]), leaf) for path, leaf in pairs)
+    if any(isinstance(given, Kernel) for given in attributes.values()):
+        give(made)
+    return made
