@@ -240,6 +240,8 @@ def scatter(g: Any, key: Any, shape: tuple[int, ...]) -> Any:
 
 def _torch_add(zeros: Any, key: tuple[Any, ...], g: Any) -> Any:
     torch = LIBRARIES["torch"].module
+    if zeros.ndim == len(key) == 1 and not isinstance(key[0], slice):
+        return zeros.index_add(0, torch.remainder(key[0].reshape(-1), len(zeros)), g.reshape(-1))
     places = torch.arange(zeros.numel(), device=zeros.device).reshape(zeros.shape)[key]
     return zeros.reshape(-1).index_add(0, places.reshape(-1), g.reshape(-1)).reshape(zeros.shape)
 

@@ -14,6 +14,8 @@ from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
+_PIECES = 256
+"""Up to so many new rows a table is put together of pieces."""
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
 """Input embeddings of transformers' usual models, the likeliest first."""
 
@@ -226,12 +228,20 @@ def with_rows(table: Array, rows: Array, indices: list[int], *, axis: int = 0) -
            [1., 1.],
            [0., 0.]])
     """
-    xp, n = namespace(table, rows), table.shape[axis]
-    order = list(range(n))
-    for i, row in enumerate(indices):
-        order[row] = n + i
-    both = xp.concat([table, astype(rows, dtype_name(table))], axis=axis)
-    out: Array = xp.take(both, from_numpy_like(order, table), axis=axis)
+    xp, n, rows = namespace(table, rows), table.shape[axis], astype(rows, dtype_name(table))
+    if len(indices) > _PIECES:
+        order = list(range(n))
+        for i, row in enumerate(indices):
+            order[row] = n + i
+        both = xp.concat([table, rows], axis=axis)
+        whole: Array = xp.take(both, from_numpy_like(order, table), axis=axis)
+        return whole
+    # few rows: the pieces between them are copied once
+    before, end, pieces = (slice(None),) * (axis % table.ndim), 0, []
+    for row, i in sorted({row % n: i for i, row in enumerate(indices)}.items()):
+        pieces += [table[(*before, slice(end, row), ...)], rows[(*before, slice(i, i + 1), ...)]]
+        end = row + 1
+    out: Array = xp.concat([*pieces, table[(*before, slice(end, n), ...)]], axis=axis)
     return out
 
 

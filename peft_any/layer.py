@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from peft_any._typing import Array, Params
 from peft_any.backend import astype, compute_dtype, dtype_name, is_array, is_floating, namespace
-from peft_any.errors import ShapeError
+from peft_any.errors import ConfigError, ShapeError
 from peft_any.site import CONVOLUTIONS as CONVOLUTIONS
 from peft_any.site import EXPERTS as EXPERTS
 from peft_any.site import KINDS as KINDS
@@ -176,6 +176,16 @@ class Dense:
     def original(self) -> Array:
         """The weight before any adapter was merged into this layer."""
         return self.weight if self.unadapted is None else self.unadapted
+
+    @property
+    def sure_bias(self) -> Array:
+        """The bias, or a refusal to merge into a layer without one."""
+        if self.bias is None:
+            raise ConfigError(
+                f"{self.site.name}: a bias correction cannot be merged: the base layer has no "
+                "bias; apply the adapter without merging"
+            )
+        return self.bias
 
     @classmethod
     def of(cls, weight: Array, bias: Array | None, site: Site) -> Dense:

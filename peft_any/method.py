@@ -127,7 +127,7 @@ class Tuner(Config):
         """Give what merging adds to the weight, and to the bias if it changes it."""
         merged = self.merge(p, base)
         moves = merged.bias is not None and self.changes_bias(base.site)
-        return merged.weight - base.weight, merged.bias - _bias(base) if moves else None
+        return merged.weight - base.weight, merged.bias - base.sure_bias if moves else None
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array] | None:  # noqa: ARG002
         """Give u (n_out, k) and v (k, width): merging adds u·v to the weight; None for large k."""
@@ -257,7 +257,7 @@ class Additive(Tuner):
         """g ⊙ (W + ΔW), b + Δb."""
         bias, shift = base.bias, self.bias_delta(p, base.site)
         if shift is not None:
-            bias = _bias(base) + shift
+            bias = base.sure_bias + shift
         weight, gain = base.weight + self.delta(p, base.site), self.gain(p, base)
         return base.replace(weight=weight if gain is None else gain[:, None] * weight, bias=bias)
 
@@ -267,7 +267,7 @@ class Additive(Tuner):
             return super().unmerge(p, merged)
         bias, shift = merged.bias, self.bias_delta(p, merged.site)
         if shift is not None:
-            bias = _bias(merged) - shift
+            bias = merged.sure_bias - shift
         return merged.replace(weight=merged.weight - self.delta(p, merged.site), bias=bias)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
@@ -276,15 +276,6 @@ class Additive(Tuner):
         if gain is None:
             return y
         return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
-
-
-def _bias(base: Dense) -> Array:
-    if base.bias is None:
-        raise ConfigError(
-            f"{base.site.name}: a bias correction cannot be merged: the base layer has no bias; "
-            "apply the adapter without merging"
-        )
-    return base.bias
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from peft_any.backend import (
 )
 from peft_any.errors import ConfigError
 from peft_any.rng import Fresh, TorchGenerator
+from peft_any.tape.shapes import can_put, put
 
 Host = npt.NDArray[Any]
 
@@ -26,8 +27,8 @@ Host = npt.NDArray[Any]
 def scattered(values: Array, places: Array, size: int) -> Array:
     """Put values at places of a vector of zeros; the places differ from one another.
 
-    By a sort and a search instead of writing, so that it is differentiable, lazy and compiled
-    wherever arrays cannot be written to.
+    Where arrays cannot be written to, by a sort and a search instead, which are differentiable and
+    lazy too.
 
     Parameters
     ----------
@@ -45,6 +46,9 @@ def scattered(values: Array, places: Array, size: int) -> Array:
     array([0., 7., 0., 5.])
     """
     xp, index = namespace(values), namespace(places)
+    if can_put(values):
+        written: Array = put(xp, values, (places,), (size,))
+        return written
     order = index.argsort(places)
     known = index.take(places, order)
     every = index.arange(size, dtype=known.dtype, device=creation_device(places))

@@ -1,13 +1,18 @@
-"""One step of two-dimensional wavelet synthesis, on standard functions only."""
+"""One step of two-dimensional wavelet synthesis, of whole matrices or of few coefficients."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from peft_any._typing import Array
-from peft_any.backend import creation_device, namespace
+from peft_any.backend import astype, creation_device, dtype_name, from_numpy_like, namespace
+from peft_any.tape.shapes import put
 
 FILTERS: Mapping[str, Sequence[float]] = json.loads(
     (Path(__file__).parent / "wavelets.json").read_text(encoding="utf-8")
@@ -69,3 +74,46 @@ def _stretched(c: Array, f: Sequence[float]) -> Array:
     both: Array = xp.reshape(xp.stack([even, odd], axis=1), (2 * (k + last), n))
     trim = (2 * len(f) - 3) // 2
     return both[trim : 2 * (k + last) - trim, :] if trim else both
+
+
+def synthesis_of_few(
+    values: Array, places: npt.NDArray[Any], shape: tuple[int, int], lo: Sequence[float]
+) -> Array:
+    """Synthesise as `synthesis` does from coefficients at few places, by their own L² entries each.
+
+    Parameters
+    ----------
+    values : array (k,)
+        Of a library whose arrays can be written to (`peft_any.tape.shapes.can_put`).
+    places : host array (k,) of int
+        Flat places in the matrix of coefficients.
+    shape : (int, int)
+        Of that matrix.
+    lo : sequence of float
+
+    Returns
+    -------
+    array (shape[0] − L + 2, shape[1] − L + 2)
+
+    Examples
+    --------
+    >>> synthesis_of_few(np.asarray([2.0]), np.asarray([0]), (2, 2), [0.5**0.5] * 2)
+    array([[1., 1.],
+           [1., 1.]])
+    """
+    xp, size = namespace(values), len(lo)
+    filters = np.asarray([lo, [(-1) ** i * v for i, v in enumerate(reversed(lo))]])
+    half, count = [n // 2 for n in shape], [n - size + 2 for n in shape]
+    u, v = places // shape[1], places % shape[1]
+    taps = np.arange(size) - (size - 2)
+    rows = 2 * (u % half[0])[:, None, None] + taps[:, None]
+    columns = 2 * (v % half[1])[:, None, None] + taps
+    # the axis of the rows takes its filter from the column's half, and the other way round
+    factors = filters[v // half[1]][:, :, None] * filters[u // half[0]][:, None, :]
+    inside = (rows >= 0) & (rows < count[0]) & (columns >= 0) & (columns < count[1])
+    which = np.nonzero(inside)[0]
+    at = from_numpy_like((rows * count[1] + columns)[inside], values)
+    scale = from_numpy_like(astype(factors[inside], dtype_name(values)), values)
+    shares = xp.take(values, from_numpy_like(which, values)) * scale
+    whole: Array = xp.reshape(put(xp, shares, (at,), (count[0] * count[1],)), tuple(count))
+    return whole

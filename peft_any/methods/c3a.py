@@ -7,7 +7,7 @@ from math import prod, sqrt
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import creation_device, namespace
+from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
@@ -69,14 +69,13 @@ class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
         return {name: new.uniform(shape, bound)}
 
     def delta(self, p: Params, site: Site) -> Array:
-        """The blocks, gathered from the kernels."""
-        w, b = p["c3a_kernel"], self.block_size
-        xp, (k, q, _) = namespace(w), w.shape
-        one = xp.arange(b, device=creation_device(w))
-        places = xp.reshape(xp.remainder(one[None, :] - one[:, None], b), (b * b,))
-        blocks = xp.reshape(xp.take(w, places, axis=2), (k, q, b, b))
-        whole: Array = xp.reshape(xp.permute_dims(blocks, (0, 2, 1, 3)), (k * b, q * b))
-        return whole / site.n_in
+        """The blocks, row by row: each is a piece of the kernel set twice."""
+        w, b = p["c3a_kernel"] / site.n_in, self.block_size
+        xp = namespace(w)
+        twice = xp.concat([w, w], axis=2)
+        rows = [twice[:, :, (b - i) % b : (b - i) % b + b] for i in range(b)]
+        whole: Array = xp.reshape(xp.stack(rows, axis=1), (site.n_out, site.n_in))
+        return whole
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """By Fourier transforms of length b, where the library has them: a product for each."""

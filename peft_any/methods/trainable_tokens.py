@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
+import numpy as np
+
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, namespace
+from peft_any.backend import astype, from_numpy_like, is_floating, namespace
 from peft_any.errors import ConfigError
 from peft_any.extras import INPUTS, check_rows, with_rows
 from peft_any.layer import Dense, Kind, Layer, Site, linear
@@ -70,7 +72,10 @@ class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainab
             return with_rows(base(x), linear(x, rows, bias), self.token_indices, axis=-1)
         if is_floating(x):
             return super().forward(p, x, base)
-        places = from_numpy_like(self.token_indices, x)
-        hits = astype(xp.equal(xp.expand_dims(x, axis=-1), places), dtype_name(rows))
-        kept: Array = (1.0 - xp.sum(hits, axis=-1, keepdims=True)) * base(x) + hits @ rows
+        row = np.zeros(base.site.n_in, dtype=np.int64)  # of D, from 1 on; 0: none
+        row[self.token_indices] = np.arange(1, len(self.token_indices) + 1)
+        own = xp.take(from_numpy_like(row, rows), xp.reshape(x, (-1,)))
+        new = xp.take(rows, xp.where(own > 0, own - 1, xp.zeros_like(own)), axis=0)
+        hits = xp.reshape(own > 0, (*x.shape, 1))
+        kept: Array = xp.where(hits, xp.reshape(new, (*x.shape, rows.shape[1])), base(x))
         return kept

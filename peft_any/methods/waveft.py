@@ -14,7 +14,8 @@ from peft_any.method import Additive, Tuner
 from peft_any.patterns import matching
 from peft_any.rng import Fresh
 from peft_any.spectra import placed_values, random_places
-from peft_any.wavelets import FILTERS, padded, synthesis
+from peft_any.tape.shapes import can_put
+from peft_any.wavelets import FILTERS, padded, synthesis, synthesis_of_few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +86,19 @@ class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """Place the values, and synthesise."""
-        values, (m, n) = p["waveft_spectrum"], (site.n_out, site.n_in)
+        values, (m, n) = self.scaling * p["waveft_spectrum"], (site.n_out, site.n_in)
         places = random_places(self.random_loc_seed, m * n, self.n_frequency)
         if not self.use_idwt:
-            return self.scaling * placed_values(values, places, (m, n))
+            return placed_values(values, places, (m, n))
         lo = FILTERS[self.wavelet_family]
         rows, columns = padded(m, lo), padded(n, lo)
         at = (places // n + (rows - m) // 2) * columns + places % n + (columns - n) // 2
-        whole = synthesis(placed_values(values, at, (rows, columns)), lo)
+        if can_put(values) and len(at) * len(lo) ** 2 < m * n:
+            whole = synthesis_of_few(values, at, (rows, columns), lo)
+        else:
+            whole = synthesis(placed_values(values, at, (rows, columns)), lo)
         up, left = ((have - want) // 2 for have, want in zip(whole.shape, (m, n), strict=True))
-        return self.scaling * whole[up : up + m, left : left + n]
+        return whole[up : up + m, left : left + n]
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward

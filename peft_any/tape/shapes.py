@@ -266,7 +266,7 @@ def _(xp: Any, y: Any, x: Any, indices: Any, /, *, axis: int | None = None) -> A
     shape, axis = tuple(x.shape), 0 if axis is None else axis % x.ndim
 
     def back(g: Any) -> Any:
-        if can_scatter(_base(g)):
+        if can_put(g):
             return put(xp, g, (slice(None),) * axis + (indices,), shape)
         hot = _hot(xp, indices, shape[axis], g)
         moved = xp.moveaxis(g, axis, 0)
@@ -296,7 +296,7 @@ def _(xp: Any, y: Any, x: Any, indices: Any, /, *, axis: int = -1) -> Any:
     shape, axis = tuple(x.shape), axis % x.ndim
 
     def back(g: Any) -> Any:
-        if can_scatter(_base(g)):
+        if can_put(g):
             device, ndim = creation_device(indices), len(shape)
             key = [
                 xp.reshape(
@@ -318,7 +318,7 @@ def _(xp: Any, y: Any, x: Any, key: Any) -> Any:
     parts = key if isinstance(key, tuple) else (key,)
     shape = tuple(x.shape)
     if not all(k is None or k is ... or isinstance(k, int | slice) for k in parts):
-        if can_scatter(_base(x)):
+        if can_put(x):
             return (lambda g: put(xp, g, key, shape),)
         n = prod(shape)
         places = xp.reshape(xp.arange(n, device=creation_device(x)), shape)[key]
@@ -333,6 +333,11 @@ def _(xp: Any, y: Any, x: Any, key: Any) -> Any:
         return (lambda g: xp.reshape(g, shape),)
     inner = tuple(x[kept].shape)
     return (lambda g: put(xp, xp.reshape(g, inner), kept, shape),)
+
+
+def can_put(x: Any) -> bool:
+    """Tell whether `put` takes arrays of integers in its key, with this library's arrays."""
+    return can_scatter(_base(x))
 
 
 def put(xp: Any, g: Any, key: Any, shape: tuple[int, ...]) -> Any:

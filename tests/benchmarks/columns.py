@@ -40,7 +40,8 @@ class Both:
     def __init__(self, row: Compared, n: int = N, batch: int = BATCH) -> None:
         self.row, self.case = row, row.case(n)
         self.config: Any = self.case.resolved
-        self.base = self.case.base()
+        drawn = self.case.base()  # an embedding's, laid out as its checkpoint has it
+        self.base = Dense.of(np.ascontiguousarray(drawn.stored()), drawn.bias, drawn.site)
         rng = np.random.default_rng(2)
         own = self.case.fresh(self.base)
         kept = {k for k in own if k in self.config.frozen or not is_floating(own[k])}
