@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from peft_any._typing import Array, Params
 from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating, namespace
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
@@ -215,6 +218,19 @@ def check_rows(
             f"{module}: {field} {bad or indices} cannot be rows of it: it has "
             f"{rows}, each may be named once"
         )
+
+
+def row_numbers(indices: list[int], n: int) -> npt.NDArray[np.int64]:
+    """Say for each of `n` tokens which of the new rows is its own, from 1 on; 0: none.
+
+    Examples
+    --------
+    >>> row_numbers([2, 0], 4).tolist()
+    [2, 0, 1, 0]
+    """
+    numbers = np.zeros(n, dtype=np.int64)
+    numbers[indices] = np.arange(1, len(indices) + 1)
+    return numbers
 
 
 def with_rows(table: Array, rows: Array, indices: list[int], *, axis: int = 0) -> Array:

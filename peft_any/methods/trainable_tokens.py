@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-import numpy as np
-
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, from_numpy_like, is_floating, namespace
 from peft_any.errors import ConfigError
-from peft_any.extras import INPUTS, check_rows, with_rows
+from peft_any.extras import INPUTS, check_rows, row_numbers, with_rows
 from peft_any.layer import Dense, Kind, Layer, Site, linear
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
@@ -72,9 +70,8 @@ class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainab
             return with_rows(base(x), linear(x, rows, bias), self.token_indices, axis=-1)
         if is_floating(x):
             return super().forward(p, x, base)
-        row = np.zeros(base.site.n_in, dtype=np.int64)  # of D, from 1 on; 0: none
-        row[self.token_indices] = np.arange(1, len(self.token_indices) + 1)
-        own = xp.take(from_numpy_like(row, rows), xp.reshape(x, (-1,)))
+        numbers = from_numpy_like(row_numbers(self.token_indices, base.site.n_in), rows)
+        own = xp.take(numbers, xp.reshape(x, (-1,)))
         new = xp.take(rows, xp.where(own > 0, own - 1, xp.zeros_like(own)), axis=0)
         hits = xp.reshape(own > 0, (*x.shape, 1))
         kept: Array = xp.where(hits, xp.reshape(new, (*x.shape, rows.shape[1])), base(x))
