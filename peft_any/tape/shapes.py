@@ -284,13 +284,6 @@ def _hot(xp: Any, indices: Any, n: int, g: Any) -> Any:
     return xp.astype(xp.expand_dims(wrapped, axis=-1) == places, g.dtype)
 
 
-def _base(x: Any) -> Any:
-    """Give the array under all tapes."""
-    while hasattr(x, "node"):
-        x = x.value
-    return x
-
-
 @rule("take_along_axis")
 def _(xp: Any, y: Any, x: Any, indices: Any, /, *, axis: int = -1) -> Any:
     shape, axis = tuple(x.shape), axis % x.ndim
@@ -336,8 +329,10 @@ def _(xp: Any, y: Any, x: Any, key: Any) -> Any:
 
 
 def can_put(x: Any) -> bool:
-    """Tell whether `put` takes arrays of integers in its key, with this library's arrays."""
-    return can_scatter(_base(x))
+    """Tell whether `put` takes arrays of integers in its key, with the library under all tapes."""
+    while hasattr(x, "node"):
+        x = x.value
+    return can_scatter(x)
 
 
 def put(xp: Any, g: Any, key: Any, shape: tuple[int, ...]) -> Any:
