@@ -124,19 +124,12 @@ def arrow_of(
     >>> model.bind().layers["fc"](np.ones((5, 4), "float32")).shape
     (5, 3)
     """
-    if not experts:
-        raise ConfigError("arrow_of: no experts to choose from: give LoRA adapters")
-    named = {f"experts[{i}]": one for i, one in enumerate(experts)}
-    named |= {f"general[{i}]": one for i, one in enumerate(general)}
-    first = experts[0]
-    for label, one in named.items():
-        _check(label, one, first)
-    sites = {name: _routed(name, experts, general) for name in first.sites}
-    ranks = {name: p["lora_A.weight"].shape[0] for name, p in first.sites.items()}
-    if len({*ranks.values()}) != 1:
-        raise ShapeError(f"arrow_of: ranks differ between layers, {ranks}: give LoRAs of one rank")
+    r, found = stacked(experts, general)
+    sites = {
+        name: {_A: a, _B: b, _ROUTER: _prototypes(pairs)} for name, (a, b, pairs) in found.items()
+    }
     config = ArrowConfig(
-        r=next(iter(ranks.values())),
+        r=r,
         n_experts=len(experts),
         top_k=top_k,
         router_temperature=router_temperature,
@@ -169,8 +162,35 @@ def _check(label: str, adapter: Adapter, first: Adapter) -> None:
             raise ConfigError(f"{label}: {name}: is no linear layer, which Arrow needs: {shapes}")
 
 
-def _routed(name: str, experts: Sequence[Adapter], general: Sequence[Adapter]) -> Params:
-    """Lay out the factors of one layer, less the mean general ones, and find the prototypes."""
+def stacked(
+    experts: Sequence[Adapter], general: Sequence[Adapter] = ()
+) -> tuple[int, dict[str, tuple[Array, Array, list[tuple[Array, Array]]]]]:
+    """Lay out experts side by side, less the mean of general ones.
+
+    Returns
+    -------
+    int
+        Their rank.
+    dict of str to (array (E·r, n_in), array (n_out, E·r), list of (array, array))
+        For each layer all A, all scaled B, and the pairs of A and B that they are made of.
+    """
+    if not experts:
+        raise ConfigError("experts: none to choose from: give LoRA adapters")
+    named = {f"experts[{i}]": one for i, one in enumerate(experts)}
+    named |= {f"general[{i}]": one for i, one in enumerate(general)}
+    for label, one in named.items():
+        _check(label, one, experts[0])
+    ranks = {name: p["lora_A.weight"].shape[0] for name, p in experts[0].sites.items()}
+    if len({*ranks.values()}) != 1:
+        raise ShapeError(f"experts: ranks differ between layers, {ranks}: give LoRAs of one rank")
+    return next(iter(ranks.values())), {
+        name: _side_by_side(name, experts, general) for name in experts[0].sites
+    }
+
+
+def _side_by_side(
+    name: str, experts: Sequence[Adapter], general: Sequence[Adapter]
+) -> tuple[Array, Array, list[tuple[Array, Array]]]:
     pairs = [_pair(one.sites[name]) for one in experts]
     if general:
         others = [_pair(one.sites[name]) for one in general]
@@ -178,13 +198,16 @@ def _routed(name: str, experts: Sequence[Adapter], general: Sequence[Adapter]) -
         pairs = [(a - a0, b - b0) for a, b in pairs]
     site = Site(name, pairs[0][0].shape[1], pairs[0][1].shape[0])
     scales = [_scale(one, site) for one in experts]
+    xp = namespace(*(a for a, _ in pairs))
+    wide = xp.concat([s * b for s, (_, b) in zip(scales, pairs, strict=True)], axis=1)
+    return xp.concat([a for a, _ in pairs], axis=0), wide, pairs
+
+
+def _prototypes(pairs: Sequence[tuple[Array, Array]]) -> Array:
+    """Find the leading right singular vectors of the B·A (E, n_in)."""
     leading = [lowrank.svd((b, a))[2][:1, :] for a, b in pairs]
-    xp, dtype = namespace(*(a for a, _ in pairs)), dtype_name(pairs[0][0])
-    return {
-        _A: xp.concat([a for a, _ in pairs], axis=0),
-        _B: xp.concat([s * b for s, (_, b) in zip(scales, pairs, strict=True)], axis=1),
-        _ROUTER: xp.concat([astype(v, dtype) for v in leading], axis=0),
-    }
+    found = namespace(*leading).concat(leading, axis=0)
+    return astype(found, dtype_name(pairs[0][0]))  # type: ignore[no-any-return]
 
 
 def _pair(p: Mapping[str, Array]) -> tuple[Array, Array]:

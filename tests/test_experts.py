@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import Adapter, ConfigError, PeftModel, ShapeError, Site, move
+from peft_any import Adapter, ConfigError, PeftModel, ShapeError, Site, move, value_and_grad
 from peft_any.experts import ArrowConfig, arrow_of
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.testing import Lib, check_method
+from peft_any.xlora import experts_of, xlora_scalings
 
 
 def experts(count: int, n_in: int = 6, n_out: int = 5, **fields: Any) -> list[Adapter]:
@@ -112,7 +113,7 @@ def test_what_cannot_be_an_expert_is_named() -> None:
     both = {"fc": p, "up": {k: np.ones((3, 3)) for k in p}}
     table = {"lora_embedding_A": p["lora_A.weight"], "lora_embedding_B": p["lora_B.weight"]}
     rows: list[tuple[type[Exception], str, list[Adapter], dict[str, Any]]] = [
-        (ConfigError, "no experts", [], {}),
+        (ConfigError, "none to choose", [], {}),
         (ConfigError, r"experts\[1\]: IA3 cannot be", [tasks[0], ia3], {}),
         (ConfigError, r"general\[0\]: IA3 cannot be", tasks, {"general": [ia3]}),
         (ConfigError, r"experts\[0\]: .* use_dora", [tasks[0].replace(config=dora)], {}),
@@ -133,3 +134,54 @@ def test_what_cannot_be_an_expert_is_named() -> None:
         with pytest.raises(error, match=words):
             arrow_of(given, **options)
     assert move(arrow_of(tasks, top_k=2).sites, "numpy").keys() == {"fc"}
+
+
+def test_calls_scale_experts_on_every_library(lib: Lib) -> None:
+    tasks = experts(2)
+    rng = np.random.default_rng(1)
+    weight, x = rng.standard_normal((5, 6)), rng.standard_normal((2, 3, 6))
+    p = {"layers.0.weight": rng.standard_normal((2, 6)), "layers.0.bias": np.zeros(2)}
+
+    if not lib.has_values:
+        pytest.skip("torch's meta device holds no numbers")
+    model = PeftModel({"fc.weight": lib.array(weight)})
+    model.add("mixed", experts_of([Adapter(t.config, lib.array(t.sites)) for t in tasks]))
+
+    def apply(x: Any, p: Any) -> Any:
+        return model.routed(scalings=xlora_scalings(p, x, 1)).bind().layers["fc"](x)
+
+    shares = np.exp(x @ p["layers.0.weight"].T)
+    shares /= shares.sum(axis=-1, keepdims=True)
+    changes = [shares[..., i, None] * (x @ delta(task).T) for i, task in enumerate(tasks)]
+    lib.check(lib.call(apply, x, p), x @ weight.T + sum(changes), rtol=1e-10)
+
+
+def test_the_gate_is_trained() -> None:
+    tasks, rng = experts(2), np.random.default_rng(1)
+    model = PeftModel({"fc.weight": rng.standard_normal((5, 6))})
+    model.add("mixed", experts_of(tasks))
+    x = rng.standard_normal((2, 3, 6))
+    p = {"layers.0.weight": rng.standard_normal((2, 6)), "layers.0.bias": np.zeros(2)}
+
+    def loss(p: Any) -> Any:
+        y = model.routed(scalings=xlora_scalings(p, x, 1)).bind().layers["fc"](x)
+        return (y * y).__array_namespace__().sum(y * y)
+
+    value, grads = value_and_grad(loss)(p)
+    for key, grad in grads.items():
+        step = 1e-6 * rng.standard_normal(grad.shape)
+        moved = (loss({**p, key: p[key] + step}) - loss({**p, key: p[key] - step})) / 2
+        np.testing.assert_allclose(np.sum(grad * step), moved, rtol=1e-5, atol=1e-9)
+    assert value > 0
+
+
+def test_experts_refuse_other_scalings() -> None:
+    model, x = PeftModel({"fc.weight": np.ones((5, 6))}), np.ones((2, 3, 6))
+    model.add("mixed", experts_of(experts(2)))
+    with pytest.raises(ConfigError, match=r"fc: .*routed\(scalings=…\)"):
+        model.bind().layers["fc"](x)
+    with pytest.raises(ShapeError, match=r"fc: scalings of shape \(2, 3, 3\) .*positions, 2\)"):
+        model.routed(scalings=np.ones((2, 3, 3))).bind().layers["fc"](x)
+    gate = {"layers.0.weight": np.eye(2), "layers.0.bias": np.zeros(2)}
+    flat = xlora_scalings(gate, x[..., :2], 1, enable_softmax_topk=True)
+    np.testing.assert_array_equal(flat, np.full((2, 3, 1, 2), 0.5))

@@ -50,7 +50,7 @@ LAYERS = [
     {"parts", "bound", "bank", "placed", "origin"},
     {"view"},
     {"model", "receipt"},
-    {"surgery", "oneshot", "algebra", "experts"},
+    {"surgery", "oneshot", "algebra", "experts", "xlora"},
     {"train"},
     {"demo"},
     {"cli", "integrations", "testing"},
