@@ -115,7 +115,7 @@ def config_from_dict(
     _refuse(cls, raw, where)
     known = {f.name: f for f in fields(cls)}
     given = {
-        k: v
+        k: False if v is None and _is_flag(known[k]) else v
         for k, v in raw.items()
         # a null mapping is an old way to write an empty one
         if k in known and not (v is None and known[k].default_factory is dict)
@@ -129,6 +129,12 @@ def config_from_dict(
             raise type(error.__cause__)(f"{where}: {error.__cause__}") from None
         raise ConfigError(f"{where}: {error}") from None
     return config, unknown
+
+
+def _is_flag(field: Field[Any]) -> bool:
+    """Whether null, which Hugging Face PEFT takes for false, is written for false here."""
+    kinds = str(field.type).split(" | ")
+    return "bool" in kinds and "None" not in kinds
 
 
 def _refuse(cls: type[Config], raw: Mapping[str, Any], where: str) -> None:
