@@ -135,6 +135,11 @@ class Layer(Protocol):
         ...
 
     @property
+    def original_bias(self) -> Array | None:
+        """The bias before any adapter."""
+        ...
+
+    @property
     def site(self) -> Site:
         """Where the layer sits."""
         ...
@@ -158,6 +163,8 @@ class Dense:
     site : Site
     unadapted : array (n_out, width), optional
         The weight before any adapter, where `weight` already carries some.
+    unadapted_bias : array (n_out,), optional
+        Likewise the bias.
 
     Examples
     --------
@@ -171,6 +178,7 @@ class Dense:
     bias: Array | None
     site: Site
     unadapted: Array | None = None
+    unadapted_bias: Array | None = None
 
     @property
     def original(self) -> Array:
@@ -186,6 +194,11 @@ class Dense:
                 "bias; apply the adapter without merging"
             )
         return self.bias
+
+    @property
+    def original_bias(self) -> Array | None:
+        """The bias before any adapter was merged into this layer."""
+        return self.bias if self.unadapted is None else self.unadapted_bias
 
     @classmethod
     def of(cls, weight: Array, bias: Array | None, site: Site) -> Dense:
@@ -211,6 +224,14 @@ class Dense:
         if site.kind in EXPERTS:
             weight = namespace(weight).reshape(weight, (site.n_out, site.width))
         return cls(flat(weight), bias, site)
+
+    @classmethod
+    def formed(cls, layer: Layer) -> Dense:
+        """See any layer as a matrix, which is formed here if it carries an adapter."""
+        if isinstance(layer, Dense):
+            return layer
+        before = layer.original, layer.original_bias
+        return cls(layer.weight, layer.bias, layer.site, *before)
 
     def stored(self) -> Array:
         """Give the weight in the checkpoint's layout: the inverse of `of`."""
@@ -258,12 +279,14 @@ def widen(params: Sequence[Params], base: Dense) -> tuple[list[Params], Dense]:
     floats = [{k: v for k, v in p.items() if is_array(v) and is_floating(v)} for p in params]
     name = compute_dtype(base.weight, *(v for f in floats for v in f.values()))
     pairs = zip(params, floats, strict=True)
-    return [p | {k: astype(v, name) for k, v in f.items()} for p, f in pairs], Dense(
-        astype(base.weight, name),
-        None if base.bias is None else astype(base.bias, name),
-        base.site,
-        None if base.unadapted is None else astype(base.unadapted, name),
-    )
+
+    def wide(array: Array | None) -> Any:
+        return None if array is None else astype(array, name)
+
+    return [p | {k: wide(v) for k, v in f.items()} for p, f in pairs], Dense(
+        wide(base.weight), wide(base.bias), base.site, wide(base.unadapted),
+        wide(base.unadapted_bias),
+    )  # fmt: skip
 
 
 def narrow(merged: Dense, like: Dense) -> Dense:

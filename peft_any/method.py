@@ -101,10 +101,7 @@ class Tuner(Config):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Apply the adapted layer to `x`; overridden where that is cheaper than merging."""
         merged: Dense | None = p.get("merged")
-        return (self._merged(p, base) if merged is None else merged)(x)
-
-    def _merged(self, p: Params, base: Layer) -> Dense:
-        return self.merge(p, Dense(base.weight, base.bias, base.site, base.original))
+        return (self.merge(p, Dense.formed(base)) if merged is None else merged)(x)
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Apply the adapted layer in training, without what `noise` drops."""
@@ -117,7 +114,7 @@ class Tuner(Config):
         is the merged layer.
         """
         plain = type(self).forward is Tuner.forward
-        return {**p, "merged": self._merged(p, base)} if plain else p
+        return {**p, "merged": self.merge(p, Dense.formed(base))} if plain else p
 
     def settled(self, p: Params) -> Params:
         """Bring the parameters to where training keeps them, after each of its steps."""

@@ -53,7 +53,7 @@ def ready(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> tuple
     arrays = [a for p in params for a in p.values() if is_array(a)]
     xp = namespace(base.weight, *arrays)
     if hasattr(xp, "lift"):
-        base = Dense(xp.lift(base.weight), xp.lift(base.bias), base.site, base.unadapted)
+        base = base.replace(weight=xp.lift(base.weight), bias=xp.lift(base.bias))
     made: list[Part] = []
     layer: Layer = base
     for part, p in zip(parts, params, strict=True):
@@ -146,7 +146,9 @@ def merge(parts: Sequence[Part], base: Dense, *, stacked: bool = False) -> Dense
         layer = base
         for part in parts:
             _refuse_weight(part, base.site)
-            layer = _merged(part, layer).replace(unadapted=base.original)
+            layer = _merged(part, layer).replace(
+                unadapted=base.original, unadapted_bias=base.original_bias
+            )
         return layer
     if not parts:
         return base
@@ -248,6 +250,11 @@ class Adapted:
         return self.base.original
 
     @property
+    def original_bias(self) -> Array | None:
+        """The bias below all adapters."""
+        return self.base.original_bias
+
+    @property
     def weight(self) -> Array:
         """The merged weight, formed on first use."""
         return self._dense().weight
@@ -263,8 +270,7 @@ class Adapted:
 
     def _dense(self) -> Dense:
         if not self._merged:
-            base = Dense(self.base.weight, self.base.bias, self.site, self.original)
-            self._merged.append(self.part.config.merge(self.part.params, base))
+            self._merged.append(self.part.config.merge(self.part.params, Dense.formed(self.base)))
         return self._merged[0]
 
 
@@ -275,7 +281,7 @@ class Once:
         self._base = base
         self._last = known
         self.site, self.weight, self.bias = base.site, base.weight, base.bias
-        self.original = base.original
+        self.original, self.original_bias = base.original, base.original_bias
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer, or remember what it gave for this `x`."""

@@ -82,6 +82,25 @@ def matching(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     return default
 
 
+def matching_end(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    r"""Look a site's number up as C3A and FourierFT do in Hugging Face PEFT.
+
+    The first key that matches the name after a dot is the one; a whole name has to be the key.
+
+    Examples
+    --------
+    >>> matching_end({"q.": 4}, "layers.0.qs", 8), matching_end({"q.": 4}, "qs", 8)
+    (4, 8)
+    >>> matching_end({"qs": 4}, "qs", 8)
+    4
+    """
+    keys = pattern or {}
+    for key, value in keys.items():
+        if expression(rf".*\.{key}$", f"pattern {key!r:.80}").match(name):
+            return value
+    return keys.get(name, default)
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort names as their layers follow one another: numbers in them by value.
 

@@ -604,6 +604,7 @@ CASES = [
         Site("a.fc", 13, 7, bias=False),
         reverts=0,
     ),
+    Case("peanut-gelu", PeanutConfig(r=3, depth=1, act_fn="gelu"), FC, reverts=0),
     Case("peanut-random", PeanutConfig(r=4, init_weights=False), FC, RANDOM, reverts=0),
     # PVeRA
     Case("pvera", PveraConfig(r=5), FC),

@@ -90,7 +90,7 @@ class NoBase:
             "cannot be known without the base: give base= (--base)"
         )
 
-    weight = bias = original = unadapted = property(_read)
+    weight = bias = original = original_bias = unadapted = property(_read)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from peft_any.checks import check_fields, refuse
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
 from peft_any.method import Additive
-from peft_any.patterns import matching
+from peft_any.patterns import matching_end
 from peft_any.rng import Fresh
 
 
@@ -44,7 +44,7 @@ class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
 
     def per_site(self, site: Site) -> Self:
         """Resolve the pattern, and check that the blocks fit."""
-        b = matching(self.block_size_pattern, site.name, self.block_size)
+        b = matching_end(self.block_size_pattern, site.name, self.block_size)
         if site.n_in % b or site.n_out % b:
             raise ShapeError(
                 f"{site.name}: block_size={b} cannot divide {site.n_in} inputs and {site.n_out} "

@@ -10,7 +10,7 @@ from peft_any.checks import check_fields
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
 from peft_any.method import Additive, Tuner
-from peft_any.patterns import expression
+from peft_any.patterns import matching_end
 from peft_any.rng import Fresh
 from peft_any.spectra import random_places, real_inverse_transform
 
@@ -44,12 +44,8 @@ class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
 
     def per_site(self, site: Site) -> Self:
         """Resolve the pattern, and check that there are as many places."""
-        count, most = self.n_frequency, site.n_in * site.n_out
-        for key, value in self.n_frequency_pattern.items():
-            # HF asks for a dot: "fc" is not matched by "fc"
-            if expression(rf".*\.{key}$", f"{self.where}: n_frequency_pattern").match(site.name):
-                count = value
-                break
+        count = matching_end(self.n_frequency_pattern, site.name, self.n_frequency)
+        most = site.n_in * site.n_out
         if count > most:
             raise ShapeError(f"{site.name}: n_frequency={count} cannot be placed in {most} entries")
         return replace(self, n_frequency=count)

@@ -95,8 +95,9 @@ class GloraConfig(Tuner, peft_type="GLORA", prefix="glora_"):
         """W + W ⊙ A + B, and the bias."""
         w, site, bias = base.original, base.site, base.bias
         a, b, c, d, e = (self._path(p, path, site) for path in "ABCDE")
-        if bias is not None and self.changes_bias(site):
-            bias = bias + bias * d + e + self._seen(w, c)
+        first = base.original_bias
+        if bias is not None and first is not None and self.changes_bias(site):
+            bias = bias + first * d + e + self._seen(w, c)
         return base.replace(weight=base.weight + w * a + b, bias=bias)
 
     @staticmethod

@@ -46,4 +46,4 @@ class LNTuningConfig(Tuner, peft_type="LN_TUNING", prefix="ln_tuning_"):
         """Put the copies in place."""
         bias = p.get("ln_tuning_layers.bias", base.bias)
         merged = Dense.of(p["ln_tuning_layers.weight"], bias, base.site)
-        return merged.replace(unadapted=base.unadapted)
+        return merged.replace(unadapted=base.unadapted, unadapted_bias=base.unadapted_bias)

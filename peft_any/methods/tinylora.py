@@ -85,12 +85,12 @@ class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
         names = [s.name for s in new.sites] or [site.name]
         shape = (self.u, self._rank(site), self._rank(site))
         drawn = [normal_projection(shape, self.projection_seed + i, new) for i in range(len(names))]
+        at, groups = new.array([names.index(site.name)]), self._groups(len(names))
         if "tinylora_P" not in p:
-            at = new.array([names.index(site.name)])
             p = {**p, "tinylora_P": drawn[names.index(site.name)]}
-        else:
+        elif groups > 1:
             at = place_of(p["tinylora_P"], drawn, f"{site.name}.tinylora_P")
-        xp, groups = namespace(at), self._groups(len(names))
+        xp = namespace(at)
         group = at // max(1, len(names) // groups)
         return {**p, "tinylora_group": xp.where(group < groups, group, groups - 1)}
 

@@ -57,7 +57,7 @@ class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainab
         """Replace the rows."""
         table = with_rows(base.stored(), p["trainable_tokens_delta"], self.token_indices)
         merged = Dense.of(table, base.bias, base.site)
-        return merged.replace(unadapted=base.unadapted)
+        return merged.replace(unadapted=base.unadapted, unadapted_bias=base.unadapted_bias)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Replace what the trained rows give."""

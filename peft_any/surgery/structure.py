@@ -25,7 +25,7 @@ class _Unread:
     """A layer of which only the site is known."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.bias = site, None
+        self.site, self.bias, self.original_bias = site, None, None
 
     @property
     def weight(self) -> Host:

@@ -70,15 +70,15 @@ class Source:
             parts, stacked = [replace(part, params={}) for part in bound.parts], bound.stacked
 
             def make(nest: Any) -> Source:
-                weight, bias, unadapted, params = nest
+                weight, bias, *before, params = nest
                 own = [replace(q, params=p) for q, p in zip(parts, params, strict=True)]
-                base = Dense(weight, bias, site, unadapted)
+                base = Dense(weight, bias, site, *before)
                 source = Source(lambda: BoundLayer(base, own, stacked), site)
                 source._outlives = False
                 return source
 
-            base = bound.base
-            nest = base.weight, base.bias, base.unadapted, [part.params for part in bound.parts]
+            base, params = bound.base, [part.params for part in bound.parts]
+            nest = base.weight, base.bias, base.unadapted, base.unadapted_bias, params
             self._kept["opened"] = make, nest
         made: tuple[Callable[[Any], Source], Any] = self._kept["opened"]
         return made

@@ -406,7 +406,7 @@ def base_of(name: str) -> Any:
     return model
 
 
-FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B"}
+FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P"}
 
 
 def fill(model: Any, name: str, seed: int) -> None:

@@ -176,6 +176,11 @@ class Held:
         return self.weight
 
     @property
+    def original_bias(self) -> Any:
+        """The bias below all adapters, which this one is."""
+        return self.bias
+
+    @property
     def bias(self) -> Any:
         """The bias in the compute dtype, if there is one."""
         bias = self._stored.bias
