@@ -399,7 +399,7 @@ def test_a_configuration_that_is_no_json_is_refused(text: str, words: str, tmp_p
     refused(FormatError, words, write(tmp_path / "a", under("fc."), text))
 
 
-@pytest.mark.parametrize("field", ["use_dora", "fan_in_fan_out", "init_lora_weights"])
+@pytest.mark.parametrize("field", ["use_dora", "fan_in_fan_out", "lora_bias"])
 def test_null_for_a_flag_is_false(field: str) -> None:
     config, _ = config_from_dict({"peft_type": "LORA", field: None})
     assert getattr(config, field) is False
