@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
+from peft_any import attention
 from peft_any import parts as several
 from peft_any._tree import leaves
 from peft_any._typing import Array
@@ -14,6 +15,7 @@ from peft_any.backend import astype, dtype_name, is_floating, is_traced
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input
 from peft_any.parts import Part
+from peft_any.prompt import Attended
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,9 @@ class Layers(Mapping[str, BoundLike]):
             self._made[name] = made
         return self._made[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._adapted or name in self._every()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._every())
 
@@ -133,11 +138,50 @@ class Bound:
         All tensors under their checkpoint names, for code that takes a dict of arrays. An adapted
         weight is an array-like whose products apply the adapted layer; other uses take the merged
         array, without the dropout of a training step.
+    attended : mapping of str to (config, weight)
+        The active adapters that act within attention (`attend`).
     """
 
     layers: Layers
     params: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Any] = field(default_factory=dict)
+    attended: Mapping[str, tuple[Attended, float]] = field(default_factory=dict)
+
+    def attend(self, module: str, q: Array) -> Array:
+        """Compute what the active adapters add to the output of an attention module.
+
+        Parameters
+        ----------
+        module : str
+            ``"model.layers.3.self_attn"``.
+        q : array (batch, heads, tokens, c)
+            The queries as the attention takes them, turned by their positions.
+
+        Returns
+        -------
+        array (batch, tokens, d)
+            To add to the attention's output, behind `o_proj`; zeros where no adapter acts.
+
+        Raises
+        ------
+        ShapeError
+            If keys and values do not fit the heads.
+        TargetError
+            If the module has no projections of keys and values.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from peft_any import PeftModel
+        >>> from peft_any.methods.adaption_prompt import AdaptionPromptConfig
+        >>> at = "layers.0.self_attn"
+        >>> model = PeftModel({f"{at}.{p}_proj.weight": np.eye(4) for p in "qkvo"})
+        >>> _ = model.add("task", AdaptionPromptConfig(adapter_len=2, adapter_layers=1))
+        >>> p = {"adaption_prompt": np.ones((1, 2, 4)), "adaption_gate": np.full(1, 0.5)}
+        >>> model.bind({"task": {at: p}}).attend(at, np.ones((1, 2, 1, 2)))
+        array([[[0.5, 0.5, 0.5, 0.5]]])
+        """
+        return attention.gain(module, q, self.layers, self.attended, self.params)
 
 
 class Parameters(dict[str, dict[str, dict[str, Any]]]):

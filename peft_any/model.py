@@ -9,6 +9,7 @@ from functools import cache
 from math import prod
 from typing import Any, TypeAlias, overload
 
+from peft_any import attention
 from peft_any import parts as several
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
@@ -228,7 +229,8 @@ class PeftModel:
             return model.bound_layer(site)
 
         trained = {name: model._known(name).read() for name in self._active}  # noqa: SLF001
-        return Bound(Layers(adapted, every, make), trained, view.weights(model, make))
+        within = attention.active(self._placed, self._active)
+        return Bound(Layers(adapted, every, make), trained, view.weights(model, make), within)
 
     def merge(self) -> dict[str, Array]:
         """Give all weights with the active adapters merged, as a new mapping.
@@ -236,6 +238,7 @@ class PeftModel:
         Untouched arrays are the base's own; touched ones are computed in at least float32 and
         rounded once to the base's dtype.
         """
+        attention.refuse(self._placed, self._active, "merge()")
         merged = {name: self.replaced(name) for name in self.weights}
         changed = self.adapted()
         for site in self.sites().values():

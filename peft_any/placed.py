@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft_any import attention
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name, is_floating
@@ -86,6 +87,11 @@ def fitted(
     ConfigError, ShapeError, TargetError
         Listing everything that does not fit.
     """
+    if isinstance(adapter.config, Attended):
+        attention.check(
+            adapter.config, adapter.sites, attention.widths(adapter.config, weights, kinds)
+        )
+        return Placed(adapter.to(library(weights)), {}, {})
     if new := nesting.names(adapter.config, adapter.sites, weights, kinds):
         adapter = adapter.replace(sites=nesting.named(adapter.sites, new))
     sites = place(adapter, weights, kinds)
@@ -116,6 +122,11 @@ def fresh(
         if config.reads_table and (name := input_table(weights)):
             root.base = table_of(weights[name])
         return Placed(Adapter(config, {}, config.init(root)), {}, {})
+    if isinstance(config, Attended):
+        wide = attention.widths(config, weights, kinds)
+        return Placed(
+            Adapter(config, {m: config.init(root.at(m), d) for m, d in wide.items()}), {}, {}
+        )
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
     refuse_unrepeated(config, weights)
@@ -172,9 +183,6 @@ def attached(
     ConfigError, ShapeError, TargetError
         If it does not fit the base, or lacks what its writer took from it.
     """
-    config = adapter.config if isinstance(adapter, Adapter) else adapter
-    if isinstance(config, Attended):
-        raise ConfigError(f"adapter {name!r}: {config.refusal}")
     if isinstance(adapter, Config):
         placed = fresh(adapter, weights, kinds, seed, dtype)
     elif isinstance(adapter, Adapter):

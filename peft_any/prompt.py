@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Params, Shape
+from peft_any._typing import Array, Params, Shape
 from peft_any.errors import ConfigError
 from peft_any.registry import Config
 from peft_any.rng import Fresh
@@ -16,7 +17,7 @@ from peft_any.rng import Fresh
 class Attended(Config):
     """A method that acts within attention: its sites are attention modules, not layers.
 
-    Its files are read and written; the code of the attention calls `attend`.
+    `PeftModel.add` places it, and the code of the attention calls ``model.bind().attend``.
     """
 
     unmerged: ClassVar[str]
@@ -24,11 +25,33 @@ class Attended(Config):
 
     @property
     def refusal(self) -> str:
-        """What a refused merge, or attachment, says."""
+        """What a refused merge, or attachment to layers, says."""
         return (
-            f"{self.peft_type} cannot be merged or attached to layers: {self.unmerged}: load it "
-            "with Adapter.load and call config.attend in the attention"
+            f"{self.peft_type} cannot be merged or attached to layers: {self.unmerged}: give it "
+            "to PeftModel.add and call model.bind().attend in the attention"
         )
+
+    @abc.abstractmethod
+    def modules(self, names: Sequence[str]) -> list[str]:
+        """Choose the attention modules out of all modules, in the order of their blocks."""
+
+    @abc.abstractmethod
+    def shapes(self, width: int) -> dict[str, Shape]:
+        """Name the parameters of one module whose input has `width` channels."""
+
+    @abc.abstractmethod
+    def init(self, new: Fresh, width: int) -> Params:
+        """Draw the parameters of one module; they add nothing."""
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        p: Params,
+        q: Array,
+        k_proj: Callable[[Array], Array],
+        v_proj: Callable[[Array], Array],
+    ) -> Array:
+        """Compute what a module gains before its output projection, (batch, tokens, heads·c)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_any import Adapter, ConfigError, PeftModel, ShapeError, merge_checkpoint
+from peft_any import (
+    Adapter,
+    ConfigError,
+    PeftModel,
+    ShapeError,
+    TargetError,
+    merge_checkpoint,
+)
 from peft_any.backend import namespace, resolve
 from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import linear
 from peft_any.methods.adaption_prompt import AdaptionPromptConfig
+from peft_any.methods.lora import LoraConfig
 from peft_any.rng import Fresh
 from peft_any.testing import Lib
 from peft_any.testing.gradients import ENGINES, difference, finite_differences, gradients, like
@@ -77,12 +85,11 @@ def test_what_it_is_not_is_refused(tmp_path) -> None:
     p, (q, k, v) = drawn()
     weights = {"h.0.attn.k.weight": k.astype("float32")}
     adapter = Adapter(CONFIG, {"h.0.attn": p})
-    for given in (CONFIG, adapter):
-        with pytest.raises(ConfigError, match=r"ADAPTION_PROMPT cannot be merged.*config\.attend"):
-            PeftModel(weights).add("a", given)
+    with pytest.raises(ConfigError, match="adapter_layers=2 cannot be chosen of 1 attention"):
+        PeftModel(weights).add("a", CONFIG)
     adapter.save(tmp_path / "a")
     write_safetensors(tmp_path / "base.safetensors", weights)
-    with pytest.raises(ConfigError, match=r"a: ADAPTION_PROMPT cannot be merged.*config\.attend"):
+    with pytest.raises(ConfigError, match=r"a: ADAPTION_PROMPT cannot be merged.*\.attend in"):
         merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
     with pytest.raises(ShapeError, match="cannot serve 4 heads of 2 channels"):
         term(p, q, k[:3], v[:3])
@@ -90,3 +97,124 @@ def test_what_it_is_not_is_refused(tmp_path) -> None:
         AdaptionPromptConfig(adapter_len=0)
     with pytest.raises(ConfigError, match="adapter_len=None"):
         AdaptionPromptConfig().shapes(8)
+
+
+def blocks(count: int, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """Weights of attention with 4 heads in 2 groups, in the order of a safetensors file."""
+    rng = np.random.default_rng(1)
+    sizes = {"q": 8, "k": 4, "v": 4, "o": 8}
+    made = {
+        f"layers.{i}.self_attn.{side}_proj.weight": rng.standard_normal((n, 8)).astype(dtype)
+        for i in range(count)
+        for side, n in sizes.items()
+    }
+    return dict(sorted(made.items()))
+
+
+def test_the_last_blocks_of_a_base_are_the_last_by_number_and_start_with_nothing() -> None:
+    model = PeftModel(blocks(11))
+    assert [*model.add("a", CONFIG).sites] == ["layers.9.self_attn", "layers.10.self_attn"]
+    _, (q, *_) = drawn()
+    for module in ("layers.8.self_attn", "layers.10.self_attn"):
+        y = model.bind().attend(module, q)
+        assert y.shape == (2, 5, 8)
+        assert not y.any()
+    assert model.parameters.trainable == 2 * (3 * 8 + 1)
+
+
+def test_a_bound_model_attends_with_all_active_adapters_by_their_weights() -> None:
+    weights, (p, (q, *_)), at = blocks(2), drawn(), "layers.1.self_attn"
+    model = PeftModel(weights)
+    for name in "ab":
+        model.add(name, CONFIG, seed=ord(name))
+    given = {name: {at: p} for name in "ab"}
+    k, v, o = (weights[f"{at}.{side}_proj.weight"] for side in "kvo")
+    one = linear(term(p, q, k, v), o)
+    np.testing.assert_allclose(model.bind(given).attend(at, q), one, rtol=1e-12)
+    model.activate({"a": 0.5, "b": 2.0})
+    np.testing.assert_allclose(model.bind(given).attend(at, q), 2.5 * one, rtol=1e-12)
+    half = model.bind(given).attend(at, q.astype("float16"))
+    assert half.dtype == np.float16
+    with model.disabled():
+        assert not model.bind(given).attend(at, q).any()
+
+
+def test_projections_of_the_prompt_are_adapted_with_the_layers() -> None:
+    weights, (p, (q, *_)), at = blocks(2), drawn(), "layers.1.self_attn"
+    model = PeftModel(weights)
+    model.add("a", CONFIG)
+    model.add("b", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.activate(["a", "b"])
+    lora = {k: np.ones_like(a) for k, a in model["b"].sites[f"{at}.v_proj"].items()}
+    given = {"a": {at: p}, "b": {f"{at}.v_proj": lora}}
+    k, v, o = (weights[f"{at}.{side}_proj.weight"] for side in "kvo")
+    delta = 4 * lora["lora_B.weight"] @ lora["lora_A.weight"]  # α/r = 8/2
+    want = linear(term(p, q, k, v + delta), o)
+    np.testing.assert_allclose(model.bind(given).attend(at, q), want, rtol=1e-12)
+
+
+def test_gpt2_gives_keys_and_values_from_one_layer_and_projects_no_sum() -> None:
+    rng, at = np.random.default_rng(2), "h.0.attn"
+    c_attn = rng.standard_normal((8, 24))
+    weights = {f"{at}.c_attn.weight": c_attn, f"{at}.c_proj.weight": np.eye(8)}
+    model = PeftModel(weights, kinds={"c_attn": "Conv1D"})
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+    model.add("a", config)
+    p, q = drawn()[0], rng.standard_normal((2, 4, 5, 2))
+    _, k, v = np.split(c_attn.T, 3)
+    got = model.bind({"a": {at: p}})
+    np.testing.assert_allclose(got.attend(at, q), term(p, q, k, v), rtol=1e-12)
+    with model.disabled():
+        assert model.bind().attend(at, q).shape == got.attend(at, q).shape
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bound_model_has_gradients(engine: str) -> None:
+    p, (q, k, v) = drawn()
+    at = "layers.0.self_attn"
+
+    def bound(p: Any, q: Any, k: Any, v: Any) -> Any:
+        weights = {f"{at}.{side}_proj.weight": a for side, a in zip("kv", (k, v), strict=True)}
+        model = PeftModel(weights)
+        model.add("a", AdaptionPromptConfig(adapter_len=3, adapter_layers=1), dtype="float64")
+        y = model.bind({"a": {at: p}}).attend(at, q)
+        n = np.arange(np.prod(y.shape, dtype=int))
+        return namespace(y).sum(y * y * like(np.cos(1.0 + n).reshape(y.shape), y))
+
+    _, want = gradients("numpy", loss, p, q, k, v)
+    _, got = gradients(engine, bound, p, q, k, v)
+    assert difference(got, want) < 1e-12
+
+
+def test_a_model_refuses_what_attention_alone_can_do() -> None:
+    model, (p, (q, *_)) = PeftModel(blocks(2)), drawn()
+    model.add("a", CONFIG)
+    with pytest.raises(ConfigError, match=r"adapter 'a': merge\(\): ADAPTION_PROMPT cannot be"):
+        model.merge()
+    with pytest.raises(ConfigError, match=r"adapter 'a': bind\(rows=…\): ADAPTION_PROMPT"):
+        model.bind(rows=["a", None]).layers["layers.1.self_attn.q_proj"](np.ones((2, 8)))
+    with pytest.raises(TargetError, match="mlp: has no projections of keys and values"):
+        model.bind().attend("mlp", q)
+    at = "layers.1.self_attn"
+    with pytest.raises(TargetError, match=r"modules \['layers\.1\.self_attn'\] are not those"):
+        model.add("b", Adapter(CONFIG, {at: p}))
+    short = {f"layers.{i}.self_attn": {**p, "adaption_gate": np.zeros(2)} for i in range(2)}
+    with pytest.raises(ShapeError, match=r"layers\.0\.self_attn: parameters .* do not fit"):
+        model.add("b", Adapter(CONFIG, short))
+    bare = {"h.0.attn.out.weight": np.eye(8)}
+    with pytest.raises(TargetError, match="has neither k_proj nor c_attn"):
+        PeftModel(bare).add("a", AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+
+
+def test_attach_refuses_what_no_module_of_torch_can_do() -> None:
+    torch = pytest.importorskip("torch")
+    from peft_any.integrations.torch import attach
+
+    block = torch.nn.Module()
+    block.self_attn = torch.nn.Module()
+    for side in "qkvo":
+        setattr(block.self_attn, f"{side}_proj", torch.nn.Linear(8, 8))
+    net = torch.nn.ModuleDict({"layers": block})
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1)
+    with pytest.raises(ConfigError, match=r"adapter 'default': attach\(\): ADAPTION_PROMPT"):
+        attach(net, config)

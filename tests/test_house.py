@@ -47,6 +47,7 @@ LAYERS = [
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"naming"},
     {"adapter"},
+    {"attention"},
     {"parts", "bound", "bank", "placed", "origin"},
     {"view"},
     {"model", "receipt"},

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from peft_any import attention
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
 from peft_any.backend import dtype_name, from_numpy_like, is_array
@@ -28,6 +29,7 @@ class State:
 
     def __init__(self, model: Any, names: Sequence[str | None]) -> None:
         self.model, self.names = model, names
+        attention.refuse(model._placed, names, "bind(rows=…)")  # noqa: SLF001 - the model's own
         self._alone = [model.alone(name) for name in names]
         self.adapted = {key: site for one in self._alone for key, site in one.sites().items()}
         self._stacks: dict[str, StackedLayer] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from peft_any import attention
 from peft_any import placed as placing
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, nearest
@@ -96,6 +97,7 @@ def attach(
         dtype=dtype,
         rederive=rederive,
     )
+    attention.refuse({name: placed}, [name], "attach()")
     if fresh and isinstance(placed.adapter.config, Prompt):
         placed = replace(placed, adapter=placed.adapter.with_copies(tensors(module), {}))
     made = shares_of(module, name, placed)
