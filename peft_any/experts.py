@@ -25,7 +25,7 @@ _VARIANTS = ("use_dora", "lora_bias", "use_bdlora", "kasa_config", "alora_invoca
 
 @dataclass(frozen=True, kw_only=True)
 class ArrowConfig(Routed, peft_type="ARROW", prefix="arrow_"):
-    """y = W·x + b + Σₑ pₑ·Bₑ·Aₑ·x, with p the softmax of the `top_k` largest |vₑ·x|/T.
+    """y = W·x + b + Σₑ pₑ·Bₑ·Aₑ·x, with p the softmax of the `top_k` largest abs(vₑ·x)/T.
 
     `arrow_A.weight` (E·r, n_in) holds the E = `n_experts` matrices Aₑ one below the other,
     `arrow_B.weight` (n_out, E·r) the scaled Bₑ side by side, and `arrow_router.weight` (E, n_in)
