@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_any._engines import can_scatter, scatter
 from peft_any.backend import creation_device
+from peft_any.tape.record import deep
 from peft_any.tape.rules import Rule, axes_of, rule, running_products
 
 COMPOSITES: dict[str, Rule] = {}
@@ -338,7 +339,7 @@ def can_put(x: Any) -> bool:
 def put(xp: Any, g: Any, key: Any, shape: tuple[int, ...]) -> Any:
     """Add a cotangent to zeros of a shape at a key: the adjoint of indexing."""
     own = getattr(xp, "_put", None)  # a tape's, which records it
-    return scatter(g, key, shape) if own is None else own(g, key, shape)
+    return scatter(g, key, shape) if own is None else own(g, deep(xp.kind, key), shape)
 
 
 @rule("_put")
