@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -145,12 +144,10 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True) -> Given:
     if not isinstance(item, str | os.PathLike):
         raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
     tensors, config = find_adapter(Path(item))
-    with ThreadPoolExecutor(1) as aside:  # hashing does not hold Python's lock
-        hashed = {path.name: aside.submit(_digest, path) for path in (config, tensors)}
-        adapter = Adapter.load(item, "numpy", strict=strict, mapped=True)
-        with SafetensorsFile(tensors) as file:
-            places, unknown = read_keys(adapter.config, file)
-    digests = {name: digest.result() for name, digest in hashed.items()}
+    adapter = Adapter.load(item, "numpy", strict=strict, mapped=True)
+    with SafetensorsFile(tensors) as file:
+        places, unknown = read_keys(adapter.config, file)
+    digests = {path.name: _digest(path) for path in (config, tensors)}  # now known to be no holes
     source = Source(str(item), weight, adapter.config.peft_type, str(item), digests)
     return Given(source, adapter, places, tuple(unknown))
 
