@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from peft_any._arrays import creation_device, namespace
+from peft_any._arrays import creation_device, is_traced, namespace
 from peft_any._jaxpr import tried
 from peft_any._libraries import LIBRARIES, library_of
 from peft_any.errors import BackendError
@@ -42,6 +42,22 @@ def detach(x: Any) -> Any:
     if library_of(x).name == "jax":
         return LIBRARIES["jax"].module.lax.stop_gradient(x)
     return x.detach() if hasattr(x, "detach") else x
+
+
+def is_differentiated(x: Any) -> bool:
+    """Whether a derivative may be asked for that passes through an array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_differentiated(np.ones(2))
+    False
+    """
+    if hasattr(x, "node"):  # a tape's
+        return x.node is not None
+    if getattr(x, "requires_grad", False):
+        return bool(LIBRARIES["torch"].module.is_grad_enabled())
+    return is_traced(x)
 
 
 class Engine:

@@ -8,11 +8,12 @@ from math import sqrt
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import is_differentiated, namespace
 from peft_any.checks import check_fields
 from peft_any.errors import ConfigError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive, Tuner
+from peft_any.layer import Dense, Kind, Layer, Site, linear
+from peft_any.linalg import khatri_rao
+from peft_any.method import Additive
 from peft_any.projections import largest, random_bases
 from peft_any.rng import Fresh
 
@@ -88,18 +89,41 @@ class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """s·B̂·Û, or its transpose."""
+        b, scale, u = self._terms(p, site)
+        xp = namespace(u)
+        product = b @ (xp.reshape(scale, (-1, 1)) * u)
+        whole: Array = product if site.n_in == u.shape[1] else xp.matrix_transpose(product)
+        return whole
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """Two products with the batch, by the terms or their transposes."""
+        b, scale, u = self._terms(p, site)
+        if site.n_in != u.shape[1]:
+            flip = namespace(u).matrix_transpose
+            b, u = flip(u), flip(b)
+        return linear(linear(x, u) * scale, b)
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Merge, for calls: one product costs less than three. A step of training needs but one."""
+        trained = (p["randlora_lambda"], p["randlora_gamma"])
+        if any(map(is_differentiated, trained)):
+            return p
+        return {**p, "merged": self.merge(p, Dense.formed(base))}
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """Apply what `prepare` has merged, or the terms."""
+        merged: Dense | None = p.get("merged")
+        return super().forward(p, x, base) if merged is None else merged(x)
+
+    def _terms(self, p: Params, site: Site) -> tuple[Array, Array, Array]:
+        """B̂, s·λ by the rows of Û, and these without it: ΔW is their product, or its transpose."""
         a, b, (d, most, q) = p["randlora_A"], p["randlora_B"], self._sizes(site.n_in, site.n_out)
         if a.shape[2] < d or b.shape[0] < most or b.shape[1] < q or a.shape[0] != self.r:
             raise ConfigError(
                 f"{site.name}: bases A {tuple(a.shape)} and B {tuple(b.shape)} cannot adapt it: "
                 f"A is ({self.r}, 1, {d} or more), B ({most} or more, {q} or more, {self.r})"
             )
-        xp = namespace(a)
-        scaled = xp.reshape(p["randlora_lambda"], (self.r, q, 1)) * a[:, :, :d]
-        u = xp.reshape(scaled * p["randlora_gamma"], (self.r * q, d))
-        product = xp.reshape(b[:most, :q, :], (most, q * self.r)) @ u
-        whole: Array = product if site.n_in == d else xp.matrix_transpose(product)
-        return (self.randlora_alpha / self.r) * whole
-
-    # One product with the merged weight costs less than two as large.
-    forward = Tuner.forward
+        xp = namespace(a, p["randlora_gamma"])
+        scale = (self.randlora_alpha / self.r) * xp.reshape(p["randlora_lambda"], (-1,))
+        rows = xp.reshape(b[:most, :q, :], (most, q * self.r))
+        return rows, scale, khatri_rao(a[:, 0, :d], p["randlora_gamma"])

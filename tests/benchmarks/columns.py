@@ -25,7 +25,7 @@ from peft_any.layer import Dense
 from peft_any.parts import Part
 from peft_any.routed import Routed
 from peft_any.train.optimise import adamw, apply_updates
-from tests.benchmarks.compared import BATCH, COMPARED, TASKS, Compared, N
+from tests.benchmarks.compared import BATCH, COMPARED, MOST, TASKS, Compared, N
 from tests.benchmarks.methods import squared
 from tests.benchmarks.timing import over, timed
 from tests.hf import reference
@@ -182,9 +182,9 @@ class Both:
 
     def step_on_the_tape(self) -> Callable[[], object]:
         """Ours on NumPy."""
-        name, shapes = self.case.site.name, self.config.shapes(self.case.site)
-        own = {k: v for k, v in self.p.items() if k in shapes}
-        shared = {k: v for k, v in self.p.items() if k not in shapes}
+        name, together = self.case.site.name, self.config.shared_shapes([self.case.site])
+        own = {k: v for k, v in self.p.items() if k not in together}
+        shared = {k: v for k, v in self.p.items() if k not in own}
         model = PeftModel(self.base.tensors(), kinds={name: self.case.site})
         config = type(self.case.config)(
             **{**vars(self.case.config), "target_modules": reference.targets_of(self.case)}
@@ -229,6 +229,7 @@ class Both:
 
         calls: dict[str, Callable[[], object]] = {
             "copy": self.base.weight.copy,
+            **{f"least, {name}": self.least(base.weight) for name, (_, base) in ways.items()},
             "numpy": lambda: merging("numpy"),
             "torch": lambda: merging("torch"),
             "hf": lambda: their("merge"),
@@ -254,7 +255,19 @@ class Both:
                 "unmerge, torch": over(found, "hf back", "torch back"),
                 "unmerge, NumPy": over(found, "hf back", "numpy back"),
             }
-        return ratios
+        most: dict[str, float] = {}
+        for key in ratios:
+            way, _, library = key.partition(", ")
+            if way in ("merge", "unmerge"):
+                theirs = "hf" if way == "merge" else "hf back"
+                most[MOST + key] = over(found, theirs, f"least, {library.lower()}")
+        return ratios | most
+
+    def least(self, w: Any) -> Callable[[], object]:
+        """Do what no merge into a new array can do without."""
+        if not self.row.multiplies:
+            return w.copy if isinstance(w, np.ndarray) else w.clone
+        return lambda: w @ w
 
 
 def overhead(row: Compared) -> dict[str, float]:

@@ -45,6 +45,8 @@ from tests.cases import Case, RoutedCase
 Call = Callable[[Any], Any]
 Hand = Callable[[Any, dict[str, Any], Any, Any], Call]
 """(config, parameters, weight, bias) to a call of x (rows, n), by NumPy alone."""
+MOST = "at most, "
+"""Before a column's name: what the least that a merge can do would reach in it."""
 TASKS = [0, 1]
 """Of a routed call's two sequences."""
 
@@ -60,12 +62,15 @@ class Compared(NamedTuple):
         The formula by hand; None: a product with the merged weight.
     target : float
         Of HF PEFT ÷ ours, in every column but those of whole steps and calls: there it is 1.
+    multiplies : bool
+        Whether a merge multiplies two matrices of the weight's size.
     """
 
     name: str
     config: Any
     hand: Hand | None = None
     target: float = 1.0
+    multiplies: bool = False
 
     def case(self, n: int) -> Case:
         """Make a row of a layer (n, n)."""
@@ -204,7 +209,7 @@ COMPARED = [
     Compared("PEANuT r32", PeanutConfig()),
     Compared("Poly r8, 4 skills", PolyConfig(n_tasks=2)),
     Compared("PVeRA r256", PveraConfig(), vera),
-    Compared("RandLoRA r32", RandLoraConfig(r=32), target=5),
+    Compared("RandLoRA r32", RandLoraConfig(r=32), target=5, multiplies=True),
     Compared("RoAd", RoadConfig(), road),
     Compared("SHiRA r32", ShiraConfig()),
     Compared("Super-Tuning", SupertuningConfig()),
