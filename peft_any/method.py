@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
@@ -219,9 +219,15 @@ class Additive(Tuner):
     order: ClassVar[int] = 1
     """The power of `r` that the k of `factors` is; 0 where it does not follow from `r`."""
 
-    @abc.abstractmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.delta is Additive.delta and cls.factors is Additive.factors:
+            raise ConfigError(f"{cls.__qualname__}: says nothing of ΔW: give `delta` or `factors`")
+
     def delta(self, p: Params, site: Site) -> Array:
-        """Form ΔW (n_out, width)."""
+        """Form ΔW (n_out, width): the product of the factors, unless overridden."""
+        u, v = self.factors(p, site)
+        return u @ v
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give u (n_out, k) and v (k, width) with ΔW = u·v; overridden where k can be small."""
@@ -241,8 +247,12 @@ class Additive(Tuner):
         return None
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """Compute ΔW·x + Δb; overridden to not form ΔW."""
-        return linear(x, self.delta(p, site), self.bias_delta(p, site))
+        """Compute ΔW·x + Δb, by the factors where they are given; overridden where that is dear."""
+        shift = self.bias_delta(p, site)
+        if type(self).factors is Additive.factors:
+            return linear(x, self.delta(p, site), shift)
+        u, v = self.factors(p, site)
+        return linear(linear(x, v), u, shift)
 
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
         """ΔW, Δb."""

@@ -256,6 +256,13 @@ def test_names_of_parameters_that_files_lose_are_caught() -> None:
     assert "breaks 1 of" in said
 
 
+def test_an_additive_method_says_its_change() -> None:
+    with pytest.raises(ConfigError, match="SilentConfig: says nothing of ΔW"):
+
+        class SilentConfig(Additive, peft_type="SILENT", prefix="silent_"):
+            pass
+
+
 def prompting(peft_type: str, **functions: Any) -> Any:
     """Make a method that trains P = T ⊙ (1 + v) + b, of which a file holds P alone."""
 

@@ -10,7 +10,7 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ConfigError
-from peft_any.layer import Kind, Site, linear
+from peft_any.layer import Kind, Site
 from peft_any.linalg import orthogonality
 from peft_any.method import Additive
 from peft_any.rng import Fresh
@@ -110,16 +110,6 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
         std = 0.02 if self.init_lora_weights else 1.0
         p = {k: new.normal(shape, std) for k, shape in self.shapes(site).items()}
         return p | {"lora_E": new.zeros((self.r, 1))} if self.init_lora_weights else p
-
-    def delta(self, p: Params, site: Site) -> Array:
-        """s·B·diag(E)·A."""
-        b, a = self.factors(p, site)
-        return b @ a
-
-    def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """(B·s·E)·(A·x)."""
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b)
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B·diag(E) (n_out, r) and A (r, width)."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace
 from peft_any.checks import check_fields
-from peft_any.layer import Kind, Site, linear, widen
+from peft_any.layer import Kind, Site, widen
 from peft_any.linalg import row_norms
 from peft_any.method import Additive
 from peft_any.patterns import matching
@@ -83,13 +83,3 @@ class DeloraConfig(Additive, peft_type="DELORA", prefix="delora_"):
         square = xp.sum(a * a, axis=1), xp.sum(b * b, axis=0)
         an, bn = (xp.sqrt(xp.where(s > _LEAST**2, s, _LEAST**2)) for s in square)
         return b * (p["delora_lambda"] / self.r / (an * bn)), a * p["delora_w_norm"]
-
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
-    def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """One factor after the other."""
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b)

@@ -119,11 +119,6 @@ class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
             raise ConfigError(f"{site.name}: {a.shape[0]} tasks have no ΔW in common: choose one")
         return b[0, :, :].T / self.r, a[0, :, :].T
 
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """(x·A(t))·B(t)/r, with each row's task."""
         return self._applied(sigmoid(self._chosen(p)), p, x, site)

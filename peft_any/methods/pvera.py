@@ -78,11 +78,6 @@ class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
         rows = xp.reshape(p["pvera_lambda_b"], (-1, 1)) * b
         return rows, xp.reshape(p["pvera_lambda_d"][:r], (-1, 1)) * a[:r, :]
 
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """b ⊙ B·μ."""
         a, b, r = *self._own(p, site), self.r

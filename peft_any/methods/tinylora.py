@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Kind, Site, linear
+from peft_any.layer import Kind, Site
 from peft_any.method import Additive
 from peft_any.projections import leading_pair, normal_projection, place_of
 from peft_any.rng import Fresh
@@ -134,13 +134,3 @@ class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
         """B (n_out, r) and R·A (r, n_in); Aᵀ and (B·R)ᵀ of an embedding."""
         a, b, middle = p["tinylora_A"], p["tinylora_B"], self._middle(p)
         return (a.T, (b @ middle).T) if site.kind == "Embedding" else (b, middle @ a)
-
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
-    def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """B·(R·(A·x))."""
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b)

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Kind, Site, linear
+from peft_any.layer import Kind, Site
 from peft_any.method import Additive
 from peft_any.projections import even_places
 from peft_any.rng import Fresh
@@ -105,16 +105,6 @@ class UniLoraConfig(Additive, peft_type="UNILORA", prefix="unilora_"):
         """B (n_out, r) and A (r, n_in)."""
         b, a = (self._filled(p, side) for side in "BA")
         return b, a
-
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
-    def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """B·(A·x)."""
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b)
 
     @staticmethod
     def _filled(p: Params, side: str) -> Array:

@@ -10,7 +10,7 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Kind, Site, linear
+from peft_any.layer import Kind, Site
 from peft_any.method import Additive
 from peft_any.mixtures import largest, largest_shares, placed_shares
 from peft_any.rng import Fresh
@@ -113,16 +113,6 @@ class VBLoRAConfig(Additive, peft_type="VBLORA", prefix="vblora_"):
         xp = namespace(bank)
         columns = xp.reshape(xp.permute_dims(b, (0, 2, 1)), (site.n_out, self.r))
         return columns, xp.reshape(a, (self.r, site.n_in))
-
-    def delta(self, p: Params, site: Site) -> Array:
-        """The product of the factors."""
-        b, a = self.factors(p, site)
-        return b @ a
-
-    def residual(self, p: Params, x: Array, site: Site) -> Array:
-        """B·(A·x)."""
-        b, a = self.factors(p, site)
-        return linear(linear(x, a), b)
 
     def _shares(self, p: Params, name: str) -> Array:
         """Every vector's share in every piece (…, …, N)."""

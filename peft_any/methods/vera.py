@@ -67,11 +67,6 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
         """Draw A, then B, as HF PEFT does."""
         return drawn(self.shared_shapes(sites), self.projection_prng_key, new)
 
-    def delta(self, p: Params, site: Site) -> Array:
-        """diag(b)·B·diag(d)·A."""
-        columns, a = self.factors(p, site)
-        return columns @ a
-
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give diag(b)·B·diag(d) and A."""
         a, b = self._own(p, site)
