@@ -22,9 +22,9 @@ import numpy as np
 import peft
 import safetensors.numpy
 import torch
-import transformers
 
 from tests.golden.make import TOLERANCE, differences
+from tests.hf.models import make
 from tests.hf.reference import config_text
 
 HERE = Path(__file__).parent / "experts"
@@ -34,14 +34,15 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
+    "intermediate_size": 6,
+    "num_local_experts": 3,
 }
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"target_modules": [], "target_parameters": BOTH}),
     "mixtral-all-linear": ("mixtral", {"target_modules": "all-linear"}),
     "gpt-oss": (
-        "gpt-oss",
+        "gpt_oss",
         {"target_modules": ["q_proj"], "target_parameters": BOTH, "use_rslora": True},
     ),
 }
@@ -50,13 +51,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 def model_of(name: str, dtype: torch.dtype) -> Any:
     """Make a model with experts (experts, n_out, n_in), or for GPT-OSS transposed."""
     torch.manual_seed(0)
-    if name == "mixtral":
-        config = transformers.MixtralConfig(**SIZES, intermediate_size=6, num_local_experts=3)
-        return transformers.MixtralForCausalLM(config).to(dtype)
-    config = transformers.GptOssConfig(
-        **SIZES, intermediate_size=6, num_local_experts=3, head_dim=4
-    )
-    return transformers.GptOssForCausalLM(config).to(dtype)
+    return make(name, **SIZES, **({"head_dim": 4} if name == "gpt_oss" else {})).to(dtype)
 
 
 def record(row: str, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -22,7 +22,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.hf.reference import config_text, host, quietly
+from tests.hf.models import quietly
+from tests.hf.reference import config_text, host
 from tests.minilm import checkpoint
 
 HERE = Path(__file__).parent / "minilm"

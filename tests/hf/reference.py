@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_any.layer import Dense, Site
 from peft_any.registry import Config
 from tests.cases import AttendedCase, Case, PromptCase, RoutedCase
+from tests.hf.models import make, quietly
 
 PREFIX = "base_model.model."
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
@@ -39,14 +37,6 @@ class BlockDiagonal:
 
 
 hf_boft._FBD_CUDA = BlockDiagonal
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Silence what Hugging Face PEFT says about toy models."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def layer_module(site: Site) -> Any:
@@ -285,12 +275,9 @@ def prompt_model(config: Any) -> Any:
     torch.manual_seed(0)
     if config.task_type == "SEQ_2_SEQ_LM":
         sizes = {"d_model": d, "d_kv": d // heads, "d_ff": d, "num_heads": heads}
-        return transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=20, num_layers=layers, **sizes)
-        )
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=20, n_embd=d, n_head=heads, n_layer=layers)
-    )
+        return make("t5", vocab_size=20, num_layers=layers, **sizes)
+    sizes = {"n_embd": d, "n_head": heads, "n_layer": layers, "n_positions": 1024}
+    return make("gpt2", vocab_size=20, **sizes)
 
 
 def run_prompt(case: PromptCase, folder: Path) -> dict[str, np.ndarray]:

@@ -20,9 +20,9 @@ from peft_any.methods.lora import LoraConfig  # noqa: E402
 from peft_any.methods.p_tuning import PromptEncoderConfig  # noqa: E402
 from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
-from tests.hf import test_models  # noqa: E402
-from tests.hf.reference import quietly  # noqa: E402
-from tests.hf.test_attach import close  # noqa: E402
+from tests.hf import models  # noqa: E402
+from tests.hf.models import quietly  # noqa: E402
+from tests.hf.whole import close, their_config  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -53,7 +53,7 @@ rows = pytest.mark.parametrize(("model", "method"), ROWS)
 
 def base_of(model: str) -> Any:
     """Make a model that can start a translation."""
-    made = test_models.base_of(model)
+    made = models.base_of(model)
     if model == "t5":  # of the width of heads that Hugging Face PEFT expects
         torch.manual_seed(3)
         sizes = {**made.config.to_dict(), "d_kv": 8}
@@ -69,8 +69,7 @@ def theirs_of(model: str, method: str, folder: Path) -> Any:
         del fields["num_virtual_tokens"]
     torch.manual_seed(5)
     with quietly():
-        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
-        made = peft.get_peft_model(base_of(model), config).eval()
+        made = peft.get_peft_model(base_of(model), their_config(method, fields)).eval()
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if parameter.requires_grad and ("prompt_encoder" in name or "classifier" in name):

@@ -18,8 +18,10 @@ import torch  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.integrations.jax import attach_tree, detach_tree, merge_tree  # noqa: E402
-from tests.hf.reference import quietly, state_of  # noqa: E402
-from tests.hf.test_models import ATTENTION, FEEDFORWARD, LORA, base_of, fill  # noqa: E402
+from tests.hf.models import base_of, quietly  # noqa: E402
+from tests.hf.reference import state_of  # noqa: E402
+from tests.hf.test_models import ATTENTION, FEEDFORWARD, LORA  # noqa: E402
+from tests.hf.whole import adapted  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -127,10 +129,7 @@ def llama(t: Any, ids: Any) -> Any:
 def test_a_llama_with_an_attached_adapter_is_hfs(label: str, tmp_path: Path) -> None:
     method, fields = METHODS[label]
     base = base_of("llama")
-    with quietly():
-        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
-        theirs = peft.get_peft_model(base_of("llama"), config).eval()
-    fill(theirs, "default", 1)
+    theirs = adapted("llama", method, fields)
     ids = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))
     with quietly(), torch.no_grad():
         theirs.save_pretrained(tmp_path / "a")

@@ -23,8 +23,9 @@ from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.errors import PeftError  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests import parity  # noqa: E402
-from tests.hf.reference import quietly, state_of  # noqa: E402
-from tests.hf.test_models import compare, fill  # noqa: E402
+from tests.hf.models import quietly  # noqa: E402
+from tests.hf.reference import state_of  # noqa: E402
+from tests.hf.whole import compare, fill, their_config  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"lin0": lambda: nn.Linear(10, 20), "lin1": lambda: nn.Linear(20, 2)},
@@ -419,9 +420,8 @@ def adapted(method: str, model: str, targets: Any, fields: dict[str, Any]) -> tu
     extra: dict[str, Any] = {"target_modules": targets}
     extra |= {"total_step": 1} if method == "ADALORA" else {}
     extra |= {"feedforward_modules": []} if method == "IA3" else {}
-    make = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
     with quietly():
-        theirs = peft.get_peft_model(plain, make(**{**extra, **fields})).eval()
+        theirs = peft.get_peft_model(plain, their_config(method, {**extra, **fields})).eval()
     fill(theirs, "default", 1)
     return weights, theirs
 

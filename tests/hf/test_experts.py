@@ -16,9 +16,8 @@ from peft.tuners.lora.arrow import create_arrow_model  # noqa: E402
 from peft_any import Adapter  # noqa: E402
 from peft_any.experts import arrow_of  # noqa: E402
 from peft_any.integrations.torch import attach  # noqa: E402
-from tests.hf.reference import quietly  # noqa: E402
+from tests.hf.models import base_of, quietly  # noqa: E402
 from tests.hf.test_live import ROUNDING, compare  # noqa: E402
-from tests.hf.test_models import base_of  # noqa: E402
 
 IDS = torch.tensor([[7, 3, 1, 7, 3, 9, 2], [3, 7, 1, 1, 2, 9, 7]])
 

@@ -22,6 +22,7 @@ from peft_any.model import PeftModel  # noqa: E402
 from peft_any.origin import KEY  # noqa: E402
 from peft_any.registry import Config, method_for  # noqa: E402
 from peft_any.selection import select  # noqa: E402
+from tests.hf.models import make  # noqa: E402
 
 pytestmark = pytest.mark.hf
 FILES = make_files.FILES
@@ -186,51 +187,30 @@ def test_a_fresh_prompt_is_loaded(method: str, adapter_name: str, tmp_path: Path
     same(tensors_of(model, adapter_name), tmp_path / "a")
 
 
-def transformer(name: str) -> Any:
-    """Make a small random model."""
-    import transformers
-
-    text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"intermediate_size": 24}
-    tree = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    sizes = {
-        "LlamaForCausalLM": {**text, "num_key_value_heads": 1, "pad_token_id": 0},
-        "LlamaForSequenceClassification": {**text, "num_key_value_heads": 1, "pad_token_id": 0},
-        "BertForMaskedLM": text,
-        "BertForSequenceClassification": text,
-        "RobertaForSequenceClassification": text,
-        "T5ForConditionalGeneration": tree,
-        "ViTModel": {**text, "image_size": 8, "patch_size": 4},
-        "GPTNeoXForCausalLM": {**text, "pad_token_id": 0},
-    }
-    if name.startswith("GPT2"):
-        return make_files.make_gpt(getattr(transformers, name))
-    cls = getattr(transformers, name)
-    return cls(cls.config_class(**sizes[name]))
-
-
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kind"),
     [
-        "LlamaForCausalLM",
-        "LlamaForSequenceClassification",
-        "GPT2LMHeadModel",
-        "GPT2ForSequenceClassification",
-        "BertForMaskedLM",
-        "BertForSequenceClassification",
-        "RobertaForSequenceClassification",
-        "T5ForConditionalGeneration",
-        "ViTModel",
-        "GPTNeoXForCausalLM",
+        ("llama", None),
+        ("llama", "LlamaForSequenceClassification"),
+        ("gpt2", None),
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("bert", "BertForMaskedLM"),
+        ("bert", None),
+        ("roberta", None),
+        ("t5", None),
+        ("vit", "ViTModel"),
+        ("gpt_neox", None),
     ],
 )
-def test_layers_and_choices_are_those_of_hugging_face_peft(name: str, tmp_path: Path) -> None:
-    base = transformer(name)
+def test_layers_and_choices_are_those_of_hugging_face_peft(
+    name: str, kind: str | None, tmp_path: Path
+) -> None:
+    base = make(name, kind)
     weights = dict(base.state_dict())
     found = layout(weights)
     modules = dict(base.named_modules())
     assert [k for k, s in found.items() if type(modules[k]).__name__ != s.kind] == []
-    task = "SEQ_CLS" if name.endswith("Classification") else None
+    task = "SEQ_CLS" if type(base).__name__.endswith("SequenceClassification") else None
     ours = select(method_for("LORA")(target_modules="all-linear", task_type=task), found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 
 from peft_any import Adapter  # noqa: E402
-from tests.hf.reference import quietly  # noqa: E402
+from tests.hf.models import quietly  # noqa: E402
 from tests.test_former import NAMES, close, recorded  # noqa: E402
 
 

@@ -13,17 +13,8 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
-from tests.hf.reference import quietly  # noqa: E402
+from tests.hf.models import make, quietly  # noqa: E402
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 QKV, GATES = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 FUSED = {"qkv_proj": (QKV, (16, 8, 8)), "gate_up_proj": (GATES, (24, 24))}
 BOUND = 1e-12
@@ -33,12 +24,12 @@ ROUNDED = {"lora-patterns": 1e-7}
 
 
 def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).double()
+    return make("llama").double()
 
 
 def phi3() -> Any:
     """Make a Phi-3, which holds what a Llama has apart."""
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SIZES)).double()
+    return make("phi3").double()
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,18 +137,12 @@ def test_a_split_adapter_does_in_llama_what_the_fused_one_does_in_phi3(
 
 def test_heads_lie_in_gpt_neox_as_transformers_reads_them(tmp_path: Path) -> None:
     heads, width, hidden = 4, 4, 16
-    config = transformers.GPTNeoXConfig(
-        vocab_size=40,
-        hidden_size=hidden,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-    )
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": heads}
     torch.manual_seed(0)
-    model = transformers.GPTNeoXForCausalLM(config).double()
+    model = make("gpt_neox", **sizes).double()
     name = "gpt_neox.layers.0.attention.query_key_value"
     targets = peft.LoraConfig(r=2, target_modules=["query_key_value"])
-    trained(transformers.GPTNeoXForCausalLM(config), targets).save_pretrained(tmp_path / "whole")
+    trained(make("gpt_neox", **sizes), targets).save_pretrained(tmp_path / "whole")
     whole = Adapter.load(tmp_path / "whole")
     parts = whole.split("query_key_value", QKV, (hidden,) * 3, groups=heads)
     before = model.state_dict()[f"{name}.weight"].clone()
@@ -170,7 +155,7 @@ def test_heads_lie_in_gpt_neox_as_transformers_reads_them(tmp_path: Path) -> Non
         want = change.reshape(heads * width, hidden).numpy()
         assert abs(delta - want).max() < BOUND
     parts.fused("query_key_value", QKV, groups=heads).save(tmp_path / "again")
-    fresh = transformers.GPTNeoXForCausalLM(config).double()
+    fresh = make("gpt_neox", **sizes).double()
     fresh.load_state_dict({**fresh.state_dict(), f"{name}.weight": before})
     again = merged_state(fresh, tmp_path / "again")[f"{name}.weight"]
     torch.testing.assert_close(again, after, rtol=0, atol=BOUND)

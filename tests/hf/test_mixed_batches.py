@@ -13,7 +13,8 @@ peft = pytest.importorskip("peft")
 import torch  # noqa: E402
 
 from peft_any import Adapter, ConfigError, PeftModel, ShapeError, move, stack  # noqa: E402
-from tests.hf.reference import host, quietly  # noqa: E402
+from tests.hf.models import quietly  # noqa: E402
+from tests.hf.reference import host  # noqa: E402
 
 FIELDS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 6, "target_modules": ["one", "two"]},

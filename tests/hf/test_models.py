@@ -1,8 +1,8 @@
-"""Adapters of Hugging Face PEFT on small random transformers: our merge equals its own."""
+"""Adapters on whole models of eight architectures, both ways, against Hugging Face PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +13,24 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.integrations.torch import attach, detach_adapter, merge_into  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import method_for  # noqa: E402
-from tests.hf.reference import host, load, quietly, state_of  # noqa: E402
+from tests.hf.models import base_of, outputs, quietly  # noqa: E402
+from tests.hf.whole import (  # noqa: E402
+    adapted,
+    close,
+    compare,
+    fill,
+    merged,
+    saved_once,
+    their_config,
+    trained,
+)
 
-RTOL = 1e-5
-
-
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=40, n_positions=12, n_embd=16, n_layer=2, n_head=2)
-    )
-
-
-def bert() -> Any:
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            max_position_embeddings=12,
-        )
-    )
-
-
-def t5() -> Any:
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2)
-    )
-
-
-def vit() -> Any:
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-            image_size=8,
-            patch_size=4,
-            num_labels=3,
-        )
-    )
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": llama,
-    "gpt2": gpt2,
-    "bert": bert,
-    "t5": t5,
-    "vit": vit,
-}
 LORA = {"r": 3, "lora_alpha": 5}
 ATTENTION = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -89,6 +38,9 @@ ATTENTION = {
     "bert": ["query", "value"],
     "t5": ["q", "v", "wo"],
     "vit": ["q_proj", "v_proj", "projection"],
+    "mixtral": ["q_proj", "v_proj", "o_proj"],
+    "whisper": ["q_proj", "encoder_attn.v_proj", "fc2"],
+    "diffusion": ["to_q", "to_v", "to_out"],
 }
 FEEDFORWARD = {
     "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
@@ -96,54 +48,123 @@ FEEDFORWARD = {
     "bert": (["key", "value", "output.dense"], ["output.dense"]),
     "t5": (["k", "v", "wo"], ["wo"]),
     "vit": (["k_proj", "v_proj", "projection"], ["projection"]),
+    "mixtral": (["q_proj", "v_proj", "o_proj"], ["o_proj"]),
+    "whisper": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+    "diffusion": (["to_k", "to_v", "to_out"], ["to_out"]),
 }
+CONVOLVED = {
+    "whisper": ["conv1", "conv2", "k_proj"],
+    "diffusion": ["conv1", "conv2", "shortcut", "downsample", "to_k"],
+}
+NORMS = {
+    "llama": ["input_layernorm", "norm"],
+    "gpt2": ["ln_1", "ln_f"],
+    "bert": ["LayerNorm"],
+    "t5": ["layer_norm"],
+    "vit": ["layernorm_before", "layernorm"],
+    "mixtral": ["input_layernorm", "norm"],
+    "whisper": ["layer_norm", "final_layer_norm"],
+    "diffusion": ["norm1", "norm3"],
+}
+EVERY: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LORA", LORA),
+    "rslora": ("LORA", {**LORA, "use_rslora": True}),
+    "dora": ("LORA", {**LORA, "use_dora": True}),
+    "adalora": ("ADALORA", {"init_r": 3, "total_step": 9}),
+    "loha": ("LOHA", {"r": 3, "alpha": 5}),
+    "lokr": ("LOKR", {"r": 3, "alpha": 5}),
+    "lokr-decomposed": ("LOKR", {"r": 1, "decompose_both": True, "decompose_factor": 2}),
+    "oft": ("OFT", {"oft_block_size": 4}),
+    "oft-exact": ("OFT", {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False}),
+    "boft": ("BOFT", {"boft_block_size": 4}),
+    "hira": ("HIRA", {"r": 3}),
+    "beft": ("BEFT", {}),
+    "c3a": ("C3A", {"block_size": 4}),
+    "deft": ("DEFT", {"r": 3}),
+    "delora": ("DELORA", {"r": 3}),
+    "fourierft": ("FOURIERFT", {"n_frequency": 9}),
+    "glora": ("GLORA", {"r": 3}),
+    "gralora": ("GRALORA", {"r": 4, "gralora_k": 2}),
+    "hra": ("HRA", {"r": 4}),
+    "miss": ("MISS", {"r": 2}),
+    "osf": ("OSF", {}),
+    "peanut": ("PEANUT", {"r": 3, "depth": 1}),
+    "pvera": ("PVERA", {"r": 4}),
+    "randlora": ("RANDLORA", {"r": 2, "randlora_alpha": 8}),
+    "road": ("ROAD", {"variant": "road_2", "group_size": 4}),
+    "shira": ("SHIRA", {"r": 2}),
+    "supertuning": ("SUPERTUNING", {"sparsity": 0.8, "r": 2}),
+    "tinylora": ("TINYLORA", {"u": 8}),
+    "unilora": ("UNILORA", {"theta_d_length": 40, "save_indices": True}),
+    "vblora": ("VBLORA", {"r": 2, "num_vectors": 6, "vector_length": 4}),
+    "vera": ("VERA", {"r": 4}),
+    "waveft": ("WAVEFT", {"n_frequency": 9}),
+}
+CONVOLVING = {"lora", "rslora", "dora", "adalora", "loha", "lokr", "lokr-decomposed", "oft",
+              "oft-exact", "boft", "hira"}  # fmt: skip
+"""What adapts convolutions as well."""
+TRANSPOSED = {"lora", "rslora", "dora", "adalora", "deft", "fourierft", "gralora", "hira", "pvera",
+              "randlora", "tinylora", "unilora", "vblora", "vera", "waveft"}  # fmt: skip
+"""What Hugging Face PEFT has for Conv1D."""
+BY_TURNS = {
+    "llama": "deft glora osf peanut",
+    "bert": "beft pvera shira supertuning tinylora",
+    "t5": "peanut unilora vblora waveft",
+    "vit": "beft glora",
+    "mixtral": "waveft tinylora",
+    "whisper": "deft supertuning vblora",
+    "diffusion": "osf shira",
+}
+ALWAYS = {*EVERY} - {*" ".join(BY_TURNS.values()).split()}
 
-ROWS: list[tuple[str, str, str, dict[str, Any]]] = []
+Row = tuple[str, str, str, dict[str, Any]]
 """Label, model, method, fields."""
-for _model, _targets in ATTENTION.items():
-    _linear = [name for name in _targets if name != "projection"]
-    ROWS += [
-        ("lora", _model, "LORA", {**LORA, "target_modules": _targets}),
-        ("rslora", _model, "LORA", {**LORA, "use_rslora": True, "target_modules": _targets}),
-        ("dora", _model, "LORA", {**LORA, "use_dora": True, "target_modules": _targets}),
-        ("all-linear", _model, "LORA", {**LORA, "target_modules": "all-linear"}),
-        ("adalora", _model, "ADALORA", {"init_r": 3, "total_step": 9, "target_modules": _targets}),
-        (
-            "ia3",
-            _model,
-            "IA3",
-            {
-                "target_modules": FEEDFORWARD[_model][0],
-                "feedforward_modules": FEEDFORWARD[_model][1],
-            },
-        ),
-        ("vera", _model, "VERA", {"r": 4, "target_modules": _linear}),
+
+
+def on_every_model() -> list[Row]:
+    """Say what each architecture is tried with; of some methods by turns."""
+    rows: list[Row] = []
+    for model, targets in ATTENTION.items():
+        chosen = TRANSPOSED if model == "gpt2" else ALWAYS | {*BY_TURNS[model].split()}
+        linear = [name for name in targets if name != "projection"]
+        for label in sorted(chosen):
+            method, fields = EVERY[label]
+            named = targets if label in CONVOLVING else linear
+            rows.append((label, model, method, {**fields, "target_modules": named}))
+        every, feedforward = FEEDFORWARD[model]
+        fields = {"target_modules": every, "feedforward_modules": feedforward}
+        rows.append(("ia3", model, "IA3", fields))
+        rows.append(("ln-tuning", model, "LN_TUNING", {"target_modules": NORMS[model]}))
+        if model not in ("mixtral", "diffusion"):  # with stacked experts; no transformer
+            fields = {**LORA, "target_modules": "all-linear"}
+            rows.append(("all-linear", model, "LORA", fields))
+    return rows
+
+
+def on_convolutions() -> list[Row]:
+    """Say what convolutions of models that have some are tried with."""
+    rows: list[Row] = [
+        (f"convolved-{label}", model, EVERY[label][0], {**EVERY[label][1], "target_modules": named})
+        for model, named in CONVOLVED.items()
+        for label in ("lora", "dora", "hira", "loha", "lokr", "oft")
+        if (model, label) != ("whisper", "oft")  # which has no Conv1d
     ]
-    if _model != "gpt2":  # Hugging Face PEFT has these for no Conv1D
-        ROWS += [
-            ("loha", _model, "LOHA", {"r": 3, "alpha": 5, "target_modules": _targets}),
-            ("lokr", _model, "LOKR", {"r": 3, "alpha": 5, "target_modules": _targets}),
-            (
-                "lokr-decomposed",
-                _model,
-                "LOKR",
-                {"r": 1, "decompose_both": True, "decompose_factor": 2, "target_modules": _targets},
-            ),
-            ("oft", _model, "OFT", {"oft_block_size": 4, "target_modules": _targets}),
-            (
-                "oft-exact",
-                _model,
-                "OFT",
-                {
-                    "r": 2,
-                    "oft_block_size": 0,
-                    "use_cayley_neumann": False,
-                    "target_modules": _targets,
-                },
-            ),
-            ("boft", _model, "BOFT", {"boft_block_size": 4, "target_modules": _targets}),
-        ]
-ROWS += [
+    targets = CONVOLVED["diffusion"]
+    return [
+        *rows,
+        ("convolved-ia3", "diffusion", "IA3",
+         {"target_modules": targets, "feedforward_modules": []}),
+        ("convolved-loha-effective", "diffusion", "LOHA",
+         {"r": 3, "use_effective_conv2d": True, "target_modules": targets}),
+        ("convolved-boft", "diffusion", "BOFT",
+         {"boft_block_size": 3, "target_modules": ["conv_in"]}),
+    ]  # fmt: skip
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ROWS: list[Row] = [
+    *on_every_model(),
+    *on_convolutions(),
     (
         "regex",
         "llama",
@@ -374,7 +395,27 @@ ROWS += [
         "LOKR",
         {"r": 2, "use_effective_conv2d": True, "target_modules": ["projection"]},
     ),
-]
+    ("experts", "mixtral", "LORA",
+     {"r": 2, "target_modules": ["k_proj"], "target_parameters": EXPERTS}),
+    ("router", "mixtral", "LORA",
+     {"r": 2, "target_modules": [], "target_parameters": ["mlp.gate.weight", *EXPERTS]}),
+    ("saved", "whisper", "LORA",
+     {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["layer_norm"]}),
+    ("bias-all", "diffusion", "LORA",
+     {"r": 2, "target_modules": ["conv_in", "time"], "bias": "all"}),
+    ("saved", "diffusion", "LORA",
+     {"r": 2, "target_modules": ["to_q"], "modules_to_save": ["norm2"]}),
+    ("lora-bias", "diffusion", "LORA",
+     {"r": 2, "target_modules": ["conv1", "to_out"], "lora_bias": True}),
+]  # fmt: skip
+UNCALLED = {("whisper", label) for label, model, *_ in ROWS if "convolved" in label}
+"""Its convolutions have strides, which Hugging Face PEFT's layers lack where Whisper reads them."""
+FOLDED = {("vit", "oft"), ("vit", "oft-exact"), ("diffusion", "convolved-oft")}
+"""Convolutions, which Hugging Face PEFT calls otherwise than it merges them; ours are merged."""
+
+rows = pytest.mark.parametrize(
+    ("label", "model", "method", "fields"), ROWS, ids=[f"{m}-{label}" for label, m, _, _ in ROWS]
+)
 
 STACKS: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = [
     ("lora", "llama", "LORA", LORA, {"r": 2, "use_rslora": True}),
@@ -395,68 +436,23 @@ MERGED_ONLY = {"OFT": "its forward rotates the input in the other order than its
 """Methods whose several active adapters act otherwise in Hugging Face PEFT's forward."""
 
 
-def base_of(name: str) -> Any:
-    """Make a model with weights of trained size."""
-    torch.manual_seed(3)
-    with quietly():
-        model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+def test_each_architecture_has_ten_methods_or_more() -> None:
+    methods = Counter(model for model, _ in {(model, method) for _, model, method, _ in ROWS})
+    assert methods.keys() == ATTENTION.keys()
+    assert min(methods.values()) >= 10
 
 
-FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P"}
+def test_no_method_has_less_than_two_architectures() -> None:
+    models = Counter(method for _, method in {(model, method) for _, model, method, _ in ROWS})
+    assert models.keys() == {method for method, _ in EVERY.values()} | {"IA3", "LN_TUNING"}
+    assert min(models.values()) >= 2
 
 
-def fill(model: Any, name: str, seed: int) -> None:
-    """Give an adapter trained-looking values; frozen projections keep theirs."""
-    torch.manual_seed(seed)
-    with quietly():
-        state = peft.get_peft_model_state_dict(model, adapter_name=name)
-    new = {
-        k: v + 0.2 * torch.randn_like(v)
-        if v.is_floating_point() and not FROZEN & {*k.split(".")}
-        else v
-        for k, v in state.items()
-    }
-    load(model, new, name)
-
-
-def saved_once(model: Any) -> dict[str, np.ndarray]:
-    """Give a model's tensors as transformers saves them: of tied ones the first alone."""
-    state = model.state_dict()
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        first.setdefault(tensor.data_ptr(), name)
-    return {name: host(state[name]) for name in first.values()}
-
-
-def merged(model: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
-    with quietly():
-        state = state_of(model.merge_and_unload())
-    return {name: state[name] for name in names}
-
-
-def compare(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-        size = float(np.max(np.abs(value), initial=0.0))
-        np.testing.assert_allclose(got[key], value, rtol=0, atol=RTOL * size, err_msg=key)
-
-
-@pytest.mark.parametrize(
-    ("label", "model", "method", "fields"), ROWS, ids=[f"{m}-{label}" for label, m, _, _ in ROWS]
-)
-def test_a_models_merged_weights_are_hfs(
+@rows
+def test_what_hf_writes_we_merge(
     label: str, model: str, method: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    plain = base_of(model)
-    weights = saved_once(plain)
-    with quietly():
-        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
-        theirs = peft.get_peft_model(plain, config).eval()
-    fill(theirs, "default", 1)
+    weights, theirs = saved_once(base_of(model)), adapted(model, method, fields)
     with quietly():
         theirs.save_pretrained(tmp_path / "a")
     adapter = Adapter.load(tmp_path / "a")
@@ -465,13 +461,57 @@ def test_a_models_merged_weights_are_hfs(
     compare(ours.merge(), merged(theirs, weights))
     fresh = PeftModel(weights)
     own: Any = method_for(method)
-    again = fresh.add("b", own(**fields))
-    assert {*again.sites} == {*adapter.sites}
-    shapes = [
-        {(s, k): tuple(v.shape) for s, p in a.sites.items() for k, v in p.items()}
-        for a in (again, adapter)
-    ]
-    assert shapes[0] == shapes[1]
+    fresh.add("b", own(**fields)).save(tmp_path / "b")
+    written, made = (
+        {k: v.shape for k, v in load_file(tmp_path / name / "adapter_model.safetensors").items()}
+        for name in "ab"
+    )
+    # Hugging Face PEFT writes an adapted embedding's base, too.
+    assert {k: v for k, v in written.items() if not k.endswith("base_layer.weight")} == made
+
+
+@rows
+def test_what_hf_writes_we_apply(
+    label: str, model: str, method: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = adapted(model, method, fields)
+    with quietly():
+        theirs.save_pretrained(tmp_path / "a")
+    if (model, label) in FOLDED:
+        called, theirs = outputs(theirs, model), theirs.merge_and_unload()
+        assert (called - outputs(theirs, model)).abs().max() > 0.1
+    if (model, label) in UNCALLED:
+        theirs = theirs.merge_and_unload()
+    want = outputs(theirs, model)
+
+    ours = base_of(model)
+    before, keys = outputs(ours, model), [*ours.state_dict()]
+    attach(ours, Adapter.load(tmp_path / "a"))
+    assert [*ours.state_dict()] == keys
+    close(outputs(ours, model), want)
+    detach_adapter(ours)
+    assert torch.equal(outputs(ours, model), before)
+    assert not torch.equal(before, want)
+    attach(ours, Adapter.load(tmp_path / "a"))
+    close(outputs(merge_into(ours), model), want)
+
+
+@rows
+def test_what_we_write_hf_merges(
+    label: str, model: str, method: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = base_of(model)
+    weights = saved_once(plain)
+    own: Any = method_for(method)
+    adapter = trained(PeftModel(weights).add("a", own(**fields), seed=4))
+    ours = PeftModel(weights)
+    ours.add("a", adapter)
+    adapter.save(tmp_path / "a")
+    with quietly():
+        theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a")
+    want = merged(theirs, weights)
+    compare(ours.merge(), want)
+    assert any((want[k] != v).any() for k, v in weights.items())
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=[f"{model}-{label}" for label, model, *_ in STACKS])
@@ -482,10 +522,10 @@ def test_stacked_adapters_are_hfs_several_active_ones(
     plain = base_of(model)
     weights = saved_once(plain)
     targets = [t for t in ATTENTION[model] if method != "VERA" or t in ("q_proj", "o_proj")]
-    make = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    one, two = (their_config(method, {"target_modules": targets, **f}) for f in (first, second))
     with quietly():
-        theirs = peft.get_peft_model(plain, make(target_modules=targets, **first), "first")
-        theirs.add_adapter("second", make(target_modules=targets, **second))
+        theirs = peft.get_peft_model(plain, one, "first")
+        theirs.add_adapter("second", two)
         theirs.eval()
     fill(theirs, "first", 1)
     fill(theirs, "second", 2)

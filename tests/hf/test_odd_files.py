@@ -19,8 +19,9 @@ from safetensors.numpy import load_file  # noqa: E402
 from peft_any import merge_checkpoint  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
-from tests.hf.reference import host, quietly, state_of  # noqa: E402
-from tests.hf.test_models import base_of, compare, fill, merged, saved_once  # noqa: E402
+from tests.hf.models import base_of, make, quietly  # noqa: E402
+from tests.hf.reference import host, state_of  # noqa: E402
+from tests.hf.whole import adapted, compare, fill, merged, saved_once  # noqa: E402
 
 LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}
 OLD = ("r", "lora_alpha", "target_modules", "peft_type", "task_type", "bias", "fan_in_fan_out")
@@ -65,12 +66,8 @@ ROWS: dict[str, Row] = {
 @pytest.mark.parametrize("row", ROWS.values(), ids=[*ROWS])
 def test_files_of_odd_forms_merge_as_in_hf(row: Row, tmp_path: Path) -> None:
     model, method, fields, name, edit = row
-    plain = base_of(model)
-    weights = saved_once(plain)
-    with quietly():
-        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
-        theirs = peft.get_peft_model(plain, config, name).eval()
-    fill(theirs, name, 1)
+    weights = saved_once(base_of(model))
+    theirs = adapted(model, method, fields, name)
     with quietly():
         theirs.save_pretrained(tmp_path)
     folder = tmp_path if name == "default" else tmp_path / name
@@ -101,11 +98,8 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> N
 
 def test_embeddings_saved_with_a_tied_base(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     with quietly():
-        config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
-        plain = transformers.LlamaForCausalLM(config)
+        plain = make("llama", tie_word_embeddings=True)
         plain.save_pretrained(tmp_path / "base")
         theirs = peft.get_peft_model(plain, peft.LoraConfig(**LORA))
         fill(theirs, "default", 1)

@@ -16,19 +16,10 @@ import peft_any
 from peft_any import Adapter, PeftModel, merge_checkpoint, verify_checkpoint, write_safetensors
 from peft_any.errors import TargetError
 from peft_any.integrations.torch import attach, merge_into
-from tests.hf.reference import quietly
+from tests.hf.models import make, quietly
 
 transformers = pytest.importorskip("transformers")
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-}
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "both": {"target_parameters": BOTH},
@@ -48,13 +39,7 @@ precision = pytest.mark.parametrize(
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """Make a model with experts (experts, n_out, n_in), or for GPT-OSS transposed and square."""
     torch.manual_seed(0)
-    if name == "mixtral":
-        config = transformers.MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=3)
-        return transformers.MixtralForCausalLM(config).to(dtype).eval()
-    config = transformers.GptOssConfig(
-        **SIZES, intermediate_size=16, num_local_experts=4, head_dim=8
-    )
-    return transformers.GptOssForCausalLM(config).to(dtype).eval()
+    return make(name).to(dtype).eval()
 
 
 def adapted(name: str, case: str, dtype: torch.dtype = torch.float64) -> Any:

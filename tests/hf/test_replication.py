@@ -24,7 +24,8 @@ from peft_any import (  # noqa: E402
     replicate_checkpoint,
     replicate_layers,
 )
-from tests.hf.reference import quietly, state_of  # noqa: E402
+from tests.hf.models import make, quietly  # noqa: E402
+from tests.hf.reference import state_of  # noqa: E402
 
 RUNS = [[0, 2], [1, 3]]
 ROWS = {
@@ -36,16 +37,7 @@ ROWS = {
 
 def llama(dtype: torch.dtype, layers: int = 3) -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    return make("llama", num_hidden_layers=layers).to(dtype).eval()
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])

@@ -22,8 +22,9 @@ from peft_any.integrations.torch import attach  # noqa: E402
 from peft_any.methods.lily import LilyConfig  # noqa: E402
 from tests.cases import ROUTED, RoutedCase  # noqa: E402
 from tests.hf import reference  # noqa: E402
+from tests.hf.models import base_of  # noqa: E402
 from tests.hf.test_live import ROUNDING, compare  # noqa: E402
-from tests.hf.test_models import base_of, fill  # noqa: E402
+from tests.hf.whole import fill  # noqa: E402
 
 rows = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])

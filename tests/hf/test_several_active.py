@@ -21,9 +21,10 @@ from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import method_names  # noqa: E402
 from tests import parity  # noqa: E402
-from tests.hf.reference import host, quietly, state_of  # noqa: E402
+from tests.hf.models import base_of, quietly  # noqa: E402
+from tests.hf.reference import host, state_of  # noqa: E402
 from tests.hf.test_custom_cases import Net  # noqa: E402
-from tests.hf.test_models import base_of, compare, fill, merged, saved_once  # noqa: E402
+from tests.hf.whole import compare, fill, merged, saved_once, their_config  # noqa: E402
 
 FIRST, SECOND = ["lin0"], ["lin1"]
 TWICE: list[tuple[str, dict[str, Any]]] = [
@@ -91,11 +92,6 @@ def base_net(model: str) -> Any:
     return plain
 
 
-def config_of(method: str, fields: dict[str, Any]) -> Any:
-    with quietly():
-        return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)](**fields)
-
-
 def pair_label(pair: Pair) -> str:
     method, _, first, second = pair
     same = first["target_modules"] == second["target_modules"]
@@ -110,8 +106,8 @@ def test_two_active_adapters_are_hfs(pair: Pair, tmp_path: Path) -> None:
     plain = base_net(model)
     weights = state_of(plain)
     with quietly():
-        theirs = peft.get_peft_model(plain, config_of(method, first), "first")
-        theirs.add_adapter("second", config_of(method, second))
+        theirs = peft.get_peft_model(plain, their_config(method, first), "first")
+        theirs.add_adapter("second", their_config(method, second))
         theirs.eval()
     fill(theirs, "first", 1)
     fill(theirs, "second", 2)
@@ -174,7 +170,7 @@ def test_adapters_of_several_methods_are_hfs_mixed_model(stack: Stack, tmp_path:
     names = [f"a{i}" for i in range(len(stack))]
     for seed, (name, (method, targets)) in enumerate(zip(names, stack, strict=True)):
         with quietly():
-            config = config_of(method, {**KINDS[method], "target_modules": targets})
+            config = their_config(method, {**KINDS[method], "target_modules": targets})
             one = peft.get_peft_model(base(), config, name)
         fill(one, name, seed)
         with quietly():

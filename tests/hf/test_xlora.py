@@ -12,10 +12,9 @@ peft = pytest.importorskip("peft")
 
 from peft_any.integrations.torch import attach  # noqa: E402
 from peft_any.xlora import experts_of, xlora_scalings  # noqa: E402
-from tests.hf.reference import quietly  # noqa: E402
+from tests.hf.models import base_of, quietly  # noqa: E402
 from tests.hf.test_experts import IDS, loaded, saved  # noqa: E402
 from tests.hf.test_live import ROUNDING, compare  # noqa: E402
-from tests.hf.test_models import base_of  # noqa: E402
 
 LAYERS = [
     f"model.layers.{i}.{end}" for i in (0, 1) for end in ("self_attn.q_proj", "mlp.down_proj")
