@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import sqrt
 from typing import Any
@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, is_lazy, is_traced, namespace
+from peft_any.backend import (
+    astype,
+    dtype_name,
+    from_numpy_like,
+    is_lazy,
+    is_traced,
+    namespace,
+    to_numpy,
+)
 from peft_any.errors import ConfigError
 from peft_any.layer import Site
 from peft_any.rng import Fresh, TorchGenerator
@@ -110,14 +118,25 @@ def leading_pair(w: Any, r: int, dtype: str) -> tuple[Any, Any]:
     return root[:, None] * v[:r], u[:, :r] * root
 
 
-def normal_projection(shape: Shape, seed: int, new: Fresh) -> Array:
+@lru_cache(maxsize=1024)
+def normal_projection(shape: Shape, seed: int) -> Any:
     """Draw TinyLoRA's projection (u, r, r), normal of variance 1/r, as torch's generator does."""
-    drawn: Array = new.array(new.torch(seed).normal(shape) * np.float32(shape[1] ** -0.5))
+    drawn: Any = TorchGenerator(seed).normal(shape) * np.float32(shape[1] ** -0.5)
     return drawn
 
 
-def place_of(array: Array, drawn: Sequence[Array], name: str) -> Array:
-    """Tell which of some drawn arrays one is, as far as torch's builds agree, and dtypes round.
+def place_of(array: Array, draw: Callable[[int], Any], order: Sequence[int], name: str) -> Array:
+    """Tell which of some draws an array is, as far as torch's builds agree, and dtypes round.
+
+    Parameters
+    ----------
+    array : array
+    draw : callable
+        Gives one of them, on the host, by its number.
+    order : sequence of int
+        Their numbers, the likeliest first.
+    name : str
+        What errors begin with.
 
     Returns
     -------
@@ -126,19 +145,28 @@ def place_of(array: Array, drawn: Sequence[Array], name: str) -> Array:
     Raises
     ------
     ConfigError
-        If it is none of several, where that can be seen.
+        If it is none of them, where that can be seen.
     """
-    xp = namespace(array, *drawn)
-    apart = xp.stack([xp.sum((array - other) ** 2) for other in drawn])
-    place: Array = xp.reshape(xp.argmin(apart), (1,))
-    if len(drawn) == 1 or is_lazy(apart) or is_traced(apart):
+    place: Array
+    if is_lazy(array) or is_traced(array):
+        every = from_numpy_like(np.stack([draw(i) for i in sorted(order)]), array)
+        xp = namespace(array)
+        gaps = xp.sum((astype(every, dtype_name(array)) - array) ** 2, axis=(1, 2, 3))
+        place = xp.reshape(xp.argmin(gaps), (1,))
         return place
-    if not bool(xp.min(apart) <= _ALIKE**2 * xp.sum(array**2)):
+    host = to_numpy(array).astype("float64")
+    found = next((i for i in order if _norm(host - draw(i)) <= _ALIKE * _norm(host)), None)
+    if found is None:
         raise ConfigError(
             f"{name}: was not drawn for any of the adapted layers: projection_seed is another, or "
             "layers are missing; convert the adapter where it was made (convert_to_lora)"
         )
+    place = from_numpy_like(np.asarray([found]), array)
     return place
+
+
+def _norm(host: Any) -> float:
+    return float(np.linalg.norm(host.reshape(-1)))
 
 
 @lru_cache(maxsize=2)

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from peft_any.backend import dtype_name, numpy_dtype, resolve, to_numpy
 from peft_any.errors import BackendError, ConfigError, ShapeError
+from peft_any.methods.tinylora import TinyLoraConfig
+from peft_any.model import PeftModel
+from peft_any.projections import normal_projection
 from peft_any.rng import Fresh, TorchGenerator
 
 FLOATS = ["float32", "float64", "float16", "bfloat16"]
@@ -241,3 +244,17 @@ def test_drawn_arrays_are_the_callers_to_write():
             x = fresh(0, name).zeros((2,))
             x[0] = 1.0
             assert float(fresh(0, name).zeros((2,))[0]) == 0.0
+
+
+def test_each_layers_projection_is_drawn_once():
+    weights = {f"h.{i}.fc.weight": np.eye(3, dtype="float32") * (i + 1) for i in range(23)}
+    model, again = PeftModel(weights), PeftModel(dict(sorted(weights.items())))
+    normal_projection.cache_clear()
+    config = TinyLoraConfig(u=3, weight_tying=0.5, target_modules=["fc"], init_weights=False)
+    adapter = model.add("a", config)
+    assert normal_projection.cache_info().misses == 23
+    own = {n: {k: a for k, a in p.items() if "group" not in k} for n, p in adapter.sites.items()}
+    again.add("a", adapter.replace(sites=own))
+    assert normal_projection.cache_info().misses == 23
+    for name, merged in model.merge().items():
+        np.testing.assert_array_equal(again.merge()[name], merged)

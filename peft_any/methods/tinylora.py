@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
@@ -83,13 +83,17 @@ class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
     def _placed(self, p: Params, site: Site, new: Fresh) -> Params:
         """Add the projection and the group, of the layer's place among the adapted ones."""
         names = [s.name for s in new.sites] or [site.name]
-        shape = (self.u, self._rank(site), self._rank(site))
-        drawn = [normal_projection(shape, self.projection_seed + i, new) for i in range(len(names))]
-        at, groups = new.array([names.index(site.name)]), self._groups(len(names))
+        own, groups = names.index(site.name), self._groups(len(names))
+        shape, at = (self.u, self._rank(site), self._rank(site)), new.array([own])
+
+        def draw(i: int) -> Any:
+            return normal_projection(shape, self.projection_seed + i)
+
         if "tinylora_P" not in p:
-            p = {**p, "tinylora_P": drawn[names.index(site.name)]}
+            p = {**p, "tinylora_P": new.array(draw(own).copy())}
         elif groups > 1:
-            at = place_of(p["tinylora_P"], drawn, f"{site.name}.tinylora_P")
+            order = sorted(range(len(names)), key=lambda i: i != own)
+            at = place_of(p["tinylora_P"], draw, order, f"{site.name}.tinylora_P")
         xp = namespace(at)
         group = at // max(1, len(names) // groups)
         return {**p, "tinylora_group": xp.where(group < groups, group, groups - 1)}
