@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define PANEL 32 /* columns that stand together in `panels` */
+#define WAITING 256 /* doubtful sums from which they are settled */
 #define HALF_PLACE 0x1p-8f
 #define SUM 0x1p-22f
 #define SCALED 0x1p-20f
@@ -97,6 +98,15 @@ static void settle(const struct sums *s, ptrdiff_t at, struct moments *m)
     m->same += (made == before) - (old == before);
 }
 
+/* Settles the sums at `count` places, and leaves none: together, so that the processor computes
+   several at a time. */
+static void settle_all(const struct sums *s, const ptrdiff_t *at, int *count, struct moments *m)
+{
+    for (int i = 0; i < *count; i++)
+        settle(s, at[i], m);
+    *count = 0;
+}
+
 /* The columns that fill no panel, one by one. */
 static void rest(const struct sums *s, struct moments *m)
 {
@@ -128,7 +138,7 @@ static inline unsigned four_signs(const void *mask)
 #define LANES 4
 #define ROWS 4
 #define WIDE(stored) __builtin_convertvector(stored, words)
-#define SIGNS(mask) four_signs(&(const flags[1]){(flags)(mask)})
+#define REACHED(a, b) four_signs(&(const flags[1]){(a) >= (b)})
 #include "_tile.h"
 
 #if defined(__x86_64__)
@@ -139,7 +149,7 @@ static inline unsigned four_signs(const void *mask)
 #define LANES 8
 #define ROWS 4
 #define WIDE(stored) __builtin_convertvector(stored, words)
-#define SIGNS(mask) (unsigned)_mm256_movemask_ps((__m256)(mask))
+#define REACHED(a, b) (unsigned)_mm256_movemask_ps((__m256)((a) >= (b)))
 #include "_tile.h"
 
 #define NAME(x) x##_avx512
@@ -147,7 +157,7 @@ static inline unsigned four_signs(const void *mask)
 #define LANES 16
 #define ROWS 8
 #define WIDE(stored) (words)_mm512_cvtepu16_epi32((__m256i)(stored))
-#define SIGNS(mask) _mm512_movepi32_mask((__m512i)(mask))
+#define REACHED(a, b) (unsigned)_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GE_OS)
 #include "_tile.h"
 #endif
 

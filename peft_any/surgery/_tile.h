@@ -1,5 +1,5 @@
 /* The pass of _sums.c, once for every kind of processor: TARGET, LANES and ROWS say which, and
-   SIGNS how the signs of lanes become bits.
+   REACHED in which lanes one number is not less than another, as bits.
 
    Vectors are GCC's and Clang's own, so that one text serves all architectures. */
 
@@ -27,11 +27,12 @@ typedef uint16_t NAME(bits16) __attribute__((vector_size(LANES)));
 #define bits32 NAME(bits32)
 #define singles NAME(singles)
 
-/* Adds what the lanes have summed to the doubles, and clears them. */
-TARGET static inline void NAME(flush)(floats *lanes, double *sum)
+/* Adds what the lanes have summed to lanes of doubles, and clears them. */
+TARGET static inline void NAME(flush)(floats *lanes, doubles *sum)
 {
-    for (int i = 0; i < LANES; i++)
-        *sum += (double)(*lanes)[i];
+    singles half[2];
+    memcpy(half, lanes, sizeof half);
+    *sum += __builtin_convertvector(half[0], doubles) + __builtin_convertvector(half[1], doubles);
     *lanes = (floats){0};
 }
 
@@ -44,7 +45,10 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     uint16_t *const out = s->out;
     const floats zero = {0}, half = zero + (scaled ? HALF_PLACE - SCALED : HALF_PLACE - SUM);
     floats base2 = zero, delta2 = zero, dot = zero, miss2 = zero;
+    doubles all_base2 = {0}, all_delta2 = {0}, all_dot = {0}, all_miss2 = {0};
     flags same = {0};
+    ptrdiff_t doubtful[WAITING + 2 * ROWS * LANES];
+    int count = 0;
     for (ptrdiff_t j = 0; j + PANEL <= n; j += PANEL) {
         const float *panel = s->panels + j * k;
         for (int c = 0; c < PANEL; c += 2 * LANES) {
@@ -63,16 +67,16 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                     sum[r][1] += u * v1;
                 }
             }
-            ptrdiff_t doubtful[2 * ROWS * LANES];
-            int count = 0;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
             {
                 const float gain = scaled ? s->gain[i + r] : 1;
                 const float bound = s->bound[i + r] * (gain < 0 ? -gain : gain);
+                const ptrdiff_t start = (i + r) * n + j + c;
+                unsigned set = 0;
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
-                    const ptrdiff_t at = (i + r) * n + j + c + h * LANES;
+                    const ptrdiff_t at = start + h * LANES;
                     halves stored;
                     memcpy(&stored, base + at, sizeof stored);
                     const words before = WIDE(stored) << 16;
@@ -93,20 +97,25 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                     dot += miss * delta;
                     miss2 += miss * miss;
                     same -= (flags)(near == before);
-                    unsigned set = SIGNS((size >= place * half - bound));
-                    for (; set; set &= set - 1)
-                        doubtful[count++] = at + __builtin_ctz(set);
+                    set |= REACHED(size, place * half - bound) << h * LANES;
                 }
+                for (; set; set &= set - 1)
+                    doubtful[count++] = start + __builtin_ctz(set);
             }
-            while (count--)
-                settle(s, doubtful[count], m);
+            if (count >= WAITING)
+                settle_all(s, doubtful, &count, m);
         }
         if (j / PANEL % 8 == 7 || j + 2 * PANEL > n) {
-            NAME(flush)(&base2, &m->base2);
-            NAME(flush)(&delta2, &m->delta2);
-            NAME(flush)(&dot, &m->dot);
-            NAME(flush)(&miss2, &m->miss2);
+            NAME(flush)(&base2, &all_base2);
+            NAME(flush)(&delta2, &all_delta2);
+            NAME(flush)(&dot, &all_dot);
+            NAME(flush)(&miss2, &all_miss2);
         }
+    }
+    settle_all(s, doubtful, &count, m);
+    for (int l = 0; l < LANES / 2; l++) {
+        m->base2 += all_base2[l], m->delta2 += all_delta2[l];
+        m->dot += all_dot[l], m->miss2 += all_miss2[l];
     }
     for (int l = 0; l < LANES; l++)
         m->same += same[l];
@@ -185,5 +194,5 @@ TARGET static void NAME(pass)(const struct sums *s, struct moments *m)
 #undef TARGET
 #undef LANES
 #undef ROWS
-#undef SIGNS
+#undef REACHED
 #undef WIDE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite, sqrt
 
 import numpy as np
@@ -37,7 +37,14 @@ class Moments:
     size: int = 0
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Moments(
+            self.base2 + other.base2,
+            self.delta2 + other.delta2,
+            self.dot + other.dot,
+            self.miss2 + other.miss2,
+            self.same + other.same,
+            self.size + other.size,
+        )
 
     @property
     def finite(self) -> bool:

@@ -26,7 +26,7 @@ from peft_any.surgery.start import Start
 from peft_any.surgery.structure import cast, is_scaled_product, prepared, product
 from peft_any.surgery.sums import Sums
 
-_BLOCK, _QUICK = 1 << 17, 1 << 19
+_BLOCK, _QUICK = 1 << 17, 1 << 20
 """Elements of a block, in double precision and where single precision mostly does."""
 _own = local()
 Merged: TypeAlias = dict[str, tuple[Host, Host | None]]

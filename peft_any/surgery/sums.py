@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import sqrt
 from threading import local
 
 import numpy as np
@@ -49,6 +50,8 @@ class Sums:
     bound : array (m,), float32
         Twice what a row's product in single precision may be off by: just above a power of two,
         the next tie below is only half as far as the one above.
+    squares : array (m,), float64
+        Of the lengths of the product's rows.
     """
 
     u: Host
@@ -56,7 +59,7 @@ class Sums:
     bound: Host
     singles: tuple[Host, Host] = field(init=False, repr=False)
     columns: Host = field(init=False, repr=False)
-    gram: Host = field(init=False, repr=False)
+    squares: Host = field(init=False, repr=False)
     panels: Host = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,8 @@ class Sums:
         once(self, "u", np.ascontiguousarray(self.u))
         once(self, "singles", (self.u.astype(np.float32), self.v.astype(np.float32)))
         once(self, "columns", np.ascontiguousarray(self.v.T))
-        once(self, "gram", self.v @ self.v.T)
+        squares = np.einsum("ij,ij->i", self.u @ (self.v @ self.v.T), self.u)
+        once(self, "squares", np.maximum(squares, 0))  # where terms cancel
         k, whole = len(self.v), self.v.shape[1] // _PANEL
         cut = self.singles[1][:, : whole * _PANEL].reshape(k, whole, _PANEL)
         once(self, "panels", np.ascontiguousarray(np.swapaxes(cut, 0, 1)))
@@ -78,8 +82,8 @@ class Sums:
         # Higham 2002, Accuracy and Stability of Numerical Algorithms, eq. 3.5, with Cauchy-Schwarz:
         # k products and sums in any order, of factors that were rounded first.
         steps = (v.shape[0] + 2) * 2.0**-24
-        lengths = np.sqrt(np.sum(v * v, axis=0)).max(initial=0.0)
-        bound = steps / (1 - steps) * lengths * np.sqrt(np.sum(u * u, axis=1)) + _TINY
+        longest = sqrt(np.einsum("ij,ij->j", v, v).max(initial=0.0))
+        bound = steps / (1 - steps) * longest * np.sqrt(np.einsum("ij,ij->i", u, u)) + _TINY
         bound = np.nextafter(2 * bound.astype(np.float32), np.float32(np.inf))
         sizes = np.abs(sample.astype(np.float64))
         if not np.all(sizes < _LARGE):
@@ -110,8 +114,7 @@ class Sums:
         else:
             total = self._pass(partial(compiled.add, level), base, start, out, gain)
         if gain is None:
-            u = self.u[start : start + len(base)]
-            delta2 = float(np.sum((u.T @ u) * self.gram))
+            delta2 = float(np.sum(self.squares[start : start + len(base)]))
             total += Moments(delta2=delta2, dot=delta2)
         return out.view(base.dtype), total
 
