@@ -102,7 +102,7 @@ def sites_of_params(
     here = {name: base[name] for name in params}
     config = config.among([*here.values()])
     for name, p in params.items():
-        fits = [s for s in orientations_of(base[name]) if not _misfit(config, p, s, here)]
+        fits = [s for s in orientations_of(base[name]) if not _misfit(config, p, s, here, False)]
         if not fits:
             wrong.append(_misfit(config, p, base[name], here))
         elif len(fits) > 1 and {s.kind for s in fits} in ({"Linear", "Conv1D"}, EXPERTS):
@@ -161,10 +161,12 @@ def _turned(fits: list[Site], known: Mapping[str, Site]) -> Site:
     return next((site for site in fits if proven == {site.kind}), fits[0])
 
 
-def _misfit(config: Tuner, p: Params, site: Site, sites: Mapping[str, Site]) -> str:
+def _misfit(
+    config: Tuner, p: Params, site: Site, sites: Mapping[str, Site], hints: bool = True
+) -> str:
     """Say why parameters cannot be a site's; empty where they can."""
     try:
-        check_params(config.at(_alias(site, sites)), p, site)
+        check_params(config.at(_alias(site, sites)), p, site, hints)
     except PeftError as error:
         return str(error)
     return ""
@@ -308,8 +310,10 @@ def place(
     return sites
 
 
-def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
+def check_params(config: Tuner, p: Mapping[str, Any], site: Site, hints: bool = True) -> None:
     """Check one site's parameters against the shapes the configuration demands.
+
+    Without `hints` no names are suggested for extra ones, which takes long.
 
     Raises
     ------
@@ -324,6 +328,6 @@ def check_params(config: Tuner, p: Mapping[str, Any], site: Site) -> None:
     ]
     wrong += [f"{site.name}.{k}: missing, of shape {want[k]}" for k in want if k not in p]
     extra = [k for k in p if k not in want and k not in config.frozen]
-    wrong += [f"{site.name}.{k}: unexpected{nearest(k, want)}" for k in extra]
+    wrong += [f"{site.name}.{k}: unexpected{nearest(k, want) if hints else ''}" for k in extra]
     if wrong:
         raise ShapeError("\n".join(wrong))

@@ -145,7 +145,8 @@ def checked(config: C, site: Site) -> C:
     """
     r = matching(config.rank_pattern, site.name, config.r)
     alpha = matching(config.alpha_pattern, site.name, config.lora_alpha)
-    config = replace(config, r=r, lora_alpha=alpha)
+    if (r, alpha) != (config.r, config.lora_alpha):
+        config = replace(config, r=r, lora_alpha=alpha)
     starts.check_site(config, site)
     alora.check_site(config, site)
     if config.use_bdlora:

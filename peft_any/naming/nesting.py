@@ -114,7 +114,7 @@ def _assignments(
 def _fits(config: Any, p: Params, site: Site) -> bool:
     for turned in orientations_of(site):
         try:
-            check_params(config.at(turned), p, turned)
+            check_params(config.at(turned), p, turned, hints=False)
         except PeftError:
             continue
         return True
