@@ -23,7 +23,6 @@ FOREIGN = {
 
 VARIANTS = {
     "arrow_config": "Arrow routes tokens between experts, and its file has none (experts.arrow_of)",
-    "ensure_weight_tying": "one adapter would serve two tied modules",
     "use_qalora": "QALoRA needs its quantised base",
 }
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""

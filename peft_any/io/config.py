@@ -33,6 +33,7 @@ _UNCONVERTED = {
 
 _IDLE = {
     "corda_config",
+    "ensure_weight_tying",
     "eva_config",
     "loftq_config",
     "lora_ga_config",

@@ -8,6 +8,7 @@ from peft_any.errors import ConfigError
 from peft_any.extras import token_indices
 from peft_any.integrations.torch.slot import Share, refuse_replaced, slot_of, tensor
 from peft_any.integrations.torch.tensors import Arrays, names_of
+from peft_any.layout import OUTPUT
 from peft_any.placed import Placed
 
 
@@ -47,7 +48,10 @@ def shares_of(root: nn.Module, name: str, placed: Placed) -> list[Share]:
     aliases = names_of(root)
     for table, rows in adapter.tokens.items():
         held = Arrays({"weight": rows}, ["weight"])
-        for full in aliases[id(tensor(root, f"{table}.weight"))]:
+        name = f"{table}.weight"
+        others = () if OUTPUT.fullmatch(table) else aliases[id(tensor(root, name))]
+        own = {f"{other}.weight" for other in adapter.tokens}
+        for full in (name, *(twin for twin in others if twin not in own)):
             share = of(full)
             share.rows, within = held, share.within(full)
             share.indices[within] = token_indices(config, table)
