@@ -21,6 +21,11 @@ tests read too (`tests/parity.py`). Differences in kind are on [](hugging-face.m
 
 *Unmerged* counts the rows whose base is recovered from merged weights alone; a model always keeps
 its base. *Converted* is `peft-any convert`. A method's page names the fields that are refused."""
+MARKED = """## Files of our own
+
+Hugging Face PEFT's files of these lack what its writer alone could tell, and are refused with the
+way out; ours hold it, say so, and PEFT refuses them ([](hugging-face.md)). They are compared with
+the arrays that PEFT's layers hold."""
 ABSENT = """## Methods that are not here
 
 A file of one is refused with the reason and the way out."""
@@ -47,7 +52,8 @@ def line(peft_type: str) -> tuple[str, ...]:
     converted = YES if issubclass(cls, Additive) else "given the base"
     if "Norm" in cls.kinds:
         converted += ", but for norms, which no LoRA adapts"
-    return name, YES, YES, YES, back, YES, YES, converted
+    own = "by us alone" if cls.marks else YES
+    return name, "ours" if cls.marks else YES, YES, YES, back, YES, own, converted
 
 
 def compose() -> str:
@@ -57,11 +63,14 @@ def compose() -> str:
     refused = [
         (name, why, instead) for name, (why, instead) in sorted(absent().items()) if name != "BONE"
     ]
+    marked = [(n, f"`{f}`", why) for n in method_names() for f, why in method_for(n).marks.items()]
     left = [(e.table, e.method, e.number, e.what, e.why) for e in parity.EXCEPTIONS]
     totals = [(table, number, parity.left(table)) for table, number in parity.TOTALS.items()]
     parts = [
         INTRO,
         generate.table(HEAD, [line(name) for name in method_names()]),
+        MARKED,
+        generate.table(("method", "field that says so", "why, and the way out"), marked),
         ABSENT,
         generate.table(("method", "why", "instead"), refused),
         TABLES,

@@ -43,13 +43,15 @@ def skew(v: Array, b: int) -> Array:
     return blocks
 
 
-def drawn_back(v: Array, bound: float) -> Array:
-    """Shorten the rows longer than a bound to it, by factors that gradients take as constants.
+def drawn_back(v: Array, bound: float, *, constant: bool = True) -> Array:
+    """Shorten the rows longer than a bound to it.
 
     Parameters
     ----------
     v : array (k, n)
     bound : float
+    constant : bool
+        Whether gradients take the factors as constants.
 
     Returns
     -------
@@ -62,7 +64,7 @@ def drawn_back(v: Array, bound: float) -> Array:
     array([[0.6, 0.8],
            [0.3, 0.4]])
     """
-    xp, fixed = namespace(v), detach(v)
+    xp, fixed = namespace(v), detach(v) if constant else v
     square = xp.sum(fixed * fixed, axis=1, keepdims=True) / bound**2
     shorter: Array = v / xp.sqrt(xp.where(square > 1.0, square, xp.ones_like(square)))
     return shorter

@@ -7,6 +7,9 @@ from typing import Any
 
 from peft_any.errors import ConfigError
 
+OURS = "peft_any"
+"""What a field says in a file with arrays that Hugging Face PEFT's lacks: it refuses the value."""
+
 
 def refuse(config: Any, **rules: tuple[bool, str]) -> None:
     """Refuse fields that break their rules.
@@ -71,3 +74,13 @@ def finite_number(name: str, weight: Any) -> float:
     if not isfinite(number):
         raise ConfigError(f"adapter {name!r}: {weight!r} cannot be a weight: give a finite number")
     return number
+
+
+def refuse_restart(config: Any, name: str) -> None:
+    """Refuse to start an adapter anew of a file's configuration that has its arrays for a start."""
+    for field in config.marks:
+        if (value := getattr(config, field)) == OURS:
+            raise ConfigError(
+                f"{name}: {field}={value!r} cannot start anew: it says that the file holds the "
+                "frozen arrays; give another value"
+            )

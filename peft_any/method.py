@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve
+from peft_any.checks import OURS
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
@@ -169,7 +170,8 @@ class Tuner(Config):
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Give configuration and parameters in the form that a file carries."""
-        return self, dict(sites)
+        said: dict[str, Any] = dict.fromkeys(self.marks, OURS)
+        return (replace(self, **said) if said else self), dict(sites)
 
     def layer(
         self,

@@ -27,10 +27,6 @@ _ABSENT = {
         "its files do not say which rows its segments are: its writer's clusters told",
         _MERGE,
     ),
-    "PSOFT": (
-        "its files lack A and B, which depend on the signs of the writer's singular vectors",
-        "convert it with Hugging Face PEFT (convert_to_lora), on the machine that wrote it",
-    ),
     "SHADOW": ("it runs a second model beside the base, and changes no weight of it", _RUN),
     "XLORA": (
         "it mixes adapters anew for every token by a network: no weight of it is fixed",
@@ -65,6 +61,9 @@ class Config(abc.ABC):
     prefix: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
     """Fields of Hugging Face PEFT that change the maths and are not supported, and why."""
+    marks: ClassVar[Mapping[str, str]] = {}
+    """Fields that are "peft_any" in files which hold what Hugging Face PEFT's lack: what that is,
+    and the way out."""
     unsaid: ClassVar[frozenset[str]] = frozenset()
     """Common fields that Hugging Face PEFT's class does not have: files say them only if set."""
     needs: ClassVar[tuple[str, ...]] = ()

@@ -318,3 +318,28 @@ def leading_svd(
     u, s, vt = xp.linalg.svd(core, full_matrices=False)
     u = u[:, :r]
     return (u if q is None else q @ u), s[:r], vt[:r, :]
+
+
+def seeded_svd(w: Any, r: int, sweeps: int, seed: int, new: Fresh) -> tuple[Any, ...]:
+    """Find a matrix's leading singular triplets as ``torch.svd_lowrank`` does, on the host.
+
+    Parameters
+    ----------
+    w : host array (m, n)
+    r, sweeps : int
+        How many triplets, and how many power iterations.
+    seed : int
+        Of torch's generator, which draws the sketch.
+    new : Fresh
+
+    Returns
+    -------
+    u (m, r), s (r,), vt (r, n)
+        torch's up to signs and rounding.
+    """
+    flip = namespace(w).matrix_transpose
+    wide = w.shape[0] < w.shape[1]
+    tall = flip(w) if wide else w
+    sketch = new.torch(seed).normal((tall.shape[1], r)).astype(w.dtype)
+    u, s, vt = leading_svd(tall, r, sketch, sweeps)
+    return (flip(vt), s, flip(u)) if wide else (u, s, vt)

@@ -36,6 +36,7 @@ from peft_any.methods.peanut import PeanutConfig
 from peft_any.methods.poly import PolyConfig
 from peft_any.methods.prefix_tuning import PrefixTuningConfig
 from peft_any.methods.prompt_tuning import PromptTuningConfig
+from peft_any.methods.psoft import PsoftConfig
 from peft_any.methods.pvera import PveraConfig
 from peft_any.methods.randlora import RandLoraConfig
 from peft_any.methods.road import RoadConfig
@@ -78,6 +79,7 @@ class Case(testing.Case):
 
 RANDOM = "HF's init_weights=False draws every factor"
 DRAWN = "its initial values are random in HF too"
+TURNED = "HF's init_weights=False draws the rotation"
 KASA = "it takes the smallest singular values out of the base"
 FC = Site("fc", 12, 32)
 UP = Site("up", 12, 32)
@@ -751,6 +753,38 @@ CASES = [
         reverts=0,
     ),
     Case("osf-random", OSFConfig(init_weights=False), FC, identity=RANDOM, reverts=0),
+    # PSOFT
+    Case("psoft", PsoftConfig(r=5, psoft_alpha=7), FC),
+    Case("psoft-no-bias", PsoftConfig(r=7), Site("a.fc", 13, 7, bias=False)),
+    Case("psoft-one-direction", PsoftConfig(r=1), FC),
+    Case("psoft-halves", PsoftConfig(r=4, ab_svd_init="pissa_init"), FC),
+    Case(
+        "psoft-low-rank",
+        PsoftConfig(r=4, psoft_svd="lowrank", psoft_svd_lowrank_niter=3, random_seed=5),
+        Site("fc", 24, 20),
+    ),
+    Case("psoft-free", PsoftConfig(r=4, psoft_orth=False), FC),
+    Case("psoft-rotation", PsoftConfig(r=6, psoft_mag_a=False, psoft_mag_b=False), FC),
+    Case("psoft-outputs", PsoftConfig(r=4, psoft_mag_a=False), FC),
+    Case("psoft-inputs", PsoftConfig(r=4, psoft_mag_b=False), FC),
+    Case("psoft-series", PsoftConfig(r=4, use_cayley_neumann=True), FC),
+    Case(
+        "psoft-3-terms",
+        PsoftConfig(r=4, use_cayley_neumann=True, num_cayley_neumann_terms=3),
+        FC,
+    ),
+    Case(
+        "psoft-bounded",
+        PsoftConfig(r=5, use_cayley_neumann=True, cayley_neumann_eps=0.3),
+        FC,
+    ),
+    Case("psoft-random", PsoftConfig(r=4, init_weights=False), FC, identity=TURNED),
+    Case(
+        "psoft-free-random",
+        PsoftConfig(r=4, psoft_orth=False, init_weights=False),
+        FC,
+        identity=TURNED,
+    ),
     # LN tuning
     Case("ln-tuning", LNTuningConfig(), Site("norm", 12, 12, "Norm", groups=12), reverts=0),
     Case(

@@ -42,7 +42,6 @@ class Left(NamedTuple):
 
 
 CLUSTERS = "its files do not say which rows its segments are: its writer's clusters told"
-SIGNS = "its files lack A and B, which depend on the signs of the writer's singular vectors"
 TWICE = "the table has them twice"
 BATCH = "no matrix: it depends on the whole batch; outputs are compared"
 LATER = "peft_any does not have the method yet"
@@ -55,14 +54,12 @@ EXCEPTIONS = [
     Left(CASES, "LILY", 5, "every case", BATCH),
     Left(CASES, "WAVEFT", 10, "half of the cases", TWICE),
     Left(CASES, "ADAMSS", 7, "every case", CLUSTERS),
-    Left(CASES, "PSOFT", 10, "every case", SIGNS),
     Left(CASES, "FROD", 5, "every case", LATER),
     Left(ACTIVE, "LORA", 2, "new tokens in both", "PEFT activates one adapter's tokens alone"),
     Left(ACTIVE, "LORA", 1, "two parameters", "PEFT wants the same parameters for all adapters"),
     Left(ACTIVE, "LILY", 2, "every case", BATCH),
     Left(ACTIVE, "WAVEFT", 2, "half of the cases", TWICE),
     Left(ACTIVE, "ADAMSS", 2, "every case", CLUSTERS),
-    Left(ACTIVE, "PSOFT", 2, "every case", SIGNS),
     Left(ACTIVE, "FROD", 1, "every case", LATER),
 ]  # fmt: skip
 EXCEPTIONS = [e for e in EXCEPTIONS if e.why != LATER or e.method not in method_names()]

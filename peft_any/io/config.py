@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from peft_any.checks import OURS
 from peft_any.errors import ConfigError, FormatError, PeftError, StorageError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.io._former import renewed as renewed
@@ -179,13 +180,17 @@ def _finite(value: Any, path: str) -> None:
 
 
 def refuse_unconverted(config: Config, where: str) -> None:
-    """Refuse a file whose initial values were taken out of the base by what is not in it.
+    """Refuse a file of which the base, or frozen arrays, were made by what is not in it.
 
     Raises
     ------
     ConfigError
-        For CorDA, LoRA-GA, LoftQ and randomised PiSSA adapters that were not converted.
+        For CorDA, LoRA-GA, LoftQ and randomised PiSSA adapters that were not converted, and for
+        methods whose file lacks what its writer alone could tell (`Config.marks`).
     """
+    for field, lack in config.marks.items():
+        if getattr(config, field) != OURS:
+            raise ConfigError(f"{where}: {config.peft_type} cannot be loaded: {lack}")
     init = getattr(config, "init_lora_weights", None)
     why = _UNCONVERTED.get("pissa_niter" if str(init).startswith("pissa_niter") else str(init))
     if why:

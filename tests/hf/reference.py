@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import peft
 import peft.tuners.boft.layer as hf_boft
+import safetensors.numpy
 import torch
 import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
@@ -18,12 +19,16 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_any.checks import OURS
+from peft_any.io.config import CONFIG_NAME, TENSORS
 from peft_any.layer import Dense, Site
-from peft_any.registry import Config
+from peft_any.registry import Config, method_for
 from tests.cases import AttendedCase, Case, PromptCase, RoutedCase
 from tests.hf.models import make, quietly
 
 PREFIX = "base_model.model."
+DECOMPOSED_NARROW = {"PSOFT"}
+"""Methods of which Hugging Face PEFT decomposes no float64 weights: it is cast afterwards."""
 OURS_ALONE = {"peft_version", "auto_mapping", "base_model_name_or_path", "inference_mode"}
 
 
@@ -163,10 +168,15 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
     def noisy(v: torch.Tensor) -> torch.Tensor:
         return v + torch.tensor(0.2 * rng.standard_normal(tuple(v.shape)), dtype=v.dtype)
 
-    if takes_from_base(case, base):
+    if takes_from_base(case, base) or case.config.marks:
+        leaf = model.base_model.model.get_submodule(case.site.name)
+        lack = held(leaf, case.config.peft_type)
+        state |= {f"{PREFIX}{case.site.name}.{k}": torch.tensor(v) for k, v in lack.items()}
         shapes = {f"{PREFIX}{case.site.name}.{k}": s for k, s in shapes_of(case).items()}
         assert {k: tuple(v.shape) for k, v in state.items()} == shapes
-        return {k: noisy(v) for k, v in state.items()}
+        fixed = {k for k in state if k.endswith(tuple(case.config.frozen))}
+        lost = {f"{PREFIX}{case.site.name}.{k}" for k in lack}
+        return {k: v if k in fixed else noisy(v) for k, v in state.items() if k not in lost}
     ours = file_keys(case, case.params(base, dtype=dtype))
     other = {k: v for k, v in state.items() if ".out_proj." in k}
     theirs = {k: tuple(v.shape) for k, v in state.items() if k not in other}
@@ -179,6 +189,32 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
             np.testing.assert_array_equal(ours[key], host(state[key]), err_msg=key)
     values = {k: noisy(v) for k, v in other.items()}
     return {k: torch.tensor(v) for k, v in ours.items()} | values
+
+
+def held(leaf: Any, peft_type: str, name: str = "default") -> dict[str, np.ndarray]:
+    """Give what Hugging Face PEFT's layer holds and its files lack, by our names."""
+    if peft_type == "PSOFT":
+        a, b = leaf._get_psoft_ab_cache_buffers(name)
+        return {"psoft_A": host(a), "psoft_B": host(b)}
+    return {}
+
+
+def complete(folder: Path, model: Any, name: str = "default") -> None:
+    """Add to a saved adapter what Hugging Face PEFT's files of its method lack, marked as ours."""
+    config = method_for(model.peft_config[name].peft_type.value)
+    if not config.marks:
+        return
+    tensors = safetensors.numpy.load_file(folder / TENSORS)
+    for module, leaf in model.base_model.model.named_modules():
+        if (
+            isinstance(leaf, model.base_model.tuner_layer_cls)
+            and name in leaf._get_available_adapters()
+        ):
+            more = held(leaf, config.peft_type, name).items()
+            tensors |= {f"{PREFIX}{module}.{k}": np.ascontiguousarray(a) for k, a in more}
+    safetensors.numpy.save_file(tensors, folder / TENSORS, {"format": "pt"})
+    said = json.loads((folder / CONFIG_NAME).read_text()) | dict.fromkeys(config.marks, OURS)
+    (folder / CONFIG_NAME).write_text(json.dumps(said, indent=2, sort_keys=True))
 
 
 def takes_from_base(case: Case, base: Dense) -> bool:
@@ -205,10 +241,14 @@ def attach(case: Case, base: Dense, model: nn.Module) -> Any:
 
 def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Result:
     """Let Hugging Face PEFT attach, fill, save, apply and merge a row's adapter."""
-    base = case.base(seed, dtype=dtype)
+    narrow = case.config.peft_type in DECOMPOSED_NARROW
+    base = case.base(seed, dtype="float32" if narrow else dtype)
     plain = model_of(base)
-    result = Result(folder / "adapter", None, state_of(plain))
+    state = {k: v.astype(dtype) for k, v in state_of(plain).items()}
     model = attach(case, base, plain)
+    if narrow:
+        model = model.to(getattr(torch, dtype))
+    result = Result(folder / "adapter", None, state)
     starts = takes_from_base(case, base)
     if starts:
         with quietly():
@@ -228,6 +268,7 @@ def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Resu
                 )
         else:
             model.save_pretrained(result.folder)
+            complete(result.folder, model)
     if not case.site.is_conv and case.site.kind != "MultiheadAttention":
         result.x = inputs(case, dtype)
         leaf = model.base_model.model.get_submodule(case.site.name)

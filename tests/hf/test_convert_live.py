@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "road": (peft.RoadConfig, {"group_size": 2}),
     "shira": (peft.ShiraConfig, {"r": 2, "random_seed": 1}),
     "randlora": (peft.RandLoraConfig, {"r": 2}),
+    "psoft": (peft.PsoftConfig, {"r": 3, "psoft_alpha": 2}),
 }
 
 
@@ -52,10 +53,11 @@ def net_of(dtype: str) -> Net:
 @pytest.mark.parametrize("kind", [*KINDS])
 def test_a_converted_adapter_is_the_adapter(kind: str, dtype: str, tmp_path: Path) -> None:
     make, fields = KINDS[kind]
-    base = net_of(dtype)
-    write_safetensors(tmp_path / "base.safetensors", reference.state_of(base))
+    write_safetensors(tmp_path / "base.safetensors", reference.state_of(net_of(dtype)))
     with reference.quietly():
-        model = peft.get_peft_model(base, make(target_modules=["one", "two"], **fields))
+        model = peft.get_peft_model(
+            net_of("float32"), make(target_modules=["one", "two"], **fields)
+        )
     model = model.to(getattr(torch, dtype)).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -66,6 +68,7 @@ def test_a_converted_adapter_is_the_adapter(kind: str, dtype: str, tmp_path: Pat
     want = model(x).detach()
     with reference.quietly():
         model.save_pretrained(tmp_path / "a")
+    reference.complete(tmp_path / "a", model)
     _, record = convert(tmp_path / "a", tmp_path / "lora", base=tmp_path / "base.safetensors")
     assert record.error is not None
     assert record.error < BOUND[dtype]

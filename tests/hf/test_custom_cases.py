@@ -24,7 +24,7 @@ from peft_any.errors import PeftError  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests import parity  # noqa: E402
 from tests.hf.models import quietly  # noqa: E402
-from tests.hf.reference import state_of  # noqa: E402
+from tests.hf.reference import complete, state_of  # noqa: E402
 from tests.hf.whole import compare, fill, their_config  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -238,6 +238,8 @@ ONE = {"randlora_alpha": 1}
 PAIRED = {"group_size": 2}
 FLAT = {"r": 2, "depth": 0, "act_fn": "relu"}
 BAT = {"r": 2, "init_weights": "bat"}
+FOUR = {"r": 4, "psoft_alpha": 4}
+ROTATION = {"psoft_mag_a": False, "psoft_mag_b": False}
 THETA = {"theta_d_length": 101, "save_indices": True}
 """PEFT's rows do not save the places: they hang on the order of layers (test_unilora.py)."""
 
@@ -315,6 +317,24 @@ NEWER = [
     ),
     *over("OSF", [("mlp", BOTH, {})]),
     *over("PEANUT", [*usual(**FLAT), ("mlp", "lin0", {"r": 2, "depth": 1, "act_fn": "gelu"})]),
+    *over(
+        "PSOFT",
+        [
+            *(("mlp", t, FOUR) for t in ("lin0", FIRST)),
+            *(("mlp", t, {"r": 2, "psoft_alpha": 2}) for t in (SECOND, BOTH)),
+            ("mlp", FIRST, {**FOUR, **SAVED}),
+            *(
+                ("mlp", FIRST, {**FOUR, **fields})
+                for fields in (
+                    ROTATION,
+                    {"psoft_svd": "lowrank"},
+                    {"use_cayley_neumann": True, "cayley_neumann_eps": 0.9},
+                    {"psoft_orth": False, **ROTATION},
+                    {"ab_svd_init": "pissa_init"},
+                )
+            ),
+        ],
+    ),
     *over("PVERA", [*on_mlp(dropouts=[]), ("table", ["conv1d"], {})]),
     *over(
         "RANDLORA",
@@ -438,6 +458,7 @@ def test_our_merge_is_hfs(row: Row, tmp_path: Path) -> None:
     weights, theirs = adapted(method, model, targets, fields)
     with quietly():
         theirs.save_pretrained(tmp_path / "a")
+    complete(tmp_path / "a", theirs)
     ours = PeftModel(weights)
     if unmergeable(method, model):
         with pytest.raises(NotImplementedError), quietly():

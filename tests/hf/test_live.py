@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ peft = pytest.importorskip("peft")
 
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.errors import ConfigError  # noqa: E402
+from peft_any.io.config import CONFIG_NAME  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests.cases import CASES, PROMPTS, Case, PromptCase  # noqa: E402
 from tests.hf import reference  # noqa: E402
@@ -30,7 +33,10 @@ LIVE = [
     if case.hf is None or getattr(case.config, "boft_n_butterfly_factor", 1) > 1
 ]
 """Rows that run here: with `reference.BlockDiagonal` also butterfly factors above 1."""
+READ = [case for case in LIVE if not case.config.marks]
+"""Those of which Hugging Face PEFT reads our files."""
 rows = pytest.mark.parametrize("case", LIVE, ids=lambda case: case.name)
+written = pytest.mark.parametrize("case", READ, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
@@ -109,7 +115,7 @@ def own_warnings(case_name: str) -> frozenset[str]:
         return frozenset(loaded(case, saved, "float32", "default")[1]) if saved else frozenset()
 
 
-@rows
+@written
 @dtypes
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_what_we_write_hf_reads_without_a_warning(
@@ -130,9 +136,43 @@ def test_what_we_write_hf_reads_without_a_warning(
     compare(model.merge(), merged, tolerance(case, dtype))
 
 
+MARKED = {case.config.peft_type: case for case in LIVE if case.config.marks}
+marked = pytest.mark.parametrize("case", [*MARKED.values()], ids=[*MARKED])
+
+
+@marked
+def test_hf_refuses_our_file_where_it_would_take_arrays_of_its_own(
+    case: Case, tmp_path: Path
+) -> None:
+    """It ignores the arrays that its files lack: signs and clusters would be its own."""
+    plain = reference.model_of(case.base(5))
+    _, adapter = ours(case, reference.state_of(plain), "float32")
+    adapter.save(tmp_path / "a")
+    ((field, _),) = case.config.marks.items()
+    with pytest.raises(ValueError, match=f"{field}.*peft_any"):
+        loaded(case, tmp_path / "a", "float32", "default")
+    path = tmp_path / "a" / CONFIG_NAME
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {field: getattr(case.config, field)}))
+    _, warned = loaded(case, tmp_path / "a", "float32", "default")
+    assert not warned  # nor does it say anything if the mark is taken away
+
+
+@marked
+def test_hfs_file_is_refused_where_it_lacks_what_its_writer_told(
+    case: Case, tmp_path: Path
+) -> None:
+    theirs = reference.attach(case, case.base(5), reference.model_of(case.base(5)))
+    with reference.quietly():
+        theirs.save_pretrained(tmp_path / "a")
+    ((_, why),) = case.config.marks.items()
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        Adapter.load(tmp_path / "a")
+
+
 def test_few_rows_make_hf_warn_of_its_own_files() -> None:
     """A row that warns is one that Hugging Face PEFT cannot write without a warning either."""
-    noisy = {case.name: own_warnings(case.name) for case in LIVE}
+    noisy = {case.name: own_warnings(case.name) for case in READ}
     said = [(name, text) for name, texts in noisy.items() for text in texts]
     reasons = (
         "Invalid `",  # OFT's sizes that do not divide, adjusted alike

@@ -22,7 +22,7 @@ from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import method_names  # noqa: E402
 from tests import parity  # noqa: E402
 from tests.hf.models import base_of, quietly  # noqa: E402
-from tests.hf.reference import host, state_of  # noqa: E402
+from tests.hf.reference import complete, host, state_of  # noqa: E402
 from tests.hf.test_custom_cases import Net  # noqa: E402
 from tests.hf.whole import compare, fill, merged, saved_once, their_config  # noqa: E402
 
@@ -76,6 +76,8 @@ PAIRS: list[Pair] = [
     *(("IA3", "mlp", fed(FIRST), fed(t)) for t in (FIRST, SECOND)),
     *(("ROAD", "mlp", {"variant": "road_1", "group_size": 2, "target_modules": FIRST},
        {"variant": v, "group_size": 2, "target_modules": SECOND}) for v in ("road_2", "road_4")),
+    *(("PSOFT", "mlp", {"r": r, "psoft_alpha": r, "target_modules": FIRST},
+       {"r": r, "psoft_alpha": r, "target_modules": t}) for r, t in ((4, FIRST), (2, SECOND))),
     ("C3A", "mlp", {"block_size": 2, "target_modules": FIRST},
      {"block_size": 2, "target_modules": SECOND}),
     ("LORA", "mlp", *2 * ({"target_modules": [], "target_parameters": ["lin0.weight"]},)),
@@ -114,6 +116,8 @@ def test_two_active_adapters_are_hfs(pair: Pair, tmp_path: Path) -> None:
     with quietly():
         theirs.base_model.set_adapter(["first", "second"])
         theirs.save_pretrained(tmp_path)
+    for name in ("first", "second"):
+        complete(tmp_path / name, theirs, name)
     ours = active(weights, tmp_path)
     called(theirs, ours, sorted({*first["target_modules"], *second["target_modules"]}))
     if method != "LILY":
