@@ -10,7 +10,7 @@ from math import prod
 from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, dtype_name, is_floating, resolve
+from peft_any.backend import astype, dtype_name, is_floating, resolve, summed
 from peft_any.checks import OURS
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
@@ -227,9 +227,13 @@ class Additive(Tuner):
             raise ConfigError(f"{cls.__qualname__}: says nothing of ΔW: give `delta` or `factors`")
 
     def delta(self, p: Params, site: Site) -> Array:
-        """Form ΔW (n_out, width): the product of the factors, unless overridden."""
+        """Form ΔW (n_out, width), a new array: the product of the factors, unless overridden."""
         u, v = self.factors(p, site)
         return u @ v
+
+    def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
+        """Give weight + ΔW, or weight − ΔW; overridden where ΔW has few entries."""
+        return summed(weight, self.delta(p, site), p.values(), minus=minus)  # type: ignore[no-any-return]
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give u (n_out, k) and v (k, width) with ΔW = u·v; overridden where k can be small."""
@@ -264,20 +268,19 @@ class Additive(Tuner):
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """g ⊙ (W + ΔW), b + Δb."""
-        bias, shift = base.bias, self.bias_delta(p, base.site)
-        if shift is not None:
-            bias = base.sure_bias + shift
-        weight, gain = base.weight + self.delta(p, base.site), self.gain(p, base)
+        shift = self.bias_delta(p, base.site)
+        bias = base.bias if shift is None else base.sure_bias + shift
+        weight, gain = self.onto(p, base.weight, base.site), self.gain(p, base)
         return base.replace(weight=weight if gain is None else gain[:, None] * weight, bias=bias)
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """W′ − ΔW, b′ − Δb: exact but for one rounding of each sum; rows with a gain are lost."""
         if self.gain(p, merged) is not None:
             return super().unmerge(p, merged)
-        bias, shift = merged.bias, self.bias_delta(p, merged.site)
-        if shift is not None:
-            bias = merged.sure_bias - shift
-        return merged.replace(weight=merged.weight - self.delta(p, merged.site), bias=bias)
+        shift = self.bias_delta(p, merged.site)
+        bias = merged.bias if shift is None else merged.sure_bias - shift
+        weight = self.onto(p, merged.weight, merged.site, minus=True)
+        return merged.replace(weight=weight, bias=bias)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x); a gain scales all of it but the bias."""

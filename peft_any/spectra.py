@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from peft_any._engines import scatter
 from peft_any._typing import Array
 from peft_any.backend import (
     astype,
@@ -57,6 +59,34 @@ def scattered(values: Array, places: Array, size: int) -> Array:
     found = xp.take(xp.take(values, order), at)
     full: Array = xp.where(index.take(known, at) == every, found, xp.zeros_like(found))
     return full
+
+
+def added_at(weight: Array, values: Array, places: Array, *, minus: bool = False) -> Array:
+    """Add values to a matrix, or take them away, at flat places that differ from one another.
+
+    Where arrays can be written to, that copies the matrix and touches no more of it.
+
+    Parameters
+    ----------
+    weight : array (m, n)
+    values : array (k,)
+    places : array (k,) of integers, each once
+    minus : bool
+
+    Returns
+    -------
+    array (m, n)
+
+    Examples
+    --------
+    >>> added_at(np.ones((1, 3)), np.asarray([5.0]), np.asarray([1]))
+    array([[1., 6., 1.]])
+    """
+    xp, values, size = namespace(weight, values), -values if minus else values, prod(weight.shape)
+    if can_put(values) and not hasattr(xp, "records"):
+        flat = scatter(values, (places,), (size,), xp.reshape(weight, (size,)))
+        return xp.reshape(flat, weight.shape)  # type: ignore[no-any-return]
+    return weight + xp.reshape(scattered(values, places, size), weight.shape)  # type: ignore[no-any-return]
 
 
 def placed_values(values: Array, places: Host, shape: tuple[int, int]) -> Array:

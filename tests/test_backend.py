@@ -34,10 +34,11 @@ from peft_any.backend import (
     namespace,
     numpy_dtype,
     resolve,
+    summed,
     to_numpy,
 )
 from peft_any.errors import BackendError
-from peft_any.testing import missing
+from peft_any.testing import Lib, missing
 
 MODULES = {"numpy": "numpy", "strict": "array_api_strict", "torch": "torch", "jax": "jax"}
 MODULES["dask"] = "dask.array"
@@ -311,3 +312,16 @@ assert xp.testing is np.testing and xp.ma.masked is np.ma.masked
 assert not hasattr(xp, "nothing")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("minus", [False, True])
+def test_a_sum_takes_the_memory_of_what_nothing_else_holds(lib: Lib, minus: bool) -> None:
+    x, held = (lib.array(np.asarray(values)) for values in ([1.0, 2.0], [3.0, 5.0]))
+    view = namespace(held).reshape(held, (1, 2))[0, :]
+    for shared in (held, view):
+        found = summed(x, shared, [held], minus=minus)
+        if lib.has_values:
+            assert to_numpy(found).tolist() == ([-2.0, -3.0] if minus else [4.0, 7.0])
+            assert to_numpy(held).tolist() == [3.0, 5.0]
+    fresh, written = x + x, lib.has_values and lib.name in ("numpy", "torch")
+    assert (summed(x, fresh, [held], minus=minus) is fresh) == written

@@ -12,7 +12,7 @@ from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
 from peft_any.method import Additive, Tuner
 from peft_any.rng import Fresh
-from peft_any.spectra import scattered, sorted_places
+from peft_any.spectra import added_at, scattered, sorted_places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,21 @@ class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
 
     def delta(self, p: Params, site: Site) -> Array:
         """The values at their places."""
-        places, (m, n) = p["shira_indices"], (site.n_out, site.n_in)
+        flat = scattered(p["shira_weight"], self._places(p, site), site.n_out * site.n_in)
+        dense: Array = namespace(flat).reshape(flat, (site.n_out, site.n_in))
+        return dense
+
+    def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
+        """Add the values, or take them away."""
+        return added_at(weight, p["shira_weight"], self._places(p, site), minus=minus)
+
+    def _places(self, p: Params, site: Site) -> Array:
+        """The flat places."""
+        places = p["shira_indices"]
         xp = namespace(places)
         rows, columns = (xp.astype(places[i, :], xp.int64) for i in (0, 1))
-        flat = scattered(p["shira_weight"], rows * n + columns, m * n)
-        dense: Array = namespace(flat).reshape(flat, (m, n))
-        return dense
+        flat: Array = rows * site.n_in + columns
+        return flat
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward

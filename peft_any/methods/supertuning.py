@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import astype, namespace, summed
 from peft_any.checks import check_fields, refuse
 from peft_any.dropout import Noise
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Layer, Site, linear
 from peft_any.method import Additive, Tuner
 from peft_any.rng import Fresh
-from peft_any.spectra import extreme_places, scattered
+from peft_any.spectra import added_at, extreme_places, scattered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,7 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"
     def _places(self, site: Site, new: Fresh) -> Array:
         """The places of the base's largest, or smallest, entries, in that order."""
         weight = new.base_for(site.name, "supertuning_indices").weight
-        places: Array
-        places = extreme_places(new, weight, self.count(site), largest=self.select_top)
-        return places
+        return extreme_places(new, weight, self.count(site), largest=self.select_top)  # type: ignore[no-any-return]
 
     def lacks(self, p: Params) -> str | None:
         """The places, with `save_precomputed_indices` false."""
@@ -112,11 +110,14 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"
 
     def _sparse(self, p: Params, site: Site) -> Array:
         """The values at their places (n_out, n_in)."""
-        places, (m, n) = p["supertuning_indices"], (site.n_out, site.n_in)
-        xp = namespace(places)
-        flat = scattered(p["supertuning_values"], xp.astype(places, xp.int64), m * n)
-        dense: Array = namespace(flat).reshape(flat, (m, n))
+        flat = scattered(p["supertuning_values"], self._flat(p), site.n_out * site.n_in)
+        dense: Array = namespace(flat).reshape(flat, (site.n_out, site.n_in))
         return dense
+
+    def _flat(self, p: Params) -> Array:
+        """The flat places, of a type that indexes on every library."""
+        places: Array = astype(p["supertuning_indices"], "int64")
+        return places
 
     def _pair(self, p: Params) -> tuple[Array, Array] | None:
         """s·B and A, if there are any."""
@@ -129,6 +130,12 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"
         """The sparse part, and s·B·A."""
         sparse, pair = self._sparse(p, site), self._pair(p)
         return sparse if pair is None else sparse + pair[0] @ pair[1]
+
+    def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
+        """Add s·B·A, and the values at their places; or take them away."""
+        if (pair := self._pair(p)) is not None:
+            weight = summed(weight, pair[0] @ pair[1], (), minus=minus)
+        return added_at(weight, p["supertuning_values"], self._flat(p), minus=minus)
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin the input of A alone."""
