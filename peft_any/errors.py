@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -79,10 +78,12 @@ def nearest(name: str, known: Iterable[str], *, n: int = 3) -> str:
     >>> nearest("q_porj", ["q_proj", "lm_head"])
     " (nearest: 'q_proj')"
     """
+    from difflib import get_close_matches  # noqa: PLC0415 - for errors alone
+
     if len(name) > _LONGEST:
         return ""
     pool = [k for k in islice(known, _MOST) if len(k) <= _LONGEST]
-    close = difflib.get_close_matches(name, pool, n=n, cutoff=0.6)
+    close = get_close_matches(name, pool, n=n, cutoff=0.6)
     tail = name.rsplit(".", 1)[-1]
     close += [k for k in pool if k.rsplit(".", 1)[-1] == tail and k not in close][: n - len(close)]
     return f" (nearest: {', '.join(map(repr, close))})" if close else ""

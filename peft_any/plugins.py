@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_any.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "peft_any.methods"
 
@@ -58,6 +60,8 @@ def plugins() -> dict[str, list[Plugin]]:
     dict of str to list of Plugin
         By `peft_type`, in alphabetical order; more than one of a name are a clash.
     """
+    from importlib.metadata import entry_points  # noqa: PLC0415 - slow to import, seldom asked
+
     found: dict[str, list[Plugin]] = {}
     for entry in entry_points(group=GROUP):
         owner = "an unknown distribution"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite, prod
 from typing import Any
 
 import numpy.typing as npt
 
 from peft_any import __version__
+from peft_any._imports import imported
 from peft_any._typing import Shape
 from peft_any.errors import VerifyError
 
@@ -227,9 +226,8 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 def versions() -> dict[str, str]:
     """Name the versions of what computed."""
     found = {"peft_any": __version__, "python": platform.python_version()}
-    for package in ("numpy", "ml-dtypes", "array-api-compat"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    for package in ("numpy", "ml_dtypes", "array_api_compat"):
+        found[package.replace("_", "-")] = imported(package).__version__
     return found
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -558,6 +559,9 @@ def test_all_offenders_are_listed_at_once(
     [
         (["merge"], "--base"),
         (["frobnicate"], "frobnicate"),
+        (["mrege"], "nearest: 'merge'"),
+        (["merge", "--dry-run=1"], "see peft-any merge --help"),
+        (["merge", "--bsae", "b"], "--base"),
         (["merge", "--base", "b", "--adapter", "a"], "--out"),
         (["merge", "--base", "b", "--adapter", "a:nan", "--out", "o"], "a:nan"),
         (["merge", "--base", "b", "--adapter", "a", "--out", "o", "--min-kept", "7"], "--min-kept"),
@@ -678,11 +682,12 @@ def test_an_interrupted_merge_leaves_nothing_behind(
     assert tree(tmp_path) == before
 
 
-def test_an_interrupt_that_typer_hides_is_still_one(
+def test_an_interrupt_that_something_hides_is_still_one(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted() -> list[str]:
-        signal.raise_signal(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
         return []
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -759,12 +764,51 @@ def test_the_module_is_the_program(base: Path, adapter: Path, tmp_path: Path) ->
     assert "\x1b" not in run.stderr
 
 
-def test_help_loads_no_other_library_and_nothing_to_compute_with() -> None:
+def loaded_by(*args: object) -> set[str]:
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
-    status, _, err = process("--help", code=code)
+    status, _, err = process(*args, code=code)
     assert status == 0
-    loaded = set(err.split())
+    return set(err.split())
+
+
+def test_help_loads_no_other_library_and_nothing_to_compute_with() -> None:
+    loaded = loaded_by("--help")
     assert not loaded & {"torch", "jax", "cupy", "dask", "peft_any.surgery", "peft_any.demo.run"}
+    assert "rich" not in loaded
+
+
+def test_a_merge_loads_what_it_needs(base: Path, adapter: Path) -> None:
+    merging = "merge", "--base", base, "--adapter", adapter, "--dry-run"
+    others = {"peft_any.cli.adapters", "peft_any.cli.checkpoints", "importlib.metadata", "socket"}
+    for more in ("--quiet", "--json"):
+        assert not loaded_by(*merging, more) & {"rich", *others}
+
+
+def test_a_shell_completes() -> None:
+    asked = {"_PEFT_ANY_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+    code, out, err = process(env={**asked, "COMP_WORDS": "peft-any merge --full"})
+    assert (code, out, err) == (0, "plain,--full-hash\n", "")
+    code, out, err = process(env={**asked, "COMP_WORDS": "peft-any v", "COMP_CWORD": "1"})
+    assert (code, out, err) == (0, "plain,verify\n", "")
+
+
+def test_a_table_stands_in_columns_with_and_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = console.Table(("name", "size"), ["size"])
+    made.add("B\u0302·Â", "1")
+    made.add("重み\x1b", "1000")
+    seen = []
+    for forced in (False, True):
+        monkeypatch.setenv("NO_COLOR", "1")
+        if forced:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        else:
+            monkeypatch.delenv("FORCE_COLOR", raising=False)
+        console.say("[bold]", made)
+        seen.append(re.sub("\x1b[^m]*m", "", capsys.readouterr().out))
+    assert seen[0] == "[bold]\nname      size\nB\u0302·Â          1\n重み\\x1b  1000\n"
+    assert seen[1] == seen[0]
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -2,7 +2,5 @@
 
 from __future__ import annotations
 
-from peft_any.cli import adapters as adapters
-from peft_any.cli import checkpoints as checkpoints
 from peft_any.cli.app import main as main
 from peft_any.cli.app import run as run

@@ -4,56 +4,50 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
-from rich.console import RenderableType
-from rich.text import Text
+import click
 
-from peft_any.cli.console import prepare_streams, progress, say, signals, silence, tell, waiting
+from peft_any import __version__
+from peft_any.cli.commands import HELP, Commands, command, flag, option
+from peft_any.cli.console import (
+    Table,
+    prepare_streams,
+    progress,
+    say,
+    signals,
+    silence,
+    tell,
+    waiting,
+)
 from peft_any.cli.options import (
-    Adapters,
-    AnyBase,
-    AsJson,
-    Backend,
-    Base,
-    Debug,
-    Engine,
-    FullHash,
-    Map,
-    MaxShardSize,
-    MinKept,
-    NoStrict,
-    Quiet,
-    Rederive,
-    Resume,
-    Scheduler,
-    Threads,
+    ADAPTERS,
+    ANY_BASE,
+    BACKEND,
+    BASE,
+    DRY_RUN,
+    ENGINE,
+    FITTING,
+    MAX_SHARD_SIZE,
+    OVERWRITE,
+    QUIET,
     engine_at,
-    fitting,
+    min_kept,
     weighted,
 )
 from peft_any.errors import PeftError, UsageError, VerifyError
-from peft_any.receipt import SCHEMA_VERSION
 
 INTERNAL, STORAGE, PIPE = 1, 5, 128 + 13
 """Exit codes that no `PeftError` has; the last is what a shell gives for SIGPIPE."""
 _COLLECTED = 50_000
 """Objects between two collections."""
-
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 @dataclass(frozen=True)
@@ -61,114 +55,83 @@ class Result:
     """What a command found: a document for `--json`, and what people read of it."""
 
     document: dict[str, Any]
-    shown: Sequence[RenderableType]
+    shown: Sequence[str | Table]
     as_json: bool
     quiet: bool = False
     error: PeftError | None = None
 
 
-@app.callback(invoke_without_command=True)
-def about(
-    *, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
-) -> None:
-    """Merge, verify, inspect, combine, resize, extract and compare fine-tuning adapters."""
-    if version:
-        from peft_any import __version__
-
-        typer.echo(f"peft-any {__version__}")
-        raise typer.Exit
-
-
-@app.command()
+@command(
+    BASE,
+    ADAPTERS,
+    option("--out", help="The output: a directory, or a .safetensors file."),
+    option("--dtype", help="Store what changes as fp32, fp16, bf16 …, not as the base."),
+    MAX_SHARD_SIZE,
+    min_kept(),
+    DRY_RUN,
+    OVERWRITE,
+    ANY_BASE,
+    flag("--resume", help="Continue what a killed run of the same merge left."),
+    flag("--full-hash", help="Put digests of all bytes into the receipt too."),
+    *FITTING,
+    *ENGINE,
+    option(
+        "--threads",
+        type=click.IntRange(min=1),
+        help="Threads that compute; by default one a processor.",
+    ),
+    QUIET,
+)
 def merge(
+    base: str,
+    adapter: Sequence[str],
+    out: str | None,
     *,
-    base: Base,
-    adapter: Adapters,
-    out: Annotated[
-        str | None, typer.Option(help="The output: a directory, or a .safetensors file.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Store what changes as fp32, fp16, bf16 …, not as the base.")
-    ] = None,
-    max_shard_size: MaxShardSize = None,
-    min_kept: Annotated[float | None, MinKept] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output.")
-    ] = False,
-    any_base: AnyBase = False,
-    resume: Resume = False,
-    full_hash: FullHash = False,
-    no_strict: NoStrict = False,
-    rederive: Rederive = False,
-    names: Map = None,
-    backend: Backend = "auto",
-    engine: Engine = "local",
-    scheduler: Scheduler = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    engine: str,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> Result:
     """Merge adapters into a model, and tell how much of them survived."""
     from peft_any import merge_checkpoint
     from peft_any.cli.report import summary
 
-    if out is None and not dry_run:
+    if out is None and not given["dry_run"]:
         raise UsageError("merge: --out is missing: say where the output goes, or give --dry-run")
     with progress("merging", quiet) as step:
-        receipt = merge_checkpoint(
-            base,
-            weighted(adapter),
-            out,
-            dtype=dtype,
-            min_kept=min_kept,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            progress=step,
-            any_base=any_base,
-            resume=resume,
-            full_hash=full_hash,
-            engine=engine_at(engine, scheduler),
-            threads=threads,
-            max_shard_size=max_shard_size,
-            **fitting(no_strict, rederive, names, backend),
-        )
+        given |= {"engine": engine_at(engine, scheduler), "progress": step}
+        receipt = merge_checkpoint(base, weighted(adapter), out, **given)
     return Result(receipt.to_dict(), summary(receipt), as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@command(
+    BASE,
+    ADAPTERS,
+    option("--merged", required=True, help="The merged model, whoever made it."),
+    min_kept(0.9),
+    *FITTING,
+    *ENGINE,
+    QUIET,
+)
 def verify(
+    base: str,
+    adapter: Sequence[str],
+    merged: str,
     *,
-    base: Base,
-    adapter: Adapters,
-    merged: Annotated[str, typer.Option(help="The merged model, whoever made it.")],
-    min_kept: Annotated[float, MinKept] = 0.9,
-    no_strict: NoStrict = False,
-    rederive: Rederive = False,
-    names: Map = None,
-    backend: Backend = "auto",
-    engine: Engine = "local",
-    scheduler: Scheduler = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    engine: str,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> Result:
     """Audit a merged model against its base and its adapters."""
     from peft_any import verify_checkpoint
     from peft_any.cli.report import summary
 
     with progress("verifying", quiet) as step:
-        receipt = verify_checkpoint(
-            base,
-            weighted(adapter),
-            merged,
-            min_kept=min_kept,
-            check=False,
-            progress=step,
-            engine=engine_at(engine, scheduler),
-            **fitting(no_strict, rederive, names, backend),
-        )
+        given |= {"engine": engine_at(engine, scheduler), "progress": step}
+        receipt = verify_checkpoint(base, weighted(adapter), merged, check=False, **given)
     error = None
     try:
         receipt.check()
@@ -178,14 +141,11 @@ def verify(
     return Result(receipt.to_dict(), shown, as_json=as_json, quiet=quiet, error=error)
 
 
-@app.command()
-def methods(
-    *,
-    as_json: AsJson = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
-) -> Result:
+@command()
+def methods(*, as_json: bool) -> Result:
     """List the methods."""
     from peft_any.cli.report import described, listing, remarks
+    from peft_any.receipt import SCHEMA_VERSION
     from peft_any.registry import method_names, registered_methods
 
     others, problems = registered_methods()
@@ -195,22 +155,31 @@ def methods(
     return Result(document, [listing(rows), *remarks(others, problems)], as_json=as_json)
 
 
-@app.command()
+@command(
+    option(
+        "--method",
+        "methods",
+        multiple=True,
+        help="head, bias, lora, dora, oft or full; again for more. All by default.",
+    ),
+    option(
+        "--steps",
+        type=click.IntRange(min=1),
+        default=800,
+        help="Training steps of each method.",
+    ),
+    option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Of data, initial values and batches.",
+    ),
+    option("--out", help="Keep the trained adapters, and a figure, in this directory."),
+    BACKEND,
+    QUIET,
+)
 def demo(
-    *,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="head, bias, lora, dora, oft or full; again for more. All by default."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 800,
-    seed: Annotated[int, typer.Option(min=0, help="Of data, initial values and batches.")] = 0,
-    out: Annotated[
-        str | None, typer.Option(help="Keep the trained adapters, and a figure, in this directory.")
-    ] = None,
-    backend: Backend = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    methods: Sequence[str], *, backend: str, as_json: bool, quiet: bool, **given: Any
 ) -> Result:
     """Fine-tune a published network by several methods; merge as Hugging Face PEFT does."""
     from peft_any.cli.report import scores, summary
@@ -218,15 +187,19 @@ def demo(
     from peft_any.demo.run import train as train_demo
 
     with waiting("training", quiet) as tell_method:
-        options: Any = {"methods": method, "steps": steps, "seed": seed, "out": out}
-        document = train_demo(backend, **options, tell=tell_method)
-    table = scores(document["rows"], document["curves"])
-    shown: list[RenderableType] = [Text(document["data"]), Text(), *table]
-    shown += [Text(line) for line in [*document["said"], ""]]
-    receipt = run_demo(lambda line: shown.append(Text(line)), backend)
+        document = train_demo(backend, methods=[*methods] or None, **given, tell=tell_method)
+    shown = [document["data"], "", *scores(document["rows"], document["curves"])]
+    shown += [*document["said"], ""]
+    receipt = run_demo(shown.append, backend)
     document["receipt"] = receipt.to_dict()
-    shown += [Text(), *summary(receipt, "a temporary directory")]
+    shown += ["", *summary(receipt, "a temporary directory")]
     return Result(document, shown, as_json=as_json, quiet=quiet)
+
+
+@click.group("peft-any", cls=Commands, context_settings=HELP)
+@click.version_option(__version__, message="peft-any %(version)s", help="Print the version.")
+def app() -> None:
+    """Merge, verify, inspect, combine, resize, extract and compare fine-tuning adapters."""
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -257,21 +230,32 @@ def _run(given: list[str]) -> int:
         warnings.simplefilter("ignore", RuntimeWarning)  # results are looked at for overflow
         prepare_streams()
         try:
-            command = typer.main.get_command(app)
-            found = command(given or ["--help"], prog_name="peft-any", standalone_mode=False)
-            code = found or 0
-            if isinstance(found, Result):
+            found = called(given or ["--help"])
+            if caught:  # something took an interrupt for an error of its own
+                raise KeyboardInterrupt
+            code = 0
+            if found is not None:
                 for text in [*found.document.get("warnings", ()), *found.document.get("notes", ())]:
                     note(text)
                 code = show(found)
             sys.stdout.flush()
         except BaseException as error:  # noqa: BLE001 - all of them end in an exit code
             if "--debug" in given:
+                import traceback
+
                 traceback.print_exc()
             return failed(error, caught, as_json, resume)
-        if caught:  # typer takes an interrupt for a command's regular end
-            return failed(KeyboardInterrupt(), caught, as_json, resume)
     return code if given else UsageError.exit_code
+
+
+def called(args: list[str]) -> Result | None:
+    """Call the command that is asked for; none where what was asked is printed already."""
+    try:
+        with app.make_context("peft-any", [*args]) as context:
+            found: Result = app.invoke(context)
+    except click.exceptions.Exit:  # after help and version
+        return None
+    return found
 
 
 def show(result: Result) -> int:
@@ -299,10 +283,10 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: b
         code, message = 128 + caught[0], f"interrupted: {left}"
     elif isinstance(error, PeftError):
         code = error.exit_code
-    elif hasattr(error, "format_message"):  # typer's own
+    elif isinstance(error, click.ClickException):
         command = getattr(getattr(error, "ctx", None), "command_path", "peft-any")
         code, message = UsageError.exit_code, f"{error.format_message()} (see {command} --help)"
-    elif isinstance(error, BrokenPipeError | SystemExit):
+    elif isinstance(error, BrokenPipeError):
         silence()
         return PIPE
     elif isinstance(error, OSError):
@@ -315,6 +299,8 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: b
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
     tell("error", message)
     if as_json:
+        from peft_any.receipt import SCHEMA_VERSION
+
         document = {"schema_version": SCHEMA_VERSION, "error": record(error, message, code)}
         with suppress(OSError):
             print(json.dumps(document, indent=2), flush=True)
@@ -322,13 +308,15 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: b
 
 
 def record(error: BaseException, message: str, code: int) -> dict[str, Any]:
-    """Describe an error for `--json`; what typer finds wrong is a `UsageError`."""
+    """Describe an error for `--json`; what Click finds wrong is a `UsageError`."""
     kind = UsageError if code == UsageError.exit_code else type(error)
     return {"type": kind.__name__, "message": message, "exit_code": code}
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
+    if "_PEFT_ANY_COMPLETE" in os.environ:
+        app.main(args, "peft-any")  # answers the shell that set it, and leaves
     gc.freeze()
     gc.set_threshold(_COLLECTED)  # a command's imports alone make more than the usual hundreds
     sys.exit(run(args))

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import RenderableType
-from rich.text import Text
+import click
 
-from peft_any.cli.app import Result, app
-from peft_any.cli.console import progress
+from peft_any.cli.app import Result
+from peft_any.cli.commands import Argument, command, flag, option
+from peft_any.cli.console import Table, progress
 from peft_any.cli.options import (
-    AsJson,
-    Backend,
-    Base,
-    Debug,
-    Engine,
-    Map,
-    MaxShardSize,
-    NoStrict,
-    Out,
-    Overwrite,
-    Quiet,
-    Rederive,
-    RunsOfLayers,
-    Scheduler,
-    Stack,
+    ADAPTER,
+    BACKEND,
+    BASE,
+    ENGINE,
+    FITTING,
+    MAX_SHARD_SIZE,
+    NO_STRICT,
+    OUT,
+    OVERWRITE,
+    QUIET,
     engine_at,
-    fitting,
     runs,
 )
 
-Plot = Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw it.")]
+PLOT = option("--plot", metavar="FILE.png", help="Draw it.")
 
 if TYPE_CHECKING:
     from peft_any.algebra.difference import AdapterDifference
@@ -41,37 +34,31 @@ if TYPE_CHECKING:
     from peft_any.surgery.pictures import Drawable
 
 
-@app.command()
+@command(
+    ADAPTER,
+    option("--base", help="A model: predict what it would keep of the adapter."),
+    flag("--spectra", help="Find the singular values of every ΔW."),
+    PLOT,
+    *FITTING,
+    QUIET,
+)
 def inspect(
+    adapter: str,
+    base: str | None,
+    plot: str | None,
     *,
-    adapter: Annotated[str, typer.Argument(help="An adapter's directory or tensor file.")],
-    base: Annotated[
-        str | None, typer.Option(help="A model: predict what it would keep of the adapter.")
-    ] = None,
-    spectra: Annotated[
-        bool, typer.Option("--spectra", help="Find the singular values of every ΔW.")
-    ] = False,
-    plot: Plot = None,
-    no_strict: NoStrict = False,
-    rederive: Rederive = False,
-    names: Map = None,
-    backend: Backend = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    spectra: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> Result:
     """Tell an adapter's method, layers, ranks and norms."""
     from peft_any import inspect_adapter
     from peft_any.cli.report import report
 
+    given["spectra"] = spectra or plot is not None
     with progress("inspecting", quiet) as step:
-        found = inspect_adapter(
-            adapter,
-            base,
-            spectra=spectra or plot is not None,
-            progress=step,
-            **fitting(no_strict, rederive, names, backend),
-        )
+        found = inspect_adapter(adapter, base, progress=step, **given)
     _draw(found, plot)
     return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
 
@@ -83,111 +70,107 @@ def _draw(found: Drawable, plot: str | None) -> None:
         draw(found, plot)
 
 
-@app.command()
+@command(
+    BASE,
+    option("--model", required=True, help="The model that was fine-tuned from it."),
+    OUT,
+    option("--rank", type=click.IntRange(min=1), help="Of all factors; with --energy, the most."),
+    option(
+        "--energy",
+        type=float,
+        metavar="SHARE",
+        help="Of each layer's ‖Δ‖² that its factors must hold.",
+    ),
+    option("--dtype", default="float32", help="Of the factors: fp32, bf16 …"),
+    flag("--embeddings", help="Factors for embeddings and heads, not copies."),
+    OVERWRITE,
+    NO_STRICT,
+    BACKEND,
+    *ENGINE,
+    QUIET,
+)
 def extract(
+    base: str,
+    model: str,
+    out: str | None,
     *,
-    base: Base,
-    model: Annotated[str, typer.Option(help="The model that was fine-tuned from it.")],
-    out: Out = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Of all factors; with --energy, the most.")
-    ] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Of each layer's ‖Δ‖² that its factors must hold."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the factors: fp32, bf16 …")] = "float32",
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Factors for embeddings and heads, not copies.")
-    ] = False,
-    overwrite: Overwrite = False,
-    no_strict: NoStrict = False,
-    backend: Backend = "auto",
-    engine: Engine = "local",
-    scheduler: Scheduler = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    engine: str,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> Result:
     """Extract a LoRA from a model and its base, and tell how much of the change it holds."""
     from peft_any import extract as extract_adapter
 
     with progress("extracting", quiet) as step:
-        found = extract_adapter(
-            base,
-            model,
-            out,
-            rank=rank,
-            energy=energy,
-            dtype=dtype,
-            embeddings=embeddings,
-            overwrite=overwrite,
-            strict=not no_strict,
-            backend=backend,
-            engine=engine_at(engine, scheduler),
-            progress=step,
-        )
+        given |= {"engine": engine_at(engine, scheduler), "progress": step}
+        found = extract_adapter(base, model, out, **given)
     return Result(found.to_dict(), extracted(found), as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@command(
+    Argument("one", metavar="A", help="An adapter, or a model."),
+    Argument("two", metavar="B", help="Another one."),
+    option("--base", help="The model of two adapters, where their changes need it."),
+    PLOT,
+    NO_STRICT,
+    BACKEND,
+    QUIET,
+)
 def diff(
+    one: str,
+    two: str,
+    base: str | None,
+    plot: str | None,
     *,
-    one: Annotated[str, typer.Argument(metavar="A", help="An adapter, or a model.")],
-    two: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
-    base: Annotated[
-        str | None, typer.Option(help="The model of two adapters, where their changes need it.")
-    ] = None,
-    plot: Plot = None,
-    no_strict: NoStrict = False,
-    backend: Backend = "auto",
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
 ) -> Result:
     """Compare two adapters by what they add to each layer, or two models tensor by tensor."""
     from peft_any import diff as compare
 
     with progress("comparing", quiet) as step:
-        found = compare(one, two, base, strict=not no_strict, backend=backend, progress=step)
+        found = compare(one, two, base, progress=step, **given)
     _draw(found, plot)
     return Result(found.to_dict(), compared(found), as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@command(
+    BASE,
+    option(
+        "--layers",
+        required=True,
+        metavar="0:4,2:5",
+        help="Runs of layers START:END, END excluded.",
+    ),
+    option("--out", required=True, help="The output: a directory."),
+    option(
+        "--stack",
+        metavar="NAME",
+        help="What the layers are in: model.language_model.layers …",
+    ),
+    MAX_SHARD_SIZE,
+    OVERWRITE,
+    QUIET,
+)
 def replicate(
-    *,
-    base: Base,
-    layers: RunsOfLayers,
-    out: Annotated[str, typer.Option(help="The output: a directory.")],
-    stack: Stack = None,
-    max_shard_size: MaxShardSize = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,  # noqa: ARG001 - `run` looks for it
+    base: str, layers: str, out: str, *, as_json: bool, quiet: bool, **given: Any
 ) -> Result:
     """Repeat a model's layers: the base of an adapter with layer_replication."""
     from peft_any import replicate_checkpoint
 
     with progress("copying", quiet) as step:
-        made = replicate_checkpoint(
-            base,
-            runs(layers),
-            out,
-            stack=stack,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=step,
-        )
+        made = replicate_checkpoint(base, runs(layers), out, progress=step, **given)
     order = " ".join(map(str, made.layers))
     lines = [f"{made.stack}: {len(made.layers)} layers, of the base's {order}"]
     lines += [f"config.json: {k} {old!r} → {new!r}" for k, (old, new) in made.config.items()]
     lines.append(f"{made.out['tensors']} tensors, {made.out['bytes']} bytes → {out}")
-    return Result(made.to_dict(), [*map(Text, lines)], as_json=as_json, quiet=quiet)
+    return Result(made.to_dict(), lines, as_json=as_json, quiet=quiet)
 
 
-def compared(found: AdapterDifference | CheckpointDifference) -> list[RenderableType]:
+def compared(found: AdapterDifference | CheckpointDifference) -> list[str | Table]:
     """Show a comparison: the totals, and every layer; of models, the tensors that differ most."""
     from peft_any.cli.report import ROWS, number, table
     from peft_any.surgery.comparison import CheckpointDifference
@@ -198,31 +181,31 @@ def compared(found: AdapterDifference | CheckpointDifference) -> list[Renderable
         rows.sort(key=lambda one: -(inf if one.relative is None else one.relative))
         made = table("tensor", "state", "dtypes", "‖Δ‖/‖A‖", "largest", "cosine")
         for one in rows[:ROWS]:
-            made.add_row(
-                Text(one.tensor),
+            made.add(
+                one.tensor,
                 one.state,
                 " → ".join(dict.fromkeys(d for d in one.dtype if d)),
                 number(one.relative, ".2e"),
                 number(one.most, ".2e"),
                 number(one.cosine),
             )
-        more = [Text(f"… and {len(rows) - ROWS} more")] if len(rows) > ROWS else []
-        return [Text(states), *([made] if rows else []), *more]
+        more = [f"… and {len(rows) - ROWS} more"] if len(rows) > ROWS else []
+        return [states, *([made] if rows else []), *more]
     lines = [f"A {found.a.peft_type} {found.a.label}", f"B {found.b.peft_type} {found.b.label}"]
     lines += [f"{name}: {one!r} → {two!r}" for name, (one, two) in found.config.items()]
     lines.append(f"cosine of the changes {number(found.cosine)}")
     made = table("layer", "‖ΔA‖", "‖ΔB‖", "cosine", "‖ΔA−ΔB‖/‖ΔA‖", "writes alike", "reads alike")
     for layer in found.layers:
-        made.add_row(
-            Text(layer.layer),
+        made.add(
+            layer.layer,
             *(number(x, ".4g") for x in (layer.norm_a, layer.norm_b)),
             *(number(x) for x in (layer.cosine, layer.distance, *layer.overlap)),
         )
     copies = [f"{name}: ‖A−B‖/‖A‖ {number(off, '.2e')}" for name, off in found.copies.items()]
-    return [*map(Text, lines), *([made] if found.layers else []), *map(Text, copies)]
+    return [*lines, *([made] if found.layers else []), *copies]
 
 
-def extracted(found: Extraction) -> list[RenderableType]:
+def extracted(found: Extraction) -> list[str | Table]:
     """Show an extraction: the totals, and the layers that kept least."""
     from peft_any.cli.report import ROWS, number, table
 
@@ -234,13 +217,13 @@ def extracted(found: Extraction) -> list[RenderableType]:
         lines.append(f"kept {number(found.kept)} of ‖Δ‖², ‖Δ − BA‖/‖Δ‖ {number(found.error)}")
     worst = sorted(layers, key=lambda layer: layer.kept)
     more = [f"… and {len(worst) - ROWS} more, which kept more"] if len(worst) > ROWS else []
-    shown: list[RenderableType] = [*map(Text, lines)]
+    shown: list[str | Table] = [*lines]
     if worst:
         made = table("layer", "rank", "‖Δ‖", "kept", "error", "at best", "found by")
         for layer in worst[:ROWS]:
             best = layer.least / layer.delta_norm if layer.delta_norm else 0.0
-            made.add_row(
-                Text(layer.module),
+            made.add(
+                layer.module,
                 str(layer.rank),
                 number(layer.delta_norm, ".4g"),
                 number(layer.kept),
@@ -250,4 +233,4 @@ def extracted(found: Extraction) -> list[RenderableType]:
             )
         shown.append(made)
     place = f"→ {found.out['path']}" if found.out else "nothing was written: give --out"
-    return [*shown, *map(Text, [*more, place])]
+    return [*shown, *more, place]

@@ -6,13 +6,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console, RenderableType
-from rich.text import Text
+from typing import Any, TextIO
+from unicodedata import combining, east_asian_width
 
 _WIDTH, _LINES = 2_000, 1_000
 _CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if i not in (9, 10)}
@@ -28,13 +27,85 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(*shown: RenderableType) -> None:
+@dataclass
+class Table:
+    """A table of text.
+
+    Attributes
+    ----------
+    head : tuple of str
+    right : collection of str
+        The columns that stand to the right.
+    rows : list of tuple of str
+    """
+
+    head: tuple[str, ...]
+    right: Collection[str] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str) -> None:
+        """Add a row."""
+        self.rows.append(tuple(map(visible, cells)))
+
+    def __str__(self) -> str:
+        columns = zip(self.head, *self.rows, strict=True)
+        laid = [_column(column, column[0] in self.right) for column in columns]
+        return "\n".join(map("  ".join, zip(*laid, strict=True)))
+
+
+def _column(cells: Sequence[str], right: bool) -> list[str]:
+    """Fill cells up to one width."""
+    widths = [sum(map(_width, cell)) for cell in cells]
+    blank = [" " * (max(widths) - width) for width in widths]
+    return [gap + cell if right else cell + gap for cell, gap in zip(cells, blank, strict=True)]
+
+
+def _width(letter: str) -> int:
+    """Count a letter's places: two of East Asia's, none of an accent."""
+    return 0 if combining(letter) else 1 + (east_asian_width(letter) in "WF")
+
+
+def fancy(stream: TextIO) -> bool:
+    """Whether somebody sees a stream in colour, as wide as a terminal."""
+    return stream.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+
+def say(*shown: str | Table) -> None:
     """Print on standard output, in the width of the terminal; elsewhere nothing is folded."""
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as text:
+    plain = "\n".join(visible(str(part)) for part in shown)
+    text = rich_text(shown) if fancy(sys.stdout) else plain
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.splitlines()))
+
+
+def rich_text(shown: Sequence[str | Table]) -> str:
+    """Lay out what is printed on a terminal."""
+    from rich import console, table, text
+
+    screen = console.Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with screen.capture() as laid:
         for part in shown:
-            console.print(part)
-    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in text.get().splitlines()))
+            if isinstance(part, str):
+                screen.print(text.Text(visible(part)))
+                continue
+            made = table.Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+            for name in part.head:
+                side: Any = "right" if name in part.right else "left"
+                made.add_column(name, justify=side, overflow="fold")
+            for cells in part.rows:
+                made.add_row(*map(text.Text, cells))
+            screen.print(made)
+    return laid.get()
+
+
+def visible(text: str) -> str:
+    r"""Spell out control codes.
+
+    Examples
+    --------
+    >>> visible("a\x1b[2J")
+    'a\\x1b[2J'
+    """
+    return text.translate(_CONTROLS)
 
 
 def clipped(message: str) -> str:
@@ -50,14 +121,19 @@ def clipped(message: str) -> str:
     lines = message.split("\n")
     more = [f"and {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
     lines = [line if len(line) <= _WIDTH else f"{line[:_WIDTH]} …" for line in lines[:_LINES]]
-    return "\n".join([*lines, *more]).translate(_CONTROLS)
+    return visible("\n".join([*lines, *more]))
 
 
 def tell(what: str, message: str, color: str = "red") -> None:
     """Print a message on standard error."""
     with suppress(OSError):
-        text = Text.assemble((f"{what}: ", f"bold {color}"), clipped(message))
-        Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+        if not fancy(sys.stderr):
+            print(f"{what}: {clipped(message)}", file=sys.stderr)
+            return
+        from rich import console, text
+
+        said = text.Text.assemble((f"{what}: ", f"bold {color}"), clipped(message))
+        console.Console(stderr=True, highlight=False).print(said, soft_wrap=True)
 
 
 def silence() -> None:
@@ -72,6 +148,7 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -97,6 +174,8 @@ def waiting(what: str, quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
+    from rich.console import Console
+
     with Console(stderr=True).status(what) as shown:
         yield lambda name: shown.update(f"{what} {name}")
 

@@ -1,98 +1,88 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what is read of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from math import isfinite
-from typing import Annotated, Any
 
-import typer
+import click
 
+from peft_any.cli.commands import Argument, flag, option
 from peft_any.errors import UsageError
 
-Base = Annotated[
-    str, typer.Option(help="The model: a safetensors file, or a directory, with shards or without.")
-]
-Adapters = Annotated[
-    list[str],
-    typer.Option(
-        "--adapter",
-        metavar="ADAPTER[:WEIGHT]",
-        help="An adapter. Given again: the weighted sum of the effects.",
-    ),
-]
-MinKept = typer.Option(
-    min=0.0, max=1.0, metavar="SHARE", help="The least of its change that a tensor must keep."
+BASE = option(
+    "--base",
+    required=True,
+    help="The model: a safetensors file, or a directory, with shards or without.",
 )
-Out = Annotated[str | None, typer.Option(help="The output: a directory.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
-Backend = Annotated[
-    str, typer.Option(metavar="LIBRARY[:DEVICE]", help="Where to compute: numpy, torch:cuda:0 …")
-]
-NoStrict = Annotated[
-    bool, typer.Option("--no-strict", help="Leave out, and record, what has no place in the base.")
-]
-Rederive = Annotated[
-    bool, typer.Option("--rederive", help="Redo the decomposition an unconverted file assumes.")
-]
-AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Accept a base that the adapter was not made on.")
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue what a killed run of the same merge left.")
-]
-FullHash = Annotated[
-    bool, typer.Option("--full-hash", help="Put digests of all bytes into the receipt too.")
-]
-MaxShardSize = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="Divide the output among files of at most 5GB, 512MiB …"),
-]
-Map = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="OLD=NEW",
-        help="Rename the adapter's modules: a regular expression and what replaces it, or "
-        "qkv=q+k+v, or a .json file of such. Given again: one after the other.",
+ADAPTERS = option(
+    "--adapter",
+    required=True,
+    multiple=True,
+    metavar="ADAPTER[:WEIGHT]",
+    help="An adapter. Given again: the weighted sum of the effects.",
+)
+ADAPTER = Argument("adapter", help="An adapter's directory or tensor file.")
+OUT = option("--out", help="The output: a directory.")
+OVERWRITE = flag("--overwrite", help="Replace an existing output.")
+DRY_RUN = flag("--dry-run", help="Do everything but write.")
+BACKEND = option(
+    "--backend",
+    default="auto",
+    metavar="LIBRARY[:DEVICE]",
+    help="Where to compute: numpy, torch:cuda:0 …",
+)
+NO_STRICT = flag(
+    "--no-strict",
+    "strict",
+    callback=lambda _, __, given: not given,
+    help="Leave out, and record, what has no place in the base.",
+)
+REDERIVE = flag("--rederive", help="Redo the decomposition an unconverted file assumes.")
+ANY_BASE = flag("--any-base", help="Accept a base that the adapter was not made on.")
+MAX_SHARD_SIZE = option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Divide the output among files of at most 5GB, 512MiB …",
+)
+MAP = option(
+    "--map",
+    "names",
+    multiple=True,
+    callback=lambda _, __, given: [*given] or None,
+    metavar="OLD=NEW",
+    help="Rename the adapter's modules: a regular expression and what replaces it, or "
+    "qkv=q+k+v, or a .json file of such. Given again: one after the other.",
+)
+FITTING = NO_STRICT, REDERIVE, MAP, BACKEND
+"""How adapters are fitted to a base."""
+ENGINE = (
+    option(
+        "--engine",
+        default="local",
+        metavar="local|dask",
+        help="What computes: this process, or Dask's workers.",
     ),
-]
-Engine = Annotated[
-    str, typer.Option(metavar="local|dask", help="What computes: this process, or Dask's workers.")
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(
+    option(
+        "--scheduler",
         metavar="ADDRESS",
         help="Of Dask: tcp://host:8786, or a scheduler's .json file. Without: workers here.",
     ),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads that compute; by default one a processor.")
-]
-RunsOfLayers = Annotated[
-    str, typer.Option(metavar="0:4,2:5", help="Runs of layers START:END, END excluded.")
-]
-Stack = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="What the layers are in: model.language_model.layers …"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bar, no warnings, no summary.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+)
+"""What computes (`engine_at`)."""
+QUIET = flag("--quiet", "-q", help="No bar, no warnings, no summary.")
 
 
-def fitting(
-    no_strict: bool, rederive: bool, names: list[str] | None, backend: str
-) -> dict[str, Any]:
-    """Give the options that say how adapters are fitted to a base, as the functions take them."""
-    return {
-        "strict": not no_strict,
-        "rederive": rederive,
-        "names": names,
-        "backend": backend,
-    }
+def min_kept(default: float | None = None) -> click.Option:
+    """Make the option of how much is enough."""
+    return option(
+        "--min-kept",
+        type=click.FloatRange(0, 1),
+        default=default,
+        metavar="SHARE",
+        help="The least of its change that a tensor must keep.",
+    )
 
 
 def engine_at(engine: str, scheduler: str | None) -> str:

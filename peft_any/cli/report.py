@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from peft_any.cli.console import Table
 from peft_any.errors import PeftError
 from peft_any.layer import Site
 from peft_any.method import Additive, Tuner
@@ -35,11 +32,8 @@ _NUMBERS |= {"‖Δ‖/‖A‖", "largest", "effective rank", "holds 99 %"}
 
 
 def table(*head: str) -> Table:
-    """Start a table without a frame; numbers stand to the right."""
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in head:
-        made.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
-    return made
+    """Start a table; numbers stand to the right."""
+    return Table(head, _NUMBERS)
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -53,7 +47,7 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "–" if value is None or not isfinite(value) else format(value, form)
 
 
-def summary(receipt: Receipt, place: str | None = None) -> list[RenderableType]:
+def summary(receipt: Receipt, place: str | None = None) -> list[str | Table]:
     """Show a receipt: the adapters, the totals, and the tensors that kept least.
 
     Parameters
@@ -90,16 +84,16 @@ def summary(receipt: Receipt, place: str | None = None) -> list[RenderableType]:
         lines.append("a dry run: nothing was written")
     found = sorted(changes, key=lambda c: 2.0 if c.kept is None else c.kept)
     more = [f"… and {len(changes) - ROWS} more, which kept more"] if len(changes) > ROWS else []
-    shown: list[RenderableType] = [figures(found[:ROWS])] if found else []
-    return [*map(Text, lines), *shown, *map(Text, more)]
+    shown: list[str | Table] = [figures(found[:ROWS])] if found else []
+    return [*lines, *shown, *more]
 
 
 def figures(changes: Sequence[Change]) -> Table:
     """Show what became of tensors."""
     made = table("tensor", "by", "dtype", "‖Δ‖/‖W‖", "kept", "error", "unmoved")
     for change in changes:
-        made.add_row(
-            Text(change.tensor),
+        made.add(
+            change.tensor,
             ", ".join(change.by),
             change.dtype,
             number(change.relative, ".2e"),
@@ -110,7 +104,7 @@ def figures(changes: Sequence[Change]) -> Table:
     return made
 
 
-def report(found: Inspection) -> list[RenderableType]:
+def report(found: Inspection) -> list[str | Table]:
     """Show an inspection: the method, every layer with its arrays, and what a base would keep."""
     lines = [f"{found.peft_type} {found.path}"]
     at = f" at {len(found.sites)} layers" if found.sites else ""
@@ -128,24 +122,24 @@ def report(found: Inspection) -> list[RenderableType]:
             for name, shape in site.shapes.items()
         )
         rank = "–" if site.rank is None else str(site.rank)
-        norm, text = number(site.delta_norm, ".4g"), Text("; ".join(arrays))
+        norm, text = number(site.delta_norm, ".4g"), "; ".join(arrays)
         held = number(site.effective_rank, ".1f"), number(site.rank_for(0.99), "d")
         cells = f"{site.parameters:,}", rank, norm, *(held if spectra else ())
-        made.add_row(Text(site.name), *cells, text)
+        made.add(site.name, *cells, text)
     loose = [
         f"{what} {name}: {_shape(shape)}"
         for what, group in (("new", found.copies), ("rows of", found.rows), ("", found.shared))
         for name, shape in group.items()
     ]
-    shown: list[RenderableType] = [*map(Text, lines), *([made] if found.sites else [])]
-    shown += [Text(line.strip()) for line in loose]
+    shown: list[str | Table] = [*lines, *([made] if found.sites else [])]
+    shown += [line.strip() for line in loose]
     if found.base:
-        shown += [Text(), Text(f"merged into {found.base['path']} as it is stored:")]
+        shown += ["", f"merged into {found.base['path']} as it is stored:"]
         shown.append(figures(found.changes))
     return shown
 
 
-def combination(record: Record) -> list[RenderableType]:
+def combination(record: Record) -> list[str | Table]:
     """Show what `combine` or `resize` made: the adapters, the totals, the layers farthest off."""
     lines = [
         f"{s.peft_type} {s.label}" + (f" × {s.weight:g}" if s.weight != 1 else "")
@@ -168,8 +162,8 @@ def combination(record: Record) -> list[RenderableType]:
     found = sorted(record.layers, key=lambda layer: -(layer.error or 0.0))
     table_of = table("layer", "ranks", "rank", "‖ΔW‖ of the sum", "left out", "off", "off the sum")
     for layer in found[:ROWS]:
-        table_of.add_row(
-            Text(layer.layer),
+        table_of.add(
+            layer.layer,
             " + ".join(map(str, layer.ranks)) or "–",
             "–" if layer.rank is None else str(layer.rank),
             number(layer.norm, ".4g"),
@@ -178,7 +172,7 @@ def combination(record: Record) -> list[RenderableType]:
             number(layer.off_sum, ".1e"),
         )
     more = [f"… and {len(found) - ROWS} more, less far off"] if len(found) > ROWS else []
-    return [*map(Text, lines), table_of, *map(Text, more)]
+    return [*lines, table_of, *more]
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -264,19 +258,19 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
         undone = "–" if not layers else "yes" if row["reversible"] else "no"
         first = row["peft_type"], row["equation"], trains(row["parameters"])
         cells = *first, layers or "–", row["kind"], undone, needs or "–"
-        made.add_row(*map(Text, cells))
+        made.add(*cells)
     return made
 
 
-def remarks(others: Mapping[str, str], problems: Sequence[str]) -> list[RenderableType]:
+def remarks(others: Mapping[str, str], problems: Sequence[str]) -> list[str | Table]:
     """Say whose the methods of other distributions are, and which of them cannot be used."""
     lines = [f"{name} is of {owner}" for name, owner in others.items()]
-    return [*map(Text, lines), *(Text(f"warning: {line}") for line in problems)]
+    return [*lines, *(f"warning: {line}" for line in problems)]
 
 
 def scores(
     rows: Sequence[Mapping[str, Any]], curves: Mapping[str, Sequence[float]]
-) -> list[RenderableType]:
+) -> list[str | Table]:
     """Show what the demo's methods came to, and how they came to it."""
     from peft_any.demo.figure import spark_lines
 
@@ -285,5 +279,5 @@ def scores(
     for row in rows:
         off = number(row["cl_mae"]), number(row["cd_rel"], ".2%")
         cost = f"{row['trainable']:,}", number(row["seconds"], ".1f")
-        made.add_row(row["method"], *off, *cost, lines.get(row["method"], ""))
+        made.add(row["method"], *off, *cost, lines.get(row["method"], ""))
     return [made]

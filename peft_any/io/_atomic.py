@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
@@ -250,7 +249,7 @@ def _real(path: StrPath) -> Path:
 
 
 def _sibling(final: Path, kind: str) -> Path:
-    return hidden(final, f"{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+    return hidden(final, f"{os.getpid()}-{os.urandom(4).hex()}.{kind}")
 
 
 def _name_final(cause: BaseException, partial: Path, final: Path) -> None:

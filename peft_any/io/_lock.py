@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
-import socket
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -104,7 +103,7 @@ def _open(path: Path) -> tuple[int | None, bool]:
 
 def _take_away(path: Path, owner: Mapping[str, Any]) -> None:
     """Remove what a dead process left, unless another has just taken its place."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     with suppress(FileNotFoundError):
         os.rename(path, aside)  # of several who try, one succeeds
         handle = os.open(aside, os.O_RDONLY)
@@ -179,7 +178,7 @@ def _began(pid: int) -> str | None:
 
 
 def _host() -> str:
-    return socket.gethostname()
+    return platform.node()
 
 
 def _refused(final: Path, path: Path, owner: Mapping[str, Any]) -> StorageError:
