@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,9 @@ from peft_any.errors import BackendError
 
 SCALARS = (type(None), bool, int, float, complex)
 """Python's own; NumPy's scalars, though some derive from these, are arrays here."""
+_MOST = 256
+_names: dict[tuple[type, Any], str] = {}
+"""Names known already: a dict, since torch's compiler warns of what `functools` caches."""
 
 
 def dtype_name(x: Any) -> str:
@@ -39,15 +41,21 @@ def dtype_name(x: Any) -> str:
     """
     dtype: Any = x if isinstance(x, (type, str)) else getattr(x, "dtype", x)
     try:
-        return _name(dtype.__class__, dtype)
+        key = type(dtype), dtype
+        known = _names.get(key)
+        if known is None:
+            known = _name(dtype)
+            if len(_names) < _MOST:
+                _names[key] = known
     except TypeError:  # NumPy's, as of an unhashable object
         raise BackendError(f"{x!r}: has no dtype: it is neither an array nor a dtype") from None
+    return known
 
 
-@lru_cache(maxsize=256)
-def _name(kind: type, dtype: Any) -> str:
-    if kind.__module__.startswith(("torch", "array_api_strict")):
-        return str(dtype).rpartition(".")[2]
+def _name(dtype: Any) -> str:
+    text = "" if isinstance(dtype, (type, str)) else str(dtype)
+    if text.startswith(("torch.", "array_api_strict.")):
+        return text.rpartition(".")[2]
     if dtype is None:
         raise TypeError("NumPy takes None for float64")
     return numpy_dtype(dtype).name

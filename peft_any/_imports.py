@@ -23,8 +23,9 @@ def imported(name: str) -> ModuleType:
     >>> imported("array_api_compat.numpy").testing.__name__
     'numpy.testing'
     """
-    if name != _COPY or name in sys.modules:
-        return import_module(name)
+    there = sys.modules.get(name)
+    if there is not None or name != _COPY:
+        return there or import_module(name)
     original = import_module(_OF)
     names = vars(original)
     later = {part for part in _LATER if part not in names}

@@ -98,7 +98,7 @@ class _Numpy(Library):
     name, package, space, extra = "numpy", "numpy", "array_api_compat.numpy", "numpy"
 
     def owns(self, x: Any) -> bool:
-        return isinstance(x, np.ndarray | np.number | np.bool_)
+        return isinstance(x, (np.ndarray, np.number, np.bool_))
 
     def creation_device(self, x: Any) -> str:
         return "cpu"

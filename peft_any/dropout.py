@@ -18,7 +18,7 @@ import numpy as np
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating
 from peft_any.errors import ConfigError
-from peft_any.layer import linear
+from peft_any.layer import Dense, linear
 
 Seed: TypeAlias = int | Sequence[int]
 
@@ -142,11 +142,9 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
         y = config.forward(p, x, base)
         return y
     y, site = base(x), base.site
-    field = config.thins
-    left_out = 0.0 if field == "module_dropout" else getattr(config, "module_dropout", 0.0)
-    if noise.at("module").happens(left_out):
+    if _left_out(config, noise):
         return y
-    thin = noise.at("input").thinned(x, getattr(config, field) if field else 0.0)
+    thin = noise.at("input").thinned(x, _rate(config))
     change = config.residual(p, thin, site)
     if rate := getattr(config, "rank_dropout", 0.0):
         scaled = getattr(config, "rank_dropout_scale", True)
@@ -156,6 +154,40 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
         change = (gain - 1.0) * linear(thin, base.weight) + gain * change
     y = y + change
     return y
+
+
+def branch(config: Any, p: Params, base: Dense, noise: Noise) -> tuple[Dense, float] | None:
+    """Give what an adapter adds to a layer in training as a layer of its own, as `dropped` does.
+
+    For layers that are adapted through their weight, such as convolutions.
+
+    Returns
+    -------
+    Dense
+        ΔW without the rows that are dropped, and Δb.
+    float
+        The rate at which its input is to be thinned.
+    None
+        Instead, where the adapter is left out.
+    """
+    if hasattr(config, "residual") and _left_out(config, noise):
+        return None
+    weight, bias = config.effect(p, base)
+    if rate := getattr(config, "rank_dropout", 0.0):
+        scaled = getattr(config, "rank_dropout_scale", True)
+        mask = noise.at("rank").rows(base.site.n_out, rate, weight, scaled=scaled)
+        weight = weight * mask[:, None]
+    return Dense(weight, bias, base.site), _rate(config)
+
+
+def _left_out(config: Any, noise: Noise) -> bool:
+    rate = 0.0 if config.thins == "module_dropout" else getattr(config, "module_dropout", 0.0)
+    return noise.at("module").happens(rate)
+
+
+def _rate(config: Any) -> float:
+    rate: float = getattr(config, config.thins) if config.thins else 0.0
+    return rate
 
 
 def drops(config: Any) -> bool:

@@ -28,6 +28,7 @@ class HiraConfig(Tuner, peft_type="HIRA", prefix="hira_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset(
         {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
     )
+    thins: ClassVar[str] = "hira_dropout"
 
     r: int = 32
     hira_dropout: float = 0.0

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_any import parts as several
-from peft_any.backend import astype, compute_dtype, is_floating
-from peft_any.dropout import Noise, drops
+from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
+from peft_any.dropout import Noise, branch, drops
 from peft_any.errors import ConfigError
 from peft_any.extras import with_rows
-from peft_any.integrations.torch.tensors import CHILD, Arrays, is_transposed
+from peft_any.integrations.torch.noise import Drawn
+from peft_any.integrations.torch.tensors import CHILD, CONVOLUTIONS, Arrays, is_transposed
 from peft_any.layer import Dense, Site
-from peft_any.method import Prompt, Tuner
-from peft_any.parts import Part
+from peft_any.method import Additive, Prompt, Tuner
+from peft_any.parts import Adapted, Part
+from peft_any.patterns import expression
 
 Values = Mapping[str, Tensor]
 """Tensors by their names within a module: ``weight``, ``out_proj.weight``."""
+_HOSTED = frozenset({"FOURIERFT", "WAVEFT", "TRAINABLE_TOKENS"})
+"""Methods that place values by NumPy's integers, which torch's compiler would trace wrongly."""
+torch.compiler.assume_constant_result(expression)
 
 
 class Share(nn.Module):
@@ -118,26 +123,54 @@ class Slot(nn.Module):
         if not adapting:
             return call(module, self.replaced(module), *args, **kwargs)
         noisy = module.training and any(drops(share.config) for share in adapting)
+        noise = Drawn(()) if noisy else None
         if type(module) in (nn.Linear, nn.Embedding) or is_transposed(module):
-            return self._applied(adapting, module, noisy, *args, **kwargs)
-        if noisy:
-            raise ConfigError(
-                f"{adapting[0].adapter}: cannot drop inputs of a {type(module).__name__}, which is "
-                "adapted through its weight: train with a dropout of 0, or leave the layer out"
-            )
-        return call(module, self.merged(module), *args, **kwargs)
+            apart = any(s.config and s.config.peft_type in _HOSTED for s in adapting)
+            apply = self._applied_apart if apart else self._applied
+            return apply(adapting, module, noise, *args, **kwargs)
+        if noise is None:
+            return call(module, self.merged(module), *args, **kwargs)
+        return self._branched(adapting, module, noise, *args, **kwargs)
+
+    def _branched(
+        self, adapting: list[Share], module: nn.Module, noise: Noise, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add, to what the base gives, what every change of its weight makes of thinned input."""
+        for share in adapting:
+            config: Any = share.config
+            if not _branches(module, config, alone=len(adapting) == 1):
+                raise ConfigError(
+                    f"{share.adapter}: {config.peft_type} cannot drop inputs of a "
+                    f"{type(module).__name__}, which it adapts through its weight: train with a "
+                    "dropout of 0, or leave the layer out"
+                )
+        (x,), values = (*args, *kwargs.values()), self.replaced(module)
+        given = [Part(s.config, {**s.params, **s.routing}) for s in adapting if s.config]
+        parts, base = several.ready(given, stored(module, values, adapting[0]), stacked=True)
+        y, layer = call(module, values, x), base
+        for part in parts:
+            changed = branch(part.config, part.params, layer, noise)
+            if changed is not None:
+                own, rate = changed
+                thin = noise.thinned(astype(x, dtype_name(own.weight)), rate)
+                y = y + call(module, {"weight": own.stored(), "bias": own.bias}, thin)
+            layer = Dense.formed(Adapted(part, layer))
+        return y.to(x.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _applied_apart(self, *args: Any, **kwargs: Any) -> Any:
+        return self._applied(*args, **kwargs)
 
     def _applied(
         self,
         adapting: list[Share],
         module: nn.Module,
-        noisy: bool,
+        noise: Noise | None,
         input: Tensor,  # noqa: A002 - torch's name
     ) -> Tensor:
         """Apply a layer that is a product, or a lookup, and nothing else: no ΔW is formed."""
         held = Held(module, self.replaced(module), adapting)
         floating = is_floating(input)
-        noise = Noise.of(int(torch.randint(2**31 - 1, ()))) if noisy else None
         parts = [held.part(share, noise) for share in adapting]
         x = astype(input, held.name) if floating else input
         y: Any = several.forward(parts, x, held, stacked=True)
@@ -156,6 +189,7 @@ class Held:
         self.site = self._stored.site
         arrays = [a for share in shares for a in share.params.values() if is_floating(a)]
         self.name = compute_dtype(self._stored.weight, *arrays)
+        self._wide: Any = None
 
     def part(self, share: Share, noise: Noise | None) -> Part:
         """Make an adapter ready to act on this layer."""
@@ -165,10 +199,12 @@ class Held:
         at = None if noise is None else noise.at(f"{share.adapter}/{self.site.name}")
         return Part(share.config, share.config.prepare(wide, self), noise=at)
 
-    @cached_property
+    @property
     def weight(self) -> Any:
-        """The flat weight in the compute dtype."""
-        return astype(self._stored.weight, self.name)
+        """The flat weight in the compute dtype, made once."""
+        if self._wide is None:  # the lock of a cached_property is none of what torch compiles
+            self._wide = astype(self._stored.weight, self.name)
+        return self._wide
 
     @property
     def original(self) -> Any:
@@ -191,6 +227,13 @@ class Held:
         if is_floating(x):
             x = x.to(self._stored.weight.dtype)
         return astype(call(self._module, self._values, x), self.name)
+
+
+def _branches(module: nn.Module, config: Any, *, alone: bool) -> bool:
+    """Whether what an adapter adds to a module is a module of its kind, with another weight."""
+    own = type(config).dropped is not Tuner.dropped
+    adds = isinstance(config, Additive) or config.thins
+    return type(module) in CONVOLUTIONS and bool(adds or (alone and not own))
 
 
 def stored(module: nn.Module, values: Values, share: Share) -> Dense:

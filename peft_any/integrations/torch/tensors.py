@@ -6,15 +6,17 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from peft_any.layer import CONVOLUTIONS, Kind, Site
+from peft_any.layer import CONVOLUTIONS as KINDS
+from peft_any.layer import Kind, Site
 
 CHILD = "peft_any"
 """Name of the child that holds adapters, in every adapted module."""
 PROMPT = "peft_any_prompt"
 """Name of the child that holds a prompt, in the module that takes it."""
-_CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
-    zip((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTIONS, strict=True)
+CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
+    zip((nn.Conv1d, nn.Conv2d, nn.Conv3d), KINDS, strict=True)
 )
+"""torch's classes of convolutions."""
 
 
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -63,7 +65,7 @@ def _site(name: str, module: nn.Module) -> Site | None:
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         d, bias = module.embed_dim, module.in_proj_bias is not None
         return Site(name, d, 3 * d, "MultiheadAttention", bias=bias)
-    kind = next((k for cls, k in _CONVOLUTIONS.items() if isinstance(module, cls)), None)
+    kind = next((k for cls, k in CONVOLUTIONS.items() if isinstance(module, cls)), None)
     if kind is not None:
         sizes, kernel = (module.in_channels, module.out_channels), tuple(module.kernel_size)
         return Site(name, *sizes, kind, kernel, module.groups, bias)
