@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.adapter import Adapter
 from peft_any.algebra import lowrank
-from peft_any.backend import astype, dtype_name, namespace
+from peft_any.backend import Backend, astype, dtype_name, namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.io._atomic import StrPath
 from peft_any.layer import Kind, Site, linear
 from peft_any.methods.lora import LoraConfig
 from peft_any.mixtures import largest_shares
@@ -20,7 +22,14 @@ from peft_any.routed import Routed
 from peft_any.starts import has_start
 
 _A, _B, _ROUTER = "arrow_A.weight", "arrow_B.weight", "arrow_router.weight"
-_VARIANTS = ("use_dora", "lora_bias", "use_bdlora", "kasa_config", "alora_invocation_tokens")
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_bdlora",
+    "kasa_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +145,59 @@ def arrow_of(
         target_modules=[*sites],
     )
     return Adapter(config, sites)
+
+
+def load_arrow(
+    path: StrPath, backend: str | Backend = "numpy", *, subtracted: bool | None = None
+) -> Adapter:
+    """Read a router that Hugging Face PEFT saved, with its experts, which lie beside it.
+
+    Its `save_pretrained` writes a directory for each adapter of a model of `create_arrow_model`:
+    ``arrow_router``, whose own factors have no effect, ``task_0`` and so on, and ``gks_0``….
+
+    Parameters
+    ----------
+    path : path
+        The model's directory, or the router's within it.
+    backend : str or Backend
+        Where the arrays go.
+    subtracted : bool, optional
+        Of a router with `use_gks`: whether the saved experts already lack general knowledge.
+        PEFT subtracts it in place at a model's first call, so that only those who saved it know.
+
+    Returns
+    -------
+    Adapter
+        To be applied by `PeftModel.add`, as that of `arrow_of`.
+
+    Raises
+    ------
+    ConfigError, StorageError
+        If it is no router, or names no experts; if one is missing; if `subtracted` must be given.
+    """
+    folder = Path(path)
+    if (folder / "arrow_router").is_dir():
+        folder = folder / "arrow_router"
+    config = Adapter.load(folder).config
+    router = getattr(config, "arrow_config", None)
+    if router is None or not router.task_adapter_names:
+        raise ConfigError(
+            f"{folder}: is no router of experts: arrow_config={router!r}: give the directory that "
+            "a model of create_arrow_model was saved to"
+        )
+    if router.use_gks and subtracted is None:
+        raise ConfigError(
+            f"{folder}: use_gks=True: Hugging Face PEFT subtracts general knowledge from the "
+            "experts at the first call: give subtracted=True if the model was called before it was "
+            "saved, else subtracted=False"
+        )
+    general = [] if subtracted or not router.use_gks else router.gks_adapter_names or []
+    return arrow_of(
+        [Adapter.load(folder.parent / name, backend) for name in router.task_adapter_names],
+        general=[Adapter.load(folder.parent / name, backend) for name in general],
+        top_k=router.top_k,
+        router_temperature=router.router_temperature,
+    )
 
 
 def _check(label: str, adapter: Adapter, first: Adapter) -> None:

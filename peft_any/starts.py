@@ -21,10 +21,7 @@ FOREIGN = {
 """Inits that cannot be computed from the base alone, and why."""
 
 
-VARIANTS = {
-    "arrow_config": "Arrow routes tokens between experts, and its file has none (experts.arrow_of)",
-    "use_qalora": "QALoRA needs its quantised base",
-}
+VARIANTS = {"use_qalora": "QALoRA needs its quantised base"}
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""
 
 

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from peft_any._typing import Params, Shape
+from peft_any.arrow import refuse_alone
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.hints import experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
@@ -38,6 +39,7 @@ def configured(config: Tuner, sites: Mapping[str, Site]) -> dict[str, Tuner]:
     """
     out: dict[str, Tuner] = {}
     refuse_endless(config, sites)
+    refuse_alone(config)
     config = config.among([*sites.values()])
     for name, site in sites.items():
         owner = _alias(site, sites)
@@ -92,6 +94,7 @@ def sites_of_params(
     """
     base = layout(weights, kinds, config)
     refuse_endless(config, base)
+    refuse_alone(config)
     missing = [name for name in params if name not in base]
     if missing:
         hint = prefix_hint(missing, base) + experts_hint(missing, weights)

@@ -426,8 +426,8 @@ def test_null_for_a_flag_is_false(field: str) -> None:
         ),
         ({"alora_invocation_tokens": []}, r"alora_invocation_tokens=\[\] cannot be found"),
         (
-            {"arrow_config": {"top_k": 1}, "use_qalora": True},
-            "(?s)arrow_config.*use_qalora",
+            {"arrow_config": {"top_k": "1"}},
+            r"Expected `int`, got `str` - at `\$.arrow_config.top_k`",
         ),
         (
             {"alora_invocation_tokens": [1], "use_dora": True},
@@ -460,6 +460,11 @@ def test_fields_that_are_refused_may_stand_there_unset(tmp_path: Path) -> None:
     Adapter.load(write(tmp_path / "a", under("fc."), use_bdlora=None, layer_replication=[]))
     config, _ = config_from_dict({"peft_type": "LORA", "rank_pattern": None})
     assert config.rank_pattern == {}
+
+
+def test_all_refused_fields_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)target_parameters=.*AdaLoRA.*use_dora=True"):
+        config_from_dict({"peft_type": "ADALORA", "use_dora": True, "target_parameters": ["w"]})
 
 
 def test_not_a_number_is_refused_in_a_dict_too() -> None:

@@ -38,7 +38,7 @@ LAYERS = [
         "replication",
     },
     {"activations", "mixtures", "projections", "spectra", "wavelets"},
-    {"starts", "registry", "factors", "alora"},
+    {"starts", "registry", "factors", "alora", "arrow"},
     {"prompt", "variants"},
     {"prompts"},
     {"encoders", "prefixes"},

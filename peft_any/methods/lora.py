@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 from peft_any import alora, starts, variants
 from peft_any._typing import Array, Params, Shape
+from peft_any.arrow import ArrowRouter, alone
 from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site
 from peft_any.method import Additive
 from peft_any.rng import Fresh
@@ -18,21 +19,19 @@ from peft_any.rng import Fresh
 class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     """ΔW = s·B·A, with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r), s = α/r.
 
-    use_rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+    use_rslora: s = α/√r (https://arxiv.org/abs/2312.03732). layer_replication: `replicate_layers`.
     use_dora: W′ = m ⊙ (W + ΔW)/‖W + ΔW‖ by rows, m (n_out,) starting at ‖W‖
-        (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-    lora_bias: the bias gains s·b, b (n_out,). rank_pattern, alpha_pattern: r and α by site.
+        (https://arxiv.org/abs/2402.09353). lora_bias: the bias gains s·b, b (n_out,).
+    rank_pattern, alpha_pattern: r and α by site. target_parameters: stacks of experts.
     alora_invocation_tokens: it acts from these on, by `routed` (https://arxiv.org/abs/2504.12397).
-    target_parameters: stacks of experts. layer_replication: repeated layers (`replicate_layers`).
     use_bdlora: A, then stored (r, n_in/k), or B, (n_out, r/k), of k blocks on the diagonal.
     kasa_config: ΔW = s·B·diag(d)·A − N, `lora_diag` d (r,), where N is the part of W by its r
-        smallest singular values (Wang et al. 2024, https://arxiv.org/abs/2412.06071).
-    init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal"
-        (B·A = 0 with neither zero; r even), "mica" (A = 0, and B, which stays, the left singular
-        vectors of W's smallest values, https://arxiv.org/abs/2604.01694), or a B₀·A₀ taken out of
-        the base, so that ΔW = s·(B·A − B₀·A₀): "pissa" and "pissa_niter_k" from the leading
-        singular triplets (Meng et al. 2024, https://arxiv.org/abs/2404.02948), "olora" from the QR
-        factors (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775); files fold them into rank 2r.
+        smallest singular values (https://arxiv.org/abs/2412.06071). arrow_config: `load_arrow`.
+    init_lora_weights: true (A uniform, B = 0), false (both random), "gaussian", "orthogonal" (B·A =
+        0, r even), "mica" (A = 0; B, W's left singular vectors of least values, stays,
+        https://arxiv.org/abs/2604.01694), or a B₀·A₀ taken out of W, and folded into rank 2r by
+        files: ΔW = s·(B·A − B₀·A₀), "pissa" and "pissa_niter_k" by leading singular triplets
+        (https://arxiv.org/abs/2404.02948), "olora" by QR (https://arxiv.org/abs/2406.01775).
     """
 
     kinds: ClassVar[frozenset[Kind]] = MATRICES | EXPERTS
@@ -59,6 +58,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     kasa_config: variants.KasaConfig | None = None
     use_bdlora: variants.BdLoraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
+    arrow_config: ArrowRouter | None = None
 
     def __post_init__(self) -> None:
         variants.check(self)
@@ -85,8 +85,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     @property
     def refusal(self) -> str | None:
-        """With `alora_invocation_tokens`."""
-        return alora.REFUSAL if self.alora_invocation_tokens else None
+        """With `alora_invocation_tokens`, and of a router."""
+        return alora.REFUSAL if self.alora_invocation_tokens else alone(self)
 
     @property
     def scaling(self) -> float:

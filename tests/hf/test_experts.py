@@ -13,8 +13,8 @@ peft = pytest.importorskip("peft")
 
 from peft.tuners.lora.arrow import create_arrow_model  # noqa: E402
 
-from peft_any import Adapter  # noqa: E402
-from peft_any.experts import arrow_of  # noqa: E402
+from peft_any import Adapter, ConfigError, convert  # noqa: E402
+from peft_any.experts import arrow_of, load_arrow  # noqa: E402
 from peft_any.integrations.torch import attach  # noqa: E402
 from tests.hf.models import base_of, quietly  # noqa: E402
 from tests.hf.test_live import ROUNDING, compare  # noqa: E402
@@ -80,6 +80,44 @@ def test_arrow_is_hfs(fields: dict[str, Any], dtype: str, tmp_path: Path) -> Non
         got = ours(IDS).logits
     assert (want - plain).abs().max() > 0.01
     compare({"y": got.numpy()}, {"y": want.numpy()}, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("use_gks", [True, False])
+def test_a_router_is_read_where_hf_saved_it(use_gks: bool, called: bool, tmp_path: Path) -> None:
+    tasks = saved(tmp_path, 3)
+    general = saved(tmp_path / "general", 1)
+    path = Path(general[0]) / "adapter_model.safetensors"
+    save_file({k: 0.02 * v for k, v in load_file(path).items()}, path)
+    config = peft.ArrowConfig(top_k=2, router_temperature=0.7, use_gks=use_gks, rng_seed=0)
+    with quietly(), torch.no_grad():
+        theirs = create_arrow_model(base_of("llama").eval(), tasks, config, general).eval()
+        if called:
+            theirs(IDS)
+        theirs.save_pretrained(tmp_path / "all")
+        want = theirs(IDS).logits
+    router = Adapter.load(tmp_path / "all" / "arrow_router")
+    router.save(tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        one, other = (
+            folder / name for folder in (tmp_path / "all/arrow_router", tmp_path / "again")
+        )
+        assert one.read_bytes() == other.read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"LoraConfig: an Arrow router cannot act alone.*load_arrow"
+    ):
+        attach(base_of("llama"), router)
+    with pytest.raises(ConfigError, match="an Arrow router cannot act alone"):
+        convert(tmp_path / "again", tmp_path / "converted")
+    if use_gks:
+        with pytest.raises(ConfigError, match="give subtracted=True if the model was called"):
+            load_arrow(tmp_path / "all")
+    ours = base_of("llama").eval()
+    attach(ours, load_arrow(tmp_path / "all", subtracted=called if use_gks else None))
+    with torch.no_grad():
+        compare({"y": ours(IDS).logits.numpy()}, {"y": want.numpy()}, ROUNDING["float32"])
+    with pytest.raises(ConfigError, match="task_0: is no router of experts: arrow_config=None"):
+        load_arrow(tmp_path / "all" / "task_0")
 
 
 def loaded(path: str, dtype: str) -> Adapter:
