@@ -319,4 +319,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         app.main(args, "peft-any")  # answers the shell that set it, and leaves
     gc.freeze()
     gc.set_threshold(_COLLECTED)  # a command's imports alone make more than the usual hundreds
-    sys.exit(run(args))
+    code = run(args)
+    gc.freeze()  # or else Python looks for cycles as it leaves, which takes longer than leaving
+    sys.exit(code)
