@@ -39,8 +39,12 @@ def detach(x: Any) -> Any:
     >>> detach(np.ones(2))
     array([1., 1.])
     """
-    if library_of(x).name == "jax":
+    name = library_of(x).name
+    if name == "jax":
         return LIBRARIES["jax"].module.lax.stop_gradient(x)
+    if name == "torch" and not x.requires_grad:
+        forward = LIBRARIES["torch"].module.autograd.forward_ad
+        return x if forward.unpack_dual(x).tangent is None else x.detach()
     return x.detach() if hasattr(x, "detach") else x
 
 

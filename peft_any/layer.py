@@ -8,7 +8,15 @@ from math import prod
 from typing import Any, Protocol
 
 from peft_any._typing import Array, Params
-from peft_any.backend import astype, compute_dtype, dtype_name, is_array, is_floating, namespace
+from peft_any.backend import (
+    astype,
+    compute_dtype,
+    dtype_name,
+    is_array,
+    is_differentiated,
+    is_floating,
+    namespace,
+)
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.site import CONVOLUTIONS as CONVOLUTIONS
 from peft_any.site import EXPERTS as EXPERTS
@@ -295,3 +303,13 @@ def narrow(merged: Dense, like: Dense) -> Dense:
     if bias is not None and like.bias is not None:
         bias = astype(bias, dtype_name(like.bias))
     return Dense(astype(merged.weight, dtype_name(like.weight)), bias, merged.site)
+
+
+def merged_for_calls(config: Any, p: Params, base: Layer) -> Params:
+    """Add the merged layer to a method's parameters, of which one product costs less than several.
+
+    Not where a derivative is asked for: a step of training merges for one call alone.
+    """
+    if any(map(is_differentiated, p.values())):
+        return p
+    return {**p, "merged": config.merge(p, Dense.formed(base))}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import detach, namespace, to_numpy
+from peft_any.backend import detach, namespace, summed, to_numpy
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site, linear, widen
+from peft_any.layer import Dense, Kind, Layer, Site, linear, merged_for_calls, widen
 from peft_any.method import Tuner
 from peft_any.patterns import expression
 from peft_any.rng import Fresh
+
+_KNOWN = ("osf_high_U", "osf_high_V", "osf_low_U", "osf_low_V")
+"""What W says for good: the vectors of its h largest singular values, and L as two factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,8 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
     inner: ClassVar[str] = "U_low|S_low|V_low"
+    frozen: ClassVar[frozenset[str]] = frozenset(_KNOWN)
+    certain: ClassVar[bool] = True
 
     effective_rank: int | float | None = None
     rank_pattern: dict[str, int | float] | None = None
@@ -66,37 +73,65 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
         return {f"osf_svd_params.{name}_low": shape for name, shape in of.items()}
 
     def init(self, site: Site, new: Fresh) -> Params:
-        """The smallest singular values of W and their vectors."""
-        shapes = self.shapes(site)
-        if self.init_weights is False:
-            return {name: new.normal(shape) for name, shape in shapes.items()}
+        """The smallest singular values of W and their vectors, and what W says for good."""
         (_,), base = widen([{}], new.base_for(site.name, "osf_svd_params"))
-        low = self._split(to_numpy(base.weight))[1]  # on the host: signs are each library's own
-        return {name: new.array(a) for name, a in zip(shapes, low, strict=True)}
+        parts = self._split(to_numpy(base.weight))  # on the host: signs are each library's own
+        p = {k: new.array(a) for k, a in zip(_KNOWN, _known(*parts), strict=True)}
+        if self.init_weights is False:
+            return {name: new.normal(shape) for name, shape in self.shapes(site).items()} | p
+        return {k: new.array(a) for k, a in zip(self.shapes(site), parts[1], strict=True)} | p
+
+    def lacks(self, p: Params) -> str | None:
+        """The singular vectors of W."""
+        return None if self.frozen <= p.keys() else "the singular vectors of the weight"
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
+        """Decompose W."""
+        _, base = widen([p], new.base_for(site.name, "osf_svd_params"))
+        return p | dict(zip(_KNOWN, _known(*self._split(base.weight)), strict=True))
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Leave out what W says."""
+        return self, {
+            site: {k: v for k, v in p.items() if k not in self.frozen} for site, p in sites.items()
+        }
 
     def prepare(self, p: Params, base: Layer) -> Params:
-        """Decompose W once."""
-        return {**p, "split": self._split(base.original)}
+        """Merge, for calls."""
+        return merged_for_calls(self, p, base)
 
     def product(self, p: Params, base: Layer) -> tuple[Array, Array]:
         """[U·diag(S), −L's] and [V; L's]."""
-        (u_high, _, v_high), (u0, s0, v0) = p.get("split") or self._split(base.original)
-        u, s, v = (p[f"osf_svd_params.{name}_low"] for name in "USV")
+        (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
         xp, flip = namespace(u), namespace(u).matrix_transpose
-        u = _apart(u, u_high @ (flip(u_high) @ u))
-        v = _apart(v, (v @ flip(v_high)) @ v_high)
-        return xp.concat([u * s, -(u0 * s0)], axis=1), xp.concat([v, v0], axis=0)
+        u = _apart(u, lambda a: u_high @ (flip(u_high) @ a))
+        v = _apart(v, lambda a: (a @ flip(v_high)) @ v_high)
+        return xp.concat([u * s, -u0], axis=1), xp.concat([v, v0], axis=0)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W + U·diag(S)·V − L."""
         left, right = self.product(p, base)
-        return base.replace(weight=base.weight + left @ right)
+        return base.replace(weight=summed(base.weight, left @ right, (left, right)))
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
-        """base(x), and the products one after the other."""
-        left, right = self.product(p, base)
-        y: Array = base(x) + linear(linear(x, right), left)
-        return y
+        """Projects the cotangents of few rows, or the parameters' as `product` does."""
+        if (merged := p.get("merged")) is not None:
+            return merged(x)  # type: ignore[no-any-return]
+        (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
+        if prod(x.shape[:-1]) > v.shape[0]:
+            left, right = self.product(p, base)
+            return base(x) + linear(linear(x, right), left)
+        flip = namespace(u).matrix_transpose
+        z = s * (linear(x, v) + linear(linear(x, v_high) @ v_high, detach(v) - v))
+        kept = linear(z, detach(u) - u)  # zero, but for its gradient
+        y = linear(z, u) + linear(linear(kept, flip(u_high)), u_high)
+        return base(x) + y - linear(linear(x, v0), u0)
+
+    def _parts(self, p: Params, base: Layer) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """What W says for good, and U, S and V."""
+        lacks = self.lacks(p) is not None
+        known = _known(*self._split(base.original)) if lacks else tuple(p[k] for k in _KNOWN)
+        return known, tuple(p[f"osf_svd_params.{name}_low"] for name in "USV")
 
     def _split(self, weight: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Decompose W: the h largest singular values with their vectors, and the rest."""
@@ -105,7 +140,11 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
         return (u[:, :h], s[:h], v[:h, :]), (u[:, h:], s[h:], v[h:, :])
 
 
-def _apart(a: Array, kept: Array) -> Array:
-    """Give `a`, whose gradient has no part along what is kept."""
-    same: Array = detach(kept) + (a - kept)
-    return same
+def _known(high: tuple[Array, ...], low: tuple[Array, ...]) -> tuple[Array, ...]:
+    return high[0], high[2], low[0] * low[1], low[2]
+
+
+def _apart(a: Array, part: Callable[[Array], Array]) -> Array:
+    """Give `a`, whose gradient has no share in the part that a projection keeps of it."""
+    fixed = detach(a)
+    return a if fixed is a else a - part(a - fixed)

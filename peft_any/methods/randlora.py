@@ -8,10 +8,10 @@ from math import sqrt
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import is_differentiated, namespace
+from peft_any.backend import namespace
 from peft_any.checks import check_fields
 from peft_any.errors import ConfigError
-from peft_any.layer import Dense, Kind, Layer, Site, linear
+from peft_any.layer import Dense, Kind, Layer, Site, linear, merged_for_calls
 from peft_any.linalg import khatri_rao
 from peft_any.method import Additive
 from peft_any.projections import largest, random_bases
@@ -104,11 +104,8 @@ class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
         return linear(linear(x, u) * scale, b)
 
     def prepare(self, p: Params, base: Layer) -> Params:
-        """Merge, for calls: one product costs less than three. A step of training needs but one."""
-        trained = (p["randlora_lambda"], p["randlora_gamma"])
-        if any(map(is_differentiated, trained)):
-            return p
-        return {**p, "merged": self.merge(p, Dense.formed(base))}
+        """Merge, for calls."""
+        return merged_for_calls(self, p, base)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Apply what `prepare` has merged, or the terms."""

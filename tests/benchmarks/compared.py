@@ -205,7 +205,7 @@ COMPARED = [
     Compared("MiSS r64", MissConfig(r=64), miss),
     Compared("MiSS bat r64", MissConfig(r=64, init_weights="bat")),
     Compared("OFT b32", OFTConfig(oft_block_size=32), oft, 10),
-    Compared("OSF", OSFConfig()),
+    Compared("OSF", OSFConfig(), multiplies=True),
     Compared("PEANuT r32", PeanutConfig()),
     Compared("Poly r8, 4 skills", PolyConfig(n_tasks=2)),
     Compared("PVeRA r256", PveraConfig(), vera),

@@ -55,7 +55,7 @@ does ours here. Prompts, prefixes and LLaMA-Adapter adapt no layer of their own:
 
 "At most" is Hugging Face PEFT's time over that of the least that a merge has to do, in the same
 rounds: to copy the weight, since ours writes a new array and Hugging Face PEFT into its own; for
-RandLoRA, whose random bases are of full rank, to multiply two matrices of {N}×{N}, which both
+OSF and RandLoRA, whose factors are of full rank, to multiply two matrices of {N}×{N}, which both
 sides do. Where the target lies above it, no way of computing the merge would reach it.
 
 Targets: no figure against Hugging Face PEFT below 1 (below {NOISE} is called a miss: equal calls
