@@ -165,6 +165,25 @@ def astype(x: Any, name: str) -> Any:
     return library.astype(x, dtype_by_name(xp, name), xp)
 
 
+def widest(x: Any) -> Any:
+    """Bring an array to float64, or to float32 where its library has no wider one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> str(widest(np.ones(2, "float16")).dtype)
+    'float64'
+    """
+    try:
+        dtype_by_name(library_of(x).namespace(x), "float64")
+    except BackendError:
+        name = "float32"
+    else:
+        name = "float64"
+    wide: Any = astype(x, name)
+    return wide
+
+
 def inv(x: Any) -> Any:
     """Invert a stack of matrices (..., b, b); lazily on Dask, whose own `inv` takes but one.
 

@@ -192,8 +192,8 @@ class Adapter:
             return write_key(config, place, sites, self.tokens)
 
         filed = nesting.nested(config, sites)
-        drawn = () if getattr(config, "save_projection", True) else getattr(config, "frozen", ())
-        saved = {name: array for name, array in self.shared.items() if name not in drawn}
+        whole = getattr(config, "save_projection", True)
+        saved = {n: a for n, a in self.shared.items() if whole or not config.is_frozen(n)}
         shared = config.portable(saved) if isinstance(config, Prompt) else saved
         again = {n: a for n, a in shared.items() if n in getattr(config, "copied", ())}
         out = {key("site", s, n): a for s, p in sites.items() for n, a in (again | p).items()}

@@ -27,6 +27,7 @@ from peft_any._arrays import (
     settled,
     svd,
     to_numpy,
+    widest,
 )
 from peft_any._dtypes import compute_dtype, dtype_name, is_floating, numpy_dtype
 from peft_any._engines import detach, is_differentiated, summed
@@ -38,7 +39,7 @@ __all__ = [
     "Backend", "astype", "backend", "backend_of", "compute_dtype", "creation_device",
     "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv", "is_array",
     "is_differentiated", "is_floating", "is_lazy", "is_traced", "move", "namespace", "numpy_dtype",
-    "qr", "resolve", "settled", "summed", "svd", "to_numpy",
+    "qr", "resolve", "settled", "summed", "svd", "to_numpy", "widest",
 ]  # fmt: skip
 
 

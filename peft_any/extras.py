@@ -67,8 +67,7 @@ def refuse_faults(adapter: Any, where: str) -> None:
             f"{site}.{name}: {dtype_name(v)} values cannot be parameters: they are no floats"
             for site, p in adapter.sites.items()
             for name, v in p.items()
-            if not (is_floating(v) or name in getattr(config, "frozen", ()))
-            and config.peft_type in method_names()
+            if not (is_floating(v) or config.is_frozen(name)) and config.peft_type in method_names()
         ]
     bad += token_faults(config, adapter.tokens)
     if bad:
@@ -81,13 +80,12 @@ def refuse_faults(adapter: Any, where: str) -> None:
 def trained(adapter: Any) -> dict[str, Params]:
     """Give what of an adapter is trained: nothing frozen, nor what repeats another site's."""
     config, sites = adapter.config, adapter.sites
-    frozen: frozenset[str] = getattr(config, "frozen", frozenset())
     tied = config.ties(sites) if isinstance(config, Tuner) else {}
-    loose = {k: a for k, a in adapter.shared.items() if k not in frozen}
+    loose = {k: a for k, a in adapter.shared.items() if not config.is_frozen(k)}
     loose |= {k: a for k, a in adapter.extra.items() if is_trained(config, k)}
     loose |= {f"{module}.trainable_tokens_delta": a for module, a in adapter.tokens.items()}
     own = {
-        s: {k: a for k, a in p.items() if k not in frozen and (s, k) not in tied}
+        s: {k: a for k, a in p.items() if not (config.is_frozen(k) or (s, k) in tied)}
         for s, p in sites.items()
     }
     return {"": loose, **own} if loose else own

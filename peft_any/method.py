@@ -34,8 +34,6 @@ class Tuner(Config):
     """Layer kinds that the method supports."""
     copied: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
-    grouped: ClassVar[frozenset[str]] = frozenset()
-    """Shared arrays of which there are several, told apart by what follows a dot."""
     thins: ClassVar[str] = ""
     """The field with the rate at which training thins the adapter's input, if there is one."""
     inner: ClassVar[str] = "(weight|bias)?"
@@ -48,11 +46,6 @@ class Tuner(Config):
     where there is one site. A file may then hold no tensor of any site."""
 
     target_modules: list[str] | str | None = None
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Parameters that are kept beside the trained ones and never trained."""
-        return frozenset()
 
     @property
     def separable(self) -> bool:
@@ -156,6 +149,11 @@ class Tuner(Config):
         """Draw the arrays that all sites share; `merge` and `forward` get them among `p`."""
         return {}
 
+    def begin(self, site: Site, new: Fresh) -> Params:
+        """Draw all that a single site needs: the shared arrays, and its own."""
+        new.shared = self.init_shared([site], new)
+        return {**new.shared, **self.init(site, new)}
+
     def lacks(self, p: Params) -> str | None:  # noqa: ARG002
         """Name what the parameters lack because their writer took it from the base, if anything."""
         return None
@@ -211,8 +209,7 @@ class Tuner(Config):
         base = None if weight is None else Dense.of(weight, bias, site)
         to, config = resolve(backend, weight, bias), self.at(site)
         new = Fresh(seed, to, key=site.name, dtype=dtype, base=base)
-        params = {**config.init_shared([site], new), **config.init(site, new)}
-        return AdaptedLayer(config, site, params, base)
+        return AdaptedLayer(config, site, config.begin(site, new), base)
 
 
 class Additive(Tuner):

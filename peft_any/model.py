@@ -16,12 +16,13 @@ from peft_any.adapter import Adapter
 from peft_any.bank.rows import Bank, BoundRows, Rows
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
 from peft_any.checks import finite_number
+from peft_any.completing import Placed, dense
 from peft_any.dropout import Noise, Seed
 from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Placed, attached, dense, given, summed
+from peft_any.placed import attached, given, summed
 from peft_any.registry import Config
 from peft_any.routed import taken
 from peft_any.view import weights as view

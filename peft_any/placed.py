@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
 
 from peft_any import attention
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
-from peft_any.backend import Backend, astype, backend_of, compute_dtype, dtype_name, is_floating
+from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
+from peft_any.completing import (
+    Placed,
+    completed,
+    filled,
+    library,
+    rederived,
+    refuse_lacking,
+    root_of,
+)  # fmt: skip
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.extras import input_table, refuse_faults
-from peft_any.layer import Dense, Kind, Site
+from peft_any.layer import Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting
@@ -25,56 +32,6 @@ from peft_any.replication import refuse_unrepeated
 from peft_any.rng import Fresh
 from peft_any.selection import select
 from peft_any.targets import check_params, configured, place
-
-
-@dataclass(frozen=True)
-class Placed:
-    """An adapter with the sites it adapts, and its configuration resolved at each."""
-
-    adapter: Adapter
-    sites: dict[str, Site]
-    configs: dict[str, Tuner]
-
-    def read(self) -> dict[str, Params]:
-        """Give the arrays that a loss reads: the trained ones, and all of a prompt."""
-        adapter = self.adapter
-        return {"": adapter.shared} if isinstance(adapter.config, Prompt) else adapter.trainable()
-
-    def settled(self, params: Mapping[str, Params]) -> dict[str, Params]:
-        """Bring trained arrays, by site, to where the method keeps them."""
-        config = self.adapter.config
-        rules = {"": config} if isinstance(config, Prompt) else self.configs
-        return {s: rules[s].settled(p) if s in rules else p for s, p in params.items()}
-
-    def params(self, site: Site, routing: Mapping[str, Any]) -> Params:
-        """Join a site's parameters, the shared ones, and what its method takes of a call."""
-        takes = self.configs[site.name].takes
-        more = {name: value for name, value in routing.items() if name in takes}
-        return {**self.adapter.shared, **self.adapter.sites[site.name], **more}
-
-    @property
-    def ties(self) -> dict[tuple[str, str], str]:
-        """Parameters that repeat those of another site (`Tuner.ties`)."""
-        config = self.adapter.config
-        return config.ties(self.adapter.sites) if isinstance(config, Tuner) else {}
-
-
-def dense(weights: Mapping[str, Array], site: Site) -> Dense:
-    """Take a layer out of a mapping of weights."""
-    return Dense.of(weights[site.weight], weights[site.bias_name] if site.bias else None, site)
-
-
-def library(weights: Mapping[str, Array]) -> Backend:
-    """Say where the weights live.
-
-    Raises
-    ------
-    ShapeError
-        If there are none.
-    """
-    for array in weights.values():
-        return backend_of(array)
-    raise ShapeError("weights: an empty mapping cannot be adapted: give name -> array")
 
 
 def fitted(
@@ -134,17 +91,14 @@ def fresh(
     every = layout(weights, kinds, config)
     sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)
-    root = Fresh(seed, library(weights), dtype=dtype, sites=(*sites.values(),))
-    params = {
-        name: configs[name].init(site, root.at(name, dense(weights, site)))
-        for name, site in sites.items()
-    }
+    root = root_of(weights, sites, (*sites,), seed, dtype)
+    root.shared = shared = config.init_shared([*sites.values()], root)
+    params = {name: configs[name].init(site, root.at(name)) for name, site in sites.items()}
     for name, site in sites.items():
         _refuse_nameless(config, params[name])
         check_params(configs[name], params[name], site)
     for (at, key), first in config.ties(params).items():
         params[at][key] = params[first][key]
-    shared = config.init_shared([*sites.values()], root)
     made = Adapter(config, params, shared).with_copies(weights, sites)
     made = made.replace(metadata={**made.metadata, **made_on(weights, sites.values())})
     return Placed(made, sites, configs)
@@ -198,71 +152,6 @@ def attached(
         placed = rederived(placed, weights)
     refuse_lacking(placed)
     return placed
-
-
-def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
-    """Add to an unconverted adapter what its writer took from the base.
-
-    Raises
-    ------
-    ConfigError
-        If it lacks nothing.
-    """
-    if not lacking(placed):
-        raise ConfigError(
-            f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
-            "nothing"
-        )
-    place = {name: i for i, name in enumerate(weights)}
-    in_order = sorted(placed.sites.values(), key=lambda site: place[site.weight])
-    root, params = Fresh(0, library(weights), sites=(*in_order,)), {}
-    for name, site in placed.sites.items():
-        new = root.at(name, dense(weights, site))
-        params[name] = placed.configs[name].rederive(placed.adapter.sites[name], site, new)
-    return replace(placed, adapter=placed.adapter.replace(sites=params))
-
-
-def completed(placed: Placed, weights: Mapping[str, Array]) -> Placed:
-    """Add unasked what follows from the base without doubt (`Tuner.certain`)."""
-    config = placed.adapter.config
-    alone = len(placed.sites) == 1
-    sure = isinstance(config, Tuner) and (config.certain or (config.ordered and alone))
-    return rederived(placed, weights) if sure and lacking(placed) else placed
-
-
-def filled(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
-    """Give an adapter an entry for every site, where its file holds no tensor of any."""
-    return adapter if adapter.sites else adapter.replace(sites={name: {} for name in sites})
-
-
-def lacking(placed: Placed) -> dict[str, str]:
-    """Say what the sites of an adapter lack because its writer took it from the base."""
-    lacks = {n: c.lacks(placed.adapter.sites[n]) for n, c in placed.configs.items()}
-    return {name: what for name, what in lacks.items() if what is not None}
-
-
-def refuse_lacking(placed: Placed) -> None:
-    """Refuse an adapter that cannot be applied without what its writer took from the base.
-
-    Raises
-    ------
-    ConfigError
-        Naming it, and the ways out.
-    """
-    ordered = getattr(placed.adapter.config, "ordered", False)
-    for name, what in lacking(placed).items():
-        if ordered:
-            raise ConfigError(
-                f"{name}: the adapter lacks {what}, which follow from the order of the model's "
-                "layers: give rederive=True if the base's tensors are in that order, as those of a "
-                "state_dict are and those of a safetensors file are not, or save it in Hugging "
-                "Face PEFT with save_indices=True"
-            )
-        raise ConfigError(
-            f"{name}: the adapter lacks {what}: give rederive=True (--rederive) with the very "
-            "base it was made for, or convert the adapter where it was made "
-            "(path_initial_model_for_weight_conversion)"
-        )
 
 
 def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:

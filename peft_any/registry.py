@@ -17,7 +17,6 @@ from peft_any.plugins import GROUP, Plugin, chosen, plugins
 _known: dict[str, type[Config]] = {}
 _NAMED = {"PromptEncoderConfig": "ptuning"}
 """Classes that are called otherwise than their method."""
-_LATER = "peft_any does not have this method yet"
 _MERGE = (
     "merge it with Hugging Face PEFT (merge_and_unload); `peft-any extract` makes a LoRA of that"
 )
@@ -32,7 +31,6 @@ _ABSENT = {
         "it mixes adapters anew for every token by a network: no weight of it is fixed",
         _RUN,
     ),
-    "FROD": (_LATER, _MERGE),
     "BONE": ("it is called MISS now", "start a MissConfig; files of it are read as that"),
 }
 """Methods of Hugging Face PEFT that are not here: why, and the way out."""
@@ -66,6 +64,8 @@ class Config(abc.ABC):
     and the way out."""
     unsaid: ClassVar[frozenset[str]] = frozenset()
     """Common fields that Hugging Face PEFT's class does not have: files say them only if set."""
+    grouped: ClassVar[frozenset[str]] = frozenset()
+    """Shared arrays of which there are several, told apart by what follows a dot."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Extensions of the array standard that `merge` or `forward` use."""
 
@@ -105,6 +105,16 @@ class Config(abc.ABC):
     def where(self) -> str:
         """The class's name, with which its errors begin."""
         return type(self).__name__
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Parameters that are kept beside the trained ones and never trained."""
+        return frozenset()
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter is never trained: it is `frozen`, or one of a `grouped` name."""
+        first = name.partition(".")[0]
+        return name in self.frozen or first in self.frozen & self.grouped
 
     @property
     def takes(self) -> frozenset[str]:

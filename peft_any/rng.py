@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from peft_any._fused import fma, round_odd_sum
 from peft_any._typing import Shape
 from peft_any.backend import Backend, astype, dtype_by_name, from_numpy, is_floating, numpy_dtype
 from peft_any.errors import ConfigError, ShapeError
@@ -92,10 +94,10 @@ class TorchGenerator:
         for start in range(0, out.size, _BLOCK):
             part = out[start : start + _BLOCK]
             if dtype == "float64":
-                x = _fma(self._doubles(part.size), float(b - a), float(a))
+                x = fma(self._doubles(part.size), float(b - a), float(a))
             else:
                 u = (self._words(part.size) & np.uint64(0xFFFFFF)) * 2.0**-24
-                x = _round_odd_sum(u * float(b - a), float(a)).astype(np.float32).astype(kind)
+                x = round_odd_sum(u * float(b - a), float(a)).astype(np.float32).astype(kind)
             # what rounds up to the excluded end becomes the other one
             part[:] = np.where(x >= last, first, x)
         return out.reshape(shape)
@@ -197,41 +199,6 @@ def _box_muller(u: Host) -> Host:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-def _round_odd_sum(a: Any, b: Any) -> Any:
-    """Add in float64, rounding to odd, so that rounding again is as rounding once.
-
-    Boldo & Melquiond, IEEE Trans. Comput. 57 (2008), 462, https://doi.org/10.1109/TC.2007.70819.
-    """
-    total = np.asarray(a + b)
-    back = total - a
-    error = (a - (total - back)) + (b - back)
-    even = (total.view(np.int64) & 1) == 0
-    return np.where(even & (error != 0), np.nextafter(total, np.copysign(np.inf, error)), total)
-
-
-def _fma(a: Host, b: float, c: float) -> Any:
-    """Form a·b + c in float64, rounded once where nothing underflows (Boldo & Melquiond 2008)."""
-    if c == 0:
-        return a * b + c
-    high = a * b
-    ah, bh = _head(a), _head(b)
-    al, bl = a - ah, b - bh
-    low = al * bl - (((high - ah * bh) - al * bh) - ah * bl)
-    t = c + low
-    back = t - c
-    t_error = (c - (t - back)) + (low - back)
-    v = high + t
-    back = v - high
-    v_error = (high - (v - back)) + (t - back)
-    return v + _round_odd_sum(t_error, v_error)
-
-
-def _head(a: Any) -> Any:
-    """Keep the upper 26 bits of a float64 (Veltkamp's splitting)."""
-    scaled = 134217729.0 * a
-    return scaled - (scaled - a)
-
-
 class Fresh:
     """Draws for initial values: one seed gives the same numbers on every library.
 
@@ -251,6 +218,13 @@ class Fresh:
         The base layer, for initial values that read it.
     sites : tuple of Site
         All the sites, in the model's order, for what depends on it.
+    bases : callable, optional
+        Gives the base layer of each of them by its name.
+
+    Attributes
+    ----------
+    shared : dict of arrays
+        What all sites share, once it is known: `init_shared` comes before `init`.
 
     Raises
     ------
@@ -276,6 +250,7 @@ class Fresh:
         dtype: str = "float32",
         base: Any = None,
         sites: tuple[Any, ...] = (),
+        bases: Callable[[str], Any] | None = None,
     ) -> None:
         if seed < 0:
             raise ConfigError(f"seed {seed}: cannot be negative: use any integer from 0 on")
@@ -284,26 +259,32 @@ class Fresh:
             raise ConfigError(f"dtype {dtype!r}: cannot hold parameters: they are floats")
         words = np.frombuffer(hashlib.sha256(key.encode()).digest(), "<u4").tolist()
         self.seed, self.backend, self.key, self.dtype, self.base = seed, backend, key, dtype, base
-        self.sites = sites
+        self.sites, self.bases = sites, bases
+        self.shared: dict[str, Any] = {}
         stream = np.random.SeedSequence(seed, spawn_key=words)
         self.host = np.random.Generator(np.random.PCG64(stream))
 
-    def at(self, key: str, base: Any = None) -> Fresh:
-        """Give the draws of another site: same seed, library and dtype."""
-        sites = self.sites
-        return Fresh(self.seed, self.backend, key=key, dtype=self.dtype, base=base, sites=sites)
+    def at(self, key: str) -> Fresh:
+        """Give the draws of another site: all else is the same."""
+        base = None if self.bases is None else self.bases(key)
+        more: dict[str, Any] = {"dtype": self.dtype, "sites": self.sites, "bases": self.bases}
+        new = Fresh(self.seed, self.backend, key=key, base=base, **more)
+        new.shared = self.shared
+        return new
 
     def base_for(self, name: str, why: str) -> Any:
-        """Give the base layer, which `why` needs.
+        """Give a site's base layer, which `why` needs.
 
         Raises
         ------
         ConfigError
             If there is none.
         """
-        if self.base is None:
+        if self.base is not None:
+            return self.base
+        if self.bases is None:
             raise ConfigError(f"{name}: {why} needs the base weight: pass weight= to layer()")
-        return self.base
+        return self.bases(name)
 
     def torch(self, seed: int) -> TorchGenerator:
         """Give torch's generator, for what a checkpoint leaves to be drawn again."""

@@ -17,6 +17,7 @@ from peft_any.methods.cpt import CPTConfig
 from peft_any.methods.deft import DeftConfig
 from peft_any.methods.delora import DeloraConfig
 from peft_any.methods.fourierft import FourierFTConfig
+from peft_any.methods.frod import FrodConfig
 from peft_any.methods.glora import GloraConfig
 from peft_any.methods.gralora import GraloraConfig
 from peft_any.methods.hira import HiraConfig
@@ -51,7 +52,7 @@ from peft_any.methods.waveft import WaveFTConfig
 from peft_any.testing import prompting
 from peft_any.variants import BdLoraConfig, KasaConfig
 
-SINGLE = {"C3A", "DEFT", "FOURIERFT", "OSF"}
+SINGLE = {"C3A", "DEFT", "FOURIERFT", "FROD", "OSF"}
 """Methods that Hugging Face PEFT computes in float32, whatever the dtypes."""
 
 
@@ -741,6 +742,23 @@ CASES = [
         TinyLoraConfig(u=4, init_weights="uniform", init_v_bound=1.0, fan_in_fan_out=True),
         Site("fc", 6, 9, "Conv1D"),
         identity=DRAWN,
+    ),
+    # FRoD
+    Case("frod", FrodConfig(sparse_rate=0.1), FC, reverts=0),
+    Case(
+        "frod-wide",  # fewer outputs than inputs: V is orthogonal
+        FrodConfig(sparse_rate=0.2, projection_prng_key=3, regularization_alpha=0.1),
+        Site("layers.0.attention.output.dense", 13, 7, bias=False),
+        reverts=0,
+    ),
+    Case("frod-diagonal", FrodConfig(sparse_rate=0.0), Site("a.fc", 8, 8), reverts=0),
+    Case("frod-full", FrodConfig(sparse_rate=1.0), Site("fc", 5, 9), reverts=0),
+    Case("frod-random", FrodConfig(init_weights=False), FC, identity=RANDOM, reverts=0),
+    Case(
+        "frod-conv1d-transposed",
+        FrodConfig(sparse_rate=0.1, fan_in_fan_out=True),
+        Site("h.3.fc", 6, 9, "Conv1D"),
+        reverts=0,
     ),
     # OSF
     Case("osf", OSFConfig(), FC, reverts=0),

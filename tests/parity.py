@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from peft_any.registry import method_names
-
 CASES, ACTIVE, MIXED = "custom models", "several active", "mixed methods"
 """TEST_CASES, MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES, and the pairs of its test_mixed.py."""
 
@@ -44,7 +42,6 @@ class Left(NamedTuple):
 CLUSTERS = "its files do not say which rows its segments are: its writer's clusters told"
 TWICE = "the table has them twice"
 BATCH = "no matrix: it depends on the whole batch; outputs are compared"
-LATER = "peft_any does not have the method yet"
 EXCEPTIONS = [
     Left(CASES, "LORA", 4, "convolutions with groups",
          "PEFT cannot merge them either: the factors mix the channels of all groups"),
@@ -54,15 +51,12 @@ EXCEPTIONS = [
     Left(CASES, "LILY", 5, "every case", BATCH),
     Left(CASES, "WAVEFT", 10, "half of the cases", TWICE),
     Left(CASES, "ADAMSS", 7, "every case", CLUSTERS),
-    Left(CASES, "FROD", 5, "every case", LATER),
     Left(ACTIVE, "LORA", 2, "new tokens in both", "PEFT activates one adapter's tokens alone"),
     Left(ACTIVE, "LORA", 1, "two parameters", "PEFT wants the same parameters for all adapters"),
     Left(ACTIVE, "LILY", 2, "every case", BATCH),
     Left(ACTIVE, "WAVEFT", 2, "half of the cases", TWICE),
     Left(ACTIVE, "ADAMSS", 2, "every case", CLUSTERS),
-    Left(ACTIVE, "FROD", 1, "every case", LATER),
 ]  # fmt: skip
-EXCEPTIONS = [e for e in EXCEPTIONS if e.why != LATER or e.method not in method_names()]
 
 
 def left(table: str, why: str | None = None) -> int:

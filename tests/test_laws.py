@@ -69,7 +69,7 @@ def test_every_library_gives_numpys_numbers(case: Case, lib: Lib) -> None:
 
 
 # Computed from the base weight, not drawn.
-MEASURED = {"lora_magnitude_vector", "delora_w_norm", "deft_R"}
+MEASURED = {"lora_magnitude_vector", "delora_w_norm", "deft_R", "frod_U", "frod_lambda_l"}
 
 
 @table

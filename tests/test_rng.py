@@ -228,9 +228,12 @@ def test_parts_are_at_hand():
     new = fresh(2, key="a", base=base, dtype="float16")
     assert new.base is base
     assert new.base_for("a", "it") is base
-    other = new.at("b", base=3)
-    assert (other.seed, other.key, other.dtype, other.base) == (2, "b", "float16", 3)
     assert new.at("b").base is None
+    root = fresh(2, dtype="float16", bases={"b": 3, "c": 4}.get)
+    root.shared = {"basis": 5}
+    other = root.at("b")
+    assert (other.seed, other.key, other.dtype, other.base) == (2, "b", "float16", 3)
+    assert (root.base_for("c", "it"), other.shared) == (4, {"basis": 5})
     assert new.torch(5).random((2,)).tolist() == TorchGenerator(5).random((2,)).tolist()
     with pytest.raises(ConfigError, match="a: pissa needs the base weight"):
         fresh().base_for("a", "pissa")

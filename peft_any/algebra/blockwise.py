@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from math import sqrt
 
 from peft_any._typing import Array
-from peft_any.algebra.lowrank import Factors, widest
+from peft_any.algebra.lowrank import Factors
 from peft_any.backend import (
     astype,
     backend_of,
@@ -19,6 +19,7 @@ from peft_any.backend import (
     namespace,
     settled,
     to_numpy,
+    widest,
 )
 
 _BLOCK = 1 << 21

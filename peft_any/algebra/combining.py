@@ -18,10 +18,10 @@ from peft_any.algebra.tasks import Layers, Names
 from peft_any.algebra.terms import Base, opened, origin, placed, terms_by_layer
 from peft_any.algebra.written import Update, lora_adapter
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
+from peft_any.completing import Placed
 from peft_any.errors import ConfigError
 from peft_any.io._atomic import StrPath, output_directory
 from peft_any.io.checkpoint import fingerprint
-from peft_any.placed import Placed
 from peft_any.receipt import peak_memory, versions
 from peft_any.rng import TorchGenerator
 from peft_any.surgery.choice import EngineLike, engine_of

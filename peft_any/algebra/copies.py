@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_any._typing import Array, Params
-from peft_any.algebra.lowrank import widest
-from peft_any.backend import Backend, astype, dtype_name, from_numpy_like, move, namespace, to_numpy
+from peft_any.backend import (
+    Backend,
+    astype,
+    dtype_name,
+    from_numpy_like,
+    move,
+    namespace,
+    to_numpy,
+    widest,
+)
 from peft_any.errors import ShapeError, TargetError
 from peft_any.extras import is_trained, token_indices, with_rows
 from peft_any.surgery.measure import equal_bytes

@@ -9,7 +9,7 @@ from peft_any._typing import Array
 from peft_any.algebra import lowrank
 from peft_any.algebra.blockwise import distance, square
 from peft_any.algebra.lowrank import Factors
-from peft_any.backend import namespace
+from peft_any.backend import namespace, widest
 
 _CANCELLED = 1e-3
 """Below this part of its terms, a sum of squares is not taken for what is left of it."""
@@ -24,7 +24,7 @@ def length(factors: Factors) -> float:
     >>> length((np.ones((4, 2)), np.ones((2, 1))))
     4.0
     """
-    u, v = map(lowrank.widest, factors)
+    u, v = map(widest, factors)
     xp = namespace(u, v)
     terms = (xp.matrix_transpose(u) @ u) * (v @ xp.matrix_transpose(v))
     found, most = float(xp.sum(terms)), float(xp.sum(xp.abs(terms)))
@@ -44,7 +44,7 @@ def gap(one: Factors, two: Factors) -> Factors:
     >>> u @ v
     array([[1.]])
     """
-    (u, v), (y, z) = (tuple(map(lowrank.widest, pair)) for pair in (one, two))
+    (u, v), (y, z) = (tuple(map(widest, pair)) for pair in (one, two))
     if u.shape[1] != y.shape[1]:
         return lowrank.total([(1.0, (u, v)), (-1.0, (y, z))])
     xp = namespace(u, v, y, z)

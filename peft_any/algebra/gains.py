@@ -8,9 +8,8 @@ from typing import Any
 
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
-from peft_any.algebra.lowrank import widest
 from peft_any.algebra.record import LayerRecord
-from peft_any.backend import Backend, astype, move
+from peft_any.backend import Backend, astype, move, widest
 from peft_any.errors import ShapeError
 from peft_any.layer import Site
 from peft_any.methods.ia3 import IA3Config

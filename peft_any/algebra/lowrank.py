@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 
 from peft_any._typing import Array
-from peft_any.backend import astype, creation_device, dtype_by_name, namespace, qr, to_numpy
-from peft_any.errors import BackendError, ConfigError, ShapeError
+from peft_any.backend import creation_device, namespace, qr, to_numpy, widest
+from peft_any.errors import ConfigError, ShapeError
 
 Factors: TypeAlias = tuple[Array, Array]
 _DECIMAL = 2.0**-52
@@ -129,25 +129,6 @@ class Truncation:
         s = to_numpy(self.spectrum).astype("float64")
         whole = float(np.sum(s**2))
         return float(np.sum(s[self.rank :] ** 2)) / whole if whole else 0.0
-
-
-def widest(x: Array) -> Array:
-    """Bring an array to float64, or to float32 where its library has no wider one.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> str(widest(np.ones(2, "float16")).dtype)
-    'float64'
-    """
-    try:
-        dtype_by_name(namespace(x), "float64")
-    except BackendError:
-        name = "float32"
-    else:
-        name = "float64"
-    wide: Array = astype(x, name)
-    return wide
 
 
 def total(terms: Iterable[tuple[float, Factors]]) -> Factors:

@@ -14,7 +14,7 @@ from peft_any.algebra.record import LayerRecord
 from peft_any.algebra.sums import Layer, Options, cut_to, measured, rounded_to
 from peft_any.algebra.terms import Base
 from peft_any.algebra.written import Update
-from peft_any.backend import Backend, compute_dtype, dtype_name, is_floating
+from peft_any.backend import Backend, compute_dtype, dtype_name, is_floating, widest
 from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
 from peft_any.layer import flat
@@ -137,7 +137,7 @@ class Resizing(Job):
             made = lowrank.pad(made, cut.rank)
         stored = rounded_to(dtype, made, layer.site.name)
         update = Update(layer.site, stored, shift, scale)
-        scaled = (scale * lowrank.widest(made[0]), made[1])
+        scaled = (scale * widest(made[0]), made[1])
         record = measured(layer, update, [whole], whole=whole, made=scaled, wanted=whole, lost=lost)
         return update, record
 

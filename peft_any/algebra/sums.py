@@ -29,6 +29,7 @@ from peft_any.backend import (
     is_floating,
     namespace,
     to_numpy,
+    widest,
 )
 from peft_any.errors import ConfigError, UsageError, VerifyError, nearest
 from peft_any.extras import non_finite
@@ -195,7 +196,7 @@ def measured(
     lost : float
         ‖made − wanted‖².
     """
-    u, v = map(lowrank.widest, update.factors)
+    u, v = map(widest, update.factors)
     stored = (update.scale * u, v)
     size = length(whole)
     of = size if wanted is whole else _size(wanted)

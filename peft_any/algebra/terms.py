@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from peft_any._typing import Array, Params
-from peft_any.algebra.lowrank import Factors, widest
-from peft_any.backend import Backend, dtype_name, is_array, is_floating, move
+from peft_any.algebra.lowrank import Factors
+from peft_any.backend import Backend, dtype_name, is_array, is_floating, move, widest
+from peft_any.completing import Placed, dense, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint
@@ -18,7 +19,6 @@ from peft_any.layer import Dense, Site
 from peft_any.linalg import as_product
 from peft_any.method import Additive, Tuner
 from peft_any.origin import KEY, other_base
-from peft_any.placed import Placed, dense, refuse_lacking
 from peft_any.selection import out_projection
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.plan import fit_one

@@ -229,10 +229,9 @@ def parameters(cls: type[Config]) -> dict[str, int] | None:
         shared = config.shared_shapes([site])
     except (PeftError, TypeError):
         return None
-    frozen = config.frozen
     return {
-        "layer": sum(prod(s) for k, s in own.items() if k not in frozen),
-        "shared": sum(prod(s) for k, s in shared.items() if k not in frozen),
+        "layer": sum(prod(s) for k, s in own.items() if not config.is_frozen(k)),
+        "shared": sum(prod(s) for k, s in shared.items() if not config.is_frozen(k)),
     }
 
 

@@ -171,7 +171,7 @@ def _shared(config: Config, key: str) -> str:
     if not _shares(config) or not key.startswith("base_model.") or key.startswith(PREFIX):
         return ""
     name, *rest = key.split(".")[1:]
-    if name in getattr(config, "grouped", ()):
+    if name in config.grouped:
         return ".".join([name, *rest[-1:]])
     named = len(rest) == 1 and rest[0] not in _LEAVES
     return name if name not in _WRAPPERS and (named or not rest) else ""

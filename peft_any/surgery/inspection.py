@@ -10,8 +10,8 @@ from typing import Any
 
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
-from peft_any.algebra.lowrank import Cut, spectrum, widest
-from peft_any.backend import Backend, astype, compute_dtype, is_floating, to_numpy
+from peft_any.algebra.lowrank import Cut, spectrum
+from peft_any.backend import Backend, astype, compute_dtype, is_floating, to_numpy, widest
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint, fingerprint

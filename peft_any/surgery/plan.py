@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_any.completing import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
-from peft_any.placed import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import saved_whole
 from peft_any.surgery.fitting import Fitting

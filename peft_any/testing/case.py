@@ -96,7 +96,7 @@ class Case:
         """Draw the initial parameters, shared ones included, on the host."""
         config = self.config.at(self.site)
         new = Fresh(seed, resolve("numpy"), key=self.site.name, dtype=dtype, base=base)
-        return {**config.init_shared([self.site], new), **config.init(self.site, new)}
+        return config.begin(self.site, new)  # type: ignore[no-any-return]
 
     def params(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
         """Draw parameters as training leaves them: none at its initial value."""

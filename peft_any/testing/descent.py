@@ -67,7 +67,8 @@ def of_layer(case: Case, way: Way) -> Problem:
     """Pose the problem of a case's output, or of its merged layer."""
     config, base = case.resolved, case.base(dtype="float64")
     p = case.params(base, dtype="float64")
-    names = {*config.shapes(case.site), *config.shared_shapes([case.site])} - config.frozen
+    every = [*config.shapes(case.site), *config.shared_shapes([case.site])]
+    names = {name for name in every if not config.is_frozen(name)}
     trained = {k: v for k, v in p.items() if k in names}
     frozen = {k: v for k, v in p.items() if k not in names}
 

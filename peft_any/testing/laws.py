@@ -78,7 +78,7 @@ def untouched(case: Case, seed: int = 0) -> None:
     """Check that nothing that a method is given is written to."""
     config, merging = case.resolved, ("merge", "effect")
     calls: dict[str, Callable[[dict[str, Any], Any, Dense], object]] = {
-        "init": lambda p, x, b: config.init(  # noqa: ARG005 - one signature
+        "init": lambda p, x, b: config.begin(  # noqa: ARG005 - one signature
             case.site, Fresh(0, resolve("numpy"), key=case.site.name, base=b)
         ),
         "merge": lambda p, x, b: config.merge(p, b),  # noqa: ARG005 - likewise
@@ -220,9 +220,9 @@ def seeds(case: Case, lib: Lib, measured: Collection[str] = ()) -> None:
     config, base, site = case.resolved, case.base(), case.site
     there = Dense(lib.array(base.weight), None, site)
     with told(case, f"{lib.row}: init fails on it"):
-        drawn = config.init(site, Fresh(7, lib.backend, key=site.name, base=there))
+        drawn = config.begin(site, Fresh(7, lib.backend, key=site.name, base=there))
     here = Fresh(7, resolve("numpy"), key=site.name, base=base.replace(bias=None))
-    want = config.init(site, here)
+    want = config.begin(site, here)
     must(list(drawn) == list(want), case, f"{lib.row}: init gives {[*drawn]}, not {[*want]}")
     for name, value in want.items():
         rtol = 1e-6 if name in measured else 0.0
@@ -232,8 +232,8 @@ def seeds(case: Case, lib: Lib, measured: Collection[str] = ()) -> None:
 def announced(case: Case) -> None:
     """Check that `init` gives the parameters that `shapes` announces."""
     config = case.resolved
-    p = config.init(case.site, Fresh(0, resolve("numpy"), base=case.base()))
-    said = config.shapes(case.site)
+    p = config.begin(case.site, Fresh(0, resolve("numpy"), base=case.base()))
+    said = config.shapes(case.site) | config.shared_shapes([case.site])
     found = {k: v.shape for k, v in p.items() if k in said or k not in config.frozen}
     must(found == said, case, f"init gives {found}, and shapes announces {said}")
 

@@ -44,7 +44,7 @@ class Both:
         self.base = Dense.of(np.ascontiguousarray(drawn.stored()), drawn.bias, drawn.site)
         rng = np.random.default_rng(2)
         own = self.case.fresh(self.base)
-        kept = {k for k in own if k in self.config.frozen or not is_floating(own[k])}
+        kept = {k for k in own if self.config.is_frozen(k) or not is_floating(own[k])}
         self.trained = [k for k in own if k not in kept]
         self.p = own | {
             k: (own[k] + 0.02 * rng.standard_normal(own[k].shape)).astype("float32")

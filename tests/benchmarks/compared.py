@@ -15,6 +15,7 @@ from peft_any.methods.c3a import C3AConfig
 from peft_any.methods.deft import DeftConfig
 from peft_any.methods.delora import DeloraConfig
 from peft_any.methods.fourierft import FourierFTConfig
+from peft_any.methods.frod import FrodConfig
 from peft_any.methods.glora import GloraConfig
 from peft_any.methods.gralora import GraloraConfig
 from peft_any.methods.hira import HiraConfig
@@ -205,6 +206,7 @@ COMPARED = [
     Compared("MiSS r64", MissConfig(r=64), miss),
     Compared("MiSS bat r64", MissConfig(r=64, init_weights="bat")),
     Compared("OFT b32", OFTConfig(oft_block_size=32), oft, 10),
+    Compared("FRoD", FrodConfig()),
     Compared("OSF", OSFConfig(), multiplies=True),
     Compared("PEANuT r32", PeanutConfig()),
     Compared("Poly r8, 4 skills", PolyConfig(n_tasks=2)),

@@ -38,7 +38,7 @@ def squared(gap: Any) -> Any:
 
 def gradients(config: Tuner, p: dict[str, Any], base: Dense, x: Any, target: Any) -> Step:
     """Give a call that computes loss and gradients of a bound layer, by the tape."""
-    frozen = {k: v for k, v in p.items() if k in config.frozen}
+    frozen = {k: v for k, v in p.items() if config.is_frozen(k)}
     trained = {k: v for k, v in p.items() if k not in frozen}
 
     def loss(q: Any, rest: Any) -> Any:
@@ -55,7 +55,7 @@ def by_torch(config: Tuner, p: dict[str, Any], base: Dense, x: Any, target: Any)
     """Give the same in torch alone: the method's own formulas on torch's tensors."""
     import torch
 
-    q = {k: torch.tensor(v, requires_grad=k not in config.frozen) for k, v in p.items()}
+    q = {k: torch.tensor(v, requires_grad=not config.is_frozen(k)) for k, v in p.items()}
     weight, bias, inputs, wanted = map(torch.tensor, (base.weight, base.bias, x, target))
     layer = Dense(weight, bias, base.site)
     leaves = [v for v in q.values() if v.requires_grad]
@@ -72,7 +72,7 @@ def training(config: Tuner, p: dict[str, Any], base: Dense, x: Any, target: Any)
     weights = {"fc.weight": base.weight, "fc.bias": base.bias}
     model = PeftModel(weights)
     model.add("task", replace(config, target_modules=["fc"]))
-    own = {k: v for k, v in p.items() if k not in config.frozen}
+    own = {k: v for k, v in p.items() if not config.is_frozen(k)}
     optimizer = adamw(1e-3)
     params: Any = {"task": {"fc": own}}
     state = [params, optimizer.init(params)]

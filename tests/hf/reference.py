@@ -15,6 +15,7 @@ import safetensors.numpy
 import torch
 import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.tuners.frod import FrodLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -141,7 +142,7 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     config: Any = case.config.at(case.site)
     shared = config.shared_shapes([case.site])
     if not saved:
-        shared = {k: shape for k, shape in shared.items() if k not in config.frozen}
+        shared = {k: shape for k, shape in shared.items() if not config.is_frozen(k)}
     copies = {
         f"{PREFIX}{case.site.name}.{k}": np.asarray(params[k])
         for k in (case.config.copied if saved else ())
@@ -184,8 +185,10 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
     assert ours.keys() == theirs.keys(), (sorted(ours), sorted(theirs))
     if not pruned:
         assert {k: v.shape for k, v in ours.items()} == theirs
-    for key in (f"base_model.{k}" for k in case.config.frozen):
-        if key in ours:
+    # FRoD's V is any of many, and HF keeps the U of the one that it has computed
+    ours |= {k: host(v) for k, v in state.items() if k.startswith("base_model.frod_V.")}
+    for key in ours:
+        if case.config.is_frozen(key.removeprefix("base_model.")):
             np.testing.assert_array_equal(ours[key], host(state[key]), err_msg=key)
     values = {k: noisy(v) for k, v in other.items()}
     return {k: torch.tensor(v) for k, v in ours.items()} | values
@@ -293,6 +296,17 @@ def load(model: Any, state: dict[str, torch.Tensor], name: str = "default") -> N
     assert now.keys() == state.keys()
     for key, value in state.items():
         torch.testing.assert_close(now[key], value, rtol=0, atol=0)
+
+
+def paired(model: Any) -> None:
+    """Give FRoD's layers the U of the V that was loaded: HF keeps that of the V it computed."""
+    for module in model.modules():
+        if isinstance(module, FrodLayer):
+            weight = module.get_base_layer().weight
+            weight = weight.T if module.fan_in_fan_out else weight
+            for name in list(module.frod_U.keys()):
+                u, _ = module._calculate_frod_u_and_lambda(module.frod_V[name], weight)
+                module.frod_U[name] = u.to(module.frod_U[name].dtype)
 
 
 def inputs(case: Case, dtype: str) -> np.ndarray:

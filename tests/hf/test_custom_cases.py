@@ -282,6 +282,7 @@ NEWER = [
             ("mlp", BOTH, {"n_frequency_pattern": {"lin0": 5, "lin1": 10}, **SAVED}),
         ],
     ),
+    *over("FROD", [*usual(), ("mlp", FIRST, SAVED)]),
     *over("GLORA", [*usual(), *(("mlp", t, SAVED) for t in (FIRST, BOTH))]),
     *over(
         "GRALORA",

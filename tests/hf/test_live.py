@@ -103,6 +103,7 @@ def loaded(case: Case, folder: Path, dtype: str, name: str) -> tuple[Any, set[st
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(plain, folder, adapter_name=name)
+    reference.paired(model)
     return model, {str(w.message) for w in caught}
 
 

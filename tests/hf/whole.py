@@ -30,7 +30,7 @@ def adapted(name: str, method: str, fields: Mapping[str, Any], adapter: str = "d
     return theirs
 
 
-FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P"}
+FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P", "frod_V"}
 
 
 def fill(model: Any, name: str, seed: int) -> None:
@@ -76,7 +76,7 @@ def trained(adapter: Adapter, seed: int = 4) -> Adapter:
     def moved(p: Mapping[str, Any]) -> dict[str, Any]:
         return {
             k: (v + 0.2 * rng.standard_normal(v.shape)).astype(v.dtype)
-            if v.dtype.kind == "f" and k not in adapter.config.frozen
+            if v.dtype.kind == "f" and not adapter.config.is_frozen(k)
             else v
             for k, v in p.items()
         }

@@ -11,10 +11,10 @@ from torch import nn
 
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
+from peft_any.completing import Placed
 from peft_any.integrations.torch.slot import Share
 from peft_any.integrations.torch.tensors import Arrays
 from peft_any.io._atomic import StrPath
-from peft_any.placed import Placed
 from peft_any.routed import taken
 
 

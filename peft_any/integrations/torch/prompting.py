@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_any.completing import Placed
 from peft_any.errors import ConfigError
 from peft_any.integrations.torch.slot import Share, slot_of
 from peft_any.integrations.torch.tensors import PROMPT, Arrays
 from peft_any.method import Prompt
-from peft_any.placed import Placed
 from peft_any.prompts import extend_mask
 
 Given = dict[str, Any]

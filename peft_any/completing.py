@@ -1,0 +1,144 @@
+"""An adapter with its sites, and what its file leaves to be found again from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peft_any._typing import Array, Params
+from peft_any.adapter import Adapter
+from peft_any.backend import Backend, backend_of
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Dense, Site
+from peft_any.method import Prompt, Tuner
+from peft_any.rng import Fresh
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter with the sites it adapts, and its configuration resolved at each."""
+
+    adapter: Adapter
+    sites: dict[str, Site]
+    configs: dict[str, Tuner]
+
+    def read(self) -> dict[str, Params]:
+        """Give the arrays that a loss reads: the trained ones, and all of a prompt."""
+        adapter = self.adapter
+        return {"": adapter.shared} if isinstance(adapter.config, Prompt) else adapter.trainable()
+
+    def settled(self, params: Mapping[str, Params]) -> dict[str, Params]:
+        """Bring trained arrays, by site, to where the method keeps them."""
+        config = self.adapter.config
+        rules = {"": config} if isinstance(config, Prompt) else self.configs
+        return {s: rules[s].settled(p) if s in rules else p for s, p in params.items()}
+
+    def params(self, site: Site, routing: Mapping[str, Any]) -> Params:
+        """Join a site's parameters, the shared ones, and what its method takes of a call."""
+        takes = self.configs[site.name].takes
+        more = {name: value for name, value in routing.items() if name in takes}
+        return {**self.adapter.shared, **self.adapter.sites[site.name], **more}
+
+    @property
+    def ties(self) -> dict[tuple[str, str], str]:
+        """Parameters that repeat those of another site (`Tuner.ties`)."""
+        config = self.adapter.config
+        return config.ties(self.adapter.sites) if isinstance(config, Tuner) else {}
+
+
+def dense(weights: Mapping[str, Array], site: Site) -> Dense:
+    """Take a layer out of a mapping of weights."""
+    return Dense.of(weights[site.weight], weights[site.bias_name] if site.bias else None, site)
+
+
+def library(weights: Mapping[str, Array]) -> Backend:
+    """Say where the weights live.
+
+    Raises
+    ------
+    ShapeError
+        If there are none.
+    """
+    for array in weights.values():
+        return backend_of(array)
+    raise ShapeError("weights: an empty mapping cannot be adapted: give name -> array")
+
+
+def root_of(
+    weights: Mapping[str, Array],
+    sites: Mapping[str, Site],
+    order: Sequence[str],
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Fresh:
+    """Give the draws of all sites, with their base layers at hand."""
+    every = tuple(sites[name] for name in order)
+    to = library(weights)
+    return Fresh(seed, to, dtype=dtype, sites=every, bases=lambda name: dense(weights, sites[name]))
+
+
+def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
+    """Add to an unconverted adapter what its writer took from the base.
+
+    Raises
+    ------
+    ConfigError
+        If it lacks nothing.
+    """
+    if not lacking(placed):
+        raise ConfigError(
+            f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
+            "nothing"
+        )
+    place = {name: i for i, name in enumerate(weights)}
+    in_order = sorted(placed.sites, key=lambda name: place[placed.sites[name].weight])
+    root, params = root_of(weights, placed.sites, in_order), {}
+    root.shared = placed.adapter.shared
+    for name, site in placed.sites.items():
+        own = placed.adapter.sites[name]
+        params[name] = placed.configs[name].rederive(own, site, root.at(name))
+    return replace(placed, adapter=placed.adapter.replace(sites=params))
+
+
+def completed(placed: Placed, weights: Mapping[str, Array]) -> Placed:
+    """Add unasked what follows from the base without doubt (`Tuner.certain`)."""
+    config = placed.adapter.config
+    alone = len(placed.sites) == 1
+    sure = isinstance(config, Tuner) and (config.certain or (config.ordered and alone))
+    return rederived(placed, weights) if sure and lacking(placed) else placed
+
+
+def filled(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
+    """Give an adapter an entry for every site, where its file holds no tensor of any."""
+    return adapter if adapter.sites else adapter.replace(sites={name: {} for name in sites})
+
+
+def lacking(placed: Placed) -> dict[str, str]:
+    """Say what the sites of an adapter lack because its writer took it from the base."""
+    lacks = {n: c.lacks(placed.adapter.sites[n]) for n, c in placed.configs.items()}
+    return {name: what for name, what in lacks.items() if what is not None}
+
+
+def refuse_lacking(placed: Placed) -> None:
+    """Refuse an adapter that cannot be applied without what its writer took from the base.
+
+    Raises
+    ------
+    ConfigError
+        Naming it, and the ways out.
+    """
+    ordered = getattr(placed.adapter.config, "ordered", False)
+    for name, what in lacking(placed).items():
+        if ordered:
+            raise ConfigError(
+                f"{name}: the adapter lacks {what}, which follow from the order of the model's "
+                "layers: give rederive=True if the base's tensors are in that order, as those of a "
+                "state_dict are and those of a safetensors file are not, or save it in Hugging "
+                "Face PEFT with save_indices=True"
+            )
+        raise ConfigError(
+            f"{name}: the adapter lacks {what}: give rederive=True (--rederive) with the very "
+            "base it was made for, or convert the adapter where it was made "
+            "(path_initial_model_for_weight_conversion)"
+        )

@@ -1,0 +1,150 @@
+"""FRoD: full rank by rotational degrees. Wan et al. 2026, https://doi.org/10.1609/aaai.v40i31.39813."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import astype, is_differentiated, namespace
+from peft_any.checks import check_fields, refuse
+from peft_any.dropout import Noise
+from peft_any.joint import by_role, joint_basis, off_diagonal_places, role_of, spread, with_diagonal
+from peft_any.layer import Dense, Kind, Layer, Site, linear
+from peft_any.method import Tuner
+from peft_any.rng import Fresh
+
+_SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
+    """W′ = U·(S + diag(λ))·Vᵀ, with `frod_lambda_l` λ (n_in,) and a sparse S (n_in, n_in).
+
+    S has the k values `frod_lambda_s_values` (k,) at `frod_s_indices` (2, k), off the diagonal.
+    U (n_out, n_in) follows from the base: W = U·diag(λ)·Vᵀ with columns of length 1, and the λ
+    with which training begins. Layers of one role, which is the last two parts of their names,
+    share the frozen V (n_in, n_in) and the places: `frod_V.self_attn_q_proj`.
+
+    sparse_rate: k = `sparse_rate`·n_in², rounded down, and at least 1 unless it is 0.
+    projection_prng_key: seed of the places, drawn by torch's CPU generator.
+    regularization_alpha: of the matrices that are inverted on the way to V.
+    save_projection: true; Hugging Face PEFT pairs the V that it loads with the U of another.
+    init_weights: true (S = 0), or false (S, and what λ gains, of deviation 0.1).
+    progressbar, runtime_offload_base_weight: no effect.
+    """
+
+    thins: ClassVar[str] = "frod_dropout"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    needs: ClassVar[tuple[str, ...]] = ("linalg",)
+    frozen: ClassVar[frozenset[str]] = frozenset({"frod_U", *_SHARED})
+    grouped: ClassVar[frozenset[str]] = frozenset(_SHARED)
+    certain: ClassVar[bool] = True
+
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    frod_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    sparse_rate: float = 0.01
+    regularization_alpha: float = 1e-3
+    progressbar: bool = True
+    runtime_offload_base_weight: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, bias="frod")
+        why = "true: without V, whose signs are its writer's, a file fits no other machine: merge"
+        refuse(self, save_projection=(self.save_projection, f"{why} it there (merge_and_unload)"))
+        refuse(self, sparse_rate=(0 <= self.sparse_rate <= 1, "in [0, 1]"))
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """λ and S's values."""
+        n = site.n_in
+        k = min(max(int(n * n * self.sparse_rate), int(self.sparse_rate > 0)), n * (n - 1))
+        return {"frod_lambda_l": (n,), "frod_lambda_s_values": (k,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """λ of the base, S zero."""
+        (u, scale), shapes = self._spread(site, new), self.shapes(site).items()
+        draw = new.zeros if self.init_weights else lambda shape: new.normal(shape, 0.1)
+        p = {name: draw(shape) for name, shape in shapes}
+        return {**p, "frod_lambda_l": p["frod_lambda_l"] + astype(scale, new.dtype), "frod_U": u}
+
+    def _spread(self, site: Site, new: Fresh) -> tuple[Array, Array]:
+        v = new.shared[f"frod_V.{role_of(site.name)}"]
+        return spread(new.base_for(site.name, "FROD").weight, v)
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """V, places and their bounds, for each role."""
+        found = dict[str, Shape]()
+        for role, (site, *_) in by_role(sites).items():
+            n, (k,) = self.shapes(site).values()
+            found |= _named(role, 2 * n, (2, k), (2,))
+        return found
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """Decompose the layers of each role jointly; draw the places, role by role."""
+        stream, found = new.torch(self.projection_prng_key), dict[str, Array]()
+        for role, own in by_role(sites).items():
+            weights = [new.base_for(site.name, "FROD").weight for site in own]
+            (n,), (k,) = self.shapes(own[0]).values()
+            v = joint_basis(weights, self.regularization_alpha)
+            found |= _named(role, *map(new.array, (v, off_diagonal_places(stream, n, k), [n, n])))
+        return found
+
+    def lacks(self, p: Params) -> str | None:
+        """U, in every file."""
+        return None if "frod_U" in p else "U, which follows from the base's weight"
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
+        """Find U again."""
+        return {**p, "frod_U": self._spread(site, new)[0]}
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Leave U out."""
+        return self, {n: {k: a for k, a in p.items() if k != "frod_U"} for n, p in sites.items()}
+
+    def _factors(self, p: Params, site: Site) -> tuple[Array, Array, Array]:
+        """U (n_out, n_in), S + diag(λ) and Vᵀ (n_in, n_in)."""
+        v, places = (p[f"{name}.{role_of(site.name)}"] for name in _SHARED[:2])
+        middle = with_diagonal(p["frod_lambda_s_values"], places, p["frod_lambda_l"])
+        return p["frod_U"], middle, namespace(v).matrix_transpose(v)
+
+    def merge(self, p: Params, base: Dense) -> Dense:
+        """U·(S + diag(λ))·Vᵀ, and what other adapters have added to W."""
+        u, middle, v = self._factors(p, base.site)
+        whole = (u @ middle) @ v if u.shape[0] < u.shape[1] else u @ (middle @ v)
+        before = base.unadapted
+        return base.replace(weight=whole if before is None else base.weight + (whole - before))
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Merge, for calls; a step of training multiplies the batch alone."""
+        trained = any(map(is_differentiated, (p["frod_lambda_l"], p["frod_lambda_s_values"])))
+        return p if trained else {**p, "merged": self.merge(p, Dense.formed(base))}
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """What `prepare` has merged; or V, S + diag(λ) and U, one after the other."""
+        merged: Dense | None = p.get("merged")
+        if merged is not None:
+            return merged(x)
+        y: Array = self._applied(p, x, base.site)
+        if not isinstance(base, Dense) or base.unadapted is not None:
+            return base(x) + (y - linear(x, base.original))
+        return y if base.bias is None else y + base.bias
+
+    def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
+        """Thin the input of the change."""
+        thin = noise.at("input").thinned(x, self.frod_dropout)
+        return base(x) + (self._applied(p, thin, base.site) - linear(thin, base.original))
+
+    def _applied(self, p: Params, x: Array, site: Site) -> Array:
+        u, middle, v = self._factors(p, site)
+        return linear(linear(linear(x, v), middle), u)
+
+
+def _named(role: str, *values: Any) -> dict[str, Any]:
+    return {f"{name}.{role}": value for name, value in zip(_SHARED, values, strict=True)}
