@@ -125,7 +125,7 @@ def test_outputs_and_losses_are_hfs(model: str, method: str, tmp_path: Path) -> 
     assert got.logits.shape != before.shape or not torch.equal(got.logits, before)
 
 
-DECODERS = [(m, k) for m, k in ROWS if TASKS[m] == "CAUSAL_LM"] + [("t5", "PREFIX_TUNING")]
+DECODERS = [(m, k) for m, k in ROWS if TASKS[m] == "CAUSAL_LM"] + [r for r in ROWS if r[0] == "t5"]
 
 
 @pytest.mark.parametrize(("model", "method"), DECODERS)
@@ -144,13 +144,29 @@ def test_generation_is_hfs(model: str, method: str, cached: bool, tmp_path: Path
     assert got.tolist() == want.tolist()
 
 
-def test_generation_of_an_encoder_that_was_not_prompted_is_refused(tmp_path: Path) -> None:
+def test_generation_by_an_encoder_and_back(tmp_path: Path) -> None:
     theirs_of("t5", "PROMPT_TUNING", tmp_path / "a")
-    ours = base_of("t5")
-    attach(ours, Adapter.load(tmp_path / "a"))
-    ids = torch.tensor([[3, 4, 5]])
-    with pytest.raises(ConfigError, match="made without the prompt"), quietly():
-        ours.generate(input_ids=ids, max_new_tokens=2)
+    ours, ids = base_of("t5"), torch.tensor([[3, 4, 5]])
+    how: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_logits": True}
+
+    def logits(**given: Any) -> torch.Tensor:
+        with quietly():
+            out = ours.generate(**given, **how, return_dict_in_generate=True)
+        return torch.stack(out.logits)
+
+    plain = logits(input_ids=ids)
+    held = attach(ours, Adapter.load(tmp_path / "a"))
+    prompted = logits(inputs=ids)
+    assert not torch.allclose(prompted, plain)
+    embedded = ours.get_input_embeddings()(ids)
+    torch.testing.assert_close(logits(inputs_embeds=embedded), prompted)
+    with held.disabled():
+        assert torch.equal(logits(input_ids=ids), plain)
+    encoded = ours.get_encoder()(ids)
+    with pytest.raises(ConfigError, match="without the prompt"):
+        ours(encoder_outputs=encoded, decoder_input_ids=ids)
+    detach_adapter(ours)
+    assert torch.equal(logits(input_ids=ids), plain)
 
 
 FRESH = [

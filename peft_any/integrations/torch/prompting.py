@@ -96,6 +96,8 @@ def open_prompt(module: nn.Module, name: str, placed: Placed) -> Share:
     forward: Any = partial(_prompted, module)
     forward.__signature__ = _announced(_signature(module), config)
     module.forward = forward
+    if _encodes(module, config):
+        module.generate = partial(_generated, module)
     return share
 
 
@@ -104,6 +106,13 @@ def close_prompt(module: nn.Module, name: str) -> None:
     holder = module._modules.get(PROMPT)  # noqa: SLF001 - getattr raises for most modules
     if holder is not None and holder.share.adapter == name:
         del module._modules[PROMPT], module.forward  # noqa: SLF001 - as delattr would
+        vars(module).pop("generate", None)
+
+
+def _encodes(module: nn.Module, config: Prompt) -> bool:
+    """Whether rows stand before an encoder, which generation calls past the model's forward."""
+    two = bool(getattr(module.config, "is_encoder_decoder", False))
+    return two and config.peft_type not in _CACHED and hasattr(module, "generate")
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
@@ -149,6 +158,23 @@ def _prompted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+def _generated(module: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Generate from the encoder's lengthened input, as Hugging Face PEFT does."""
+    share: Any = module.get_submodule(PROMPT).share
+    generate: Any = type(module).generate
+    if not share.on:
+        return generate(module, inputs, *args, **kwargs)
+    tasks = kwargs.pop("task_ids", None)
+    given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
+    call = _Call(module, share.prompt, share.params, tasks)
+    given, _ = call.lengthened(given)
+    share.on = False
+    try:
+        return generate(module, None, *args, **given)
+    finally:
+        share.on = True
+
+
 class _Call:
     """One call of a model that takes virtual tokens."""
 
@@ -185,24 +211,31 @@ class _Call:
         """Put rows before the embedded input; later calls on its cache only see it in the mask."""
         if self.two and given.get("encoder_outputs") is not None:
             raise ConfigError(
-                f"{self.config.where}: encoder_outputs cannot be taken: they were made without the "
-                "prompt; generate with model.generate(inputs_embeds=…, attention_mask=…), both of "
-                "them lengthened by the method's own prepend and by prompts.extend_mask, while "
-                "attached(model)[name].disabled()"
+                f"{self.config.where}: encoder_outputs cannot be taken: they may have been made "
+                "without the prompt; give input_ids or inputs_embeds, or call model.generate"
             )
         first = self.two or _empty(given.get("past_key_values"))
-        given = self._masked(given, "attention_mask")
+        embeds: Tensor | None = None
+        if first:
+            given, embeds = self.lengthened(given)
+        else:
+            given = self._masked(given, "attention_mask")
         for name in ("position_ids", "cache_position"):  # counted anew, the prompt's included
             if given.get(name) is not None:
                 given[name] = None
         if given.get("cache_position", 0) is None:
             del given["cache_position"]
+        given = self._typed(given, embeds)
         if not first:
-            return self._typed(given, None)
+            return given
+        return self._decoded(given) if self.two else self._labelled(given)
+
+    def lengthened(self, given: Given) -> tuple[Given, Tensor]:
+        """Put rows before the input and its mask; give the embedded input alone, too."""
+        given = self._masked(given, "attention_mask")
         embeds = self._embedded(given, "input_ids", "inputs_embeds")
         given["inputs_embeds"] = self.config.prepend(self.params, embeds, **self.tasks)
-        given = self._typed(given, embeds)
-        return self._decoded(given) if self.two else self._labelled(given)
+        return given, embeds
 
     def _typed(self, given: Given, embeds: Tensor | None) -> Given:
         """Lengthen the types of tokens where there are some: 0 stands for the virtual ones."""
