@@ -137,7 +137,7 @@ class Bound:
     weights : Weights
         All tensors under their checkpoint names, for code that takes a dict of arrays. An adapted
         weight is an array-like whose products apply the adapted layer; other uses take the merged
-        array, without the dropout of a training step.
+        array, which is refused where a training step drops inputs.
     attended : mapping of str to (config, weight)
         The active adapters that act within attention (`attend`).
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -722,3 +723,19 @@ def test_a_bias_that_an_adapter_changes_beside_a_convolution_or_a_norm(kind: str
     for name in weights:
         np.testing.assert_allclose(np.asarray(bound[name]), merged[name], rtol=1e-12)
     assert (bound["n.bias"] != 0).all()
+
+
+def test_a_merged_array_is_refused_where_a_step_drops_inputs() -> None:
+    weights = {**mlp(), "conv.weight": draw(4, 3, 2)}
+    config = replace(CONFIGS["lora"], lora_dropout=0.5, target_modules=["fc1", "conv"])
+    model, _ = adapted(weights, config)
+    still, w = model.bind().weights, model.bind(rng=1).weights
+    x = draw(50, 6)
+    assert not np.allclose(x @ w["fc1.weight"].T, x @ still["fc1.weight"].T)
+    assert w["conv.weight"].shape == (4, 3, 2)
+    for name in ("fc1.weight", "conv.weight"):
+        assert np.isfinite(np.asarray(still[name])).all()
+        with pytest.raises(ConfigError, match=f"{name}: its merged array cannot drop inputs"):
+            np.asarray(w[name])
+    none, _ = adapted(weights, replace(config, lora_dropout=0.0))
+    assert np.isfinite(np.asarray(none.bind(rng=1).weights["conv.weight"])).all()

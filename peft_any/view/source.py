@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from peft_any._libraries import library_of
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer
+from peft_any.dropout import drops
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Site
+from peft_any.parts import Part
 
 HOLDING = {"strict": "_array"}
 """Libraries whose arrays hold NumPy's, which their functions give to NumPy's own; and where."""
@@ -54,6 +56,7 @@ class Source:
 
         def make() -> Any:
             bound = self._whole()
+            refuse_dropout(bound.parts, self.site)
             w: Any = several.rounded(bound.parts, bound.base, stacked=bound.stacked).stored()
             if hasattr(w, "flags") and hasattr(w.flags, "writeable"):
                 w = w.view()
@@ -130,6 +133,22 @@ class Held:
         stored = self._source.stored
         held = namespace(stored).asarray(x, device=creation_device(stored))
         return self._inside(self._source.layer(held))
+
+
+def refuse_dropout(parts: Sequence[Part], site: Site) -> None:
+    """Refuse to merge what drops inputs: the merged weight would leave the dropout out, unsaid.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for part in parts:
+        if part.noise is not None and drops(part.config):
+            raise ConfigError(
+                f"{site.weight}: its merged array cannot drop inputs, as "
+                f"{part.config.peft_type} does in training: multiply by the weight, train with a "
+                "dropout of 0, leave the layer out, or look at a model bound without rng"
+            )
 
 
 def _params(bound: BoundLayer) -> list[Array]:
