@@ -7,7 +7,7 @@ from math import prod
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import namespace, summed
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Kind, Site, flat
 from peft_any.linalg import factored, factorize, kron_factors, linear_kron, tucker
@@ -129,8 +129,7 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
     def _plus(self, base: Dense, p: Params, sign: float) -> Dense:
         w1, w2 = self._spread(p, base.site)
         xp, blocks = namespace(base.weight), tuple(map(max, w1.shape, w2.shape))
-        # One expression: NumPy then adds into the product instead of a third array.
-        weight = xp.reshape(base.weight, blocks) + (sign * w1) * w2
+        weight = summed(xp.reshape(base.weight, blocks), (sign * w1) * w2, ())
         return base.replace(weight=xp.reshape(weight, tuple(base.weight.shape)))
 
     def _spread(self, p: Params, site: Site) -> tuple[Array, Array]:

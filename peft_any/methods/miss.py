@@ -11,7 +11,7 @@ from peft_any.backend import creation_device, inv, namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.dropout import Noise
 from peft_any.errors import ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site
+from peft_any.layer import Dense, Kind, Layer, Site, merged_for_calls
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
 
@@ -80,11 +80,15 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """Add M to every shard, or turn every tile."""
-        w, site = base.weight, base.site
+        w, m = base.weight, p["miss_block"]
         if self.init_weights == "bat":
-            turned = self._tiles(w) @ p["miss_block"][:, None, :, :]
-            return base.replace(weight=w + self._whole(turned + p["miss_block"][:, None, :, :], w))
-        return base.replace(weight=w + self._repeated(p, site))
+            eye = namespace(w).eye(self.r, dtype=w.dtype, device=creation_device(w))
+            return base.replace(weight=self._tiled(w, eye + m, m))
+        return base.replace(weight=self._shifted(w, self.shards(p, base.site)))
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Merge tiles, for calls."""
+        return merged_for_calls(self, p, base) if self.init_weights == "bat" else p
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array] | None:
         """Mᵀ, and the identity repeated over the shards; tiles have no small product."""
@@ -95,10 +99,22 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
         eye = xp.eye(self.r, dtype=m.dtype, device=creation_device(m))
         return xp.matrix_transpose(m), xp.tile(eye, (1, shards))[:, : base.site.n_in]
 
-    def _repeated(self, p: Params, site: Site) -> Array:
-        m = namespace(p["miss_block"]).matrix_transpose(self.shards(p, site))
-        repeated: Array = namespace(m).tile(m, (1, -(-site.n_in // self.r)))[:, : site.n_in]
-        return repeated
+    def _shifted(self, w: Array, m: Array) -> Array:
+        """W + Mᵀ·[I I …], shard by shard; what is left over is the first of the last shard's."""
+        xp, (rows, n), r = namespace(w), w.shape, self.r
+        even, flat = n - n % r, xp.reshape(xp.matrix_transpose(m), (-1,))  # rows close together
+        m = xp.reshape(flat, (rows, 1, r))
+        whole: Array = xp.reshape(xp.reshape(w[:, :even], (rows, -1, r)) + m, (rows, even))
+        if even < n:
+            whole = xp.concat([whole, w[:, even:] + m[:, 0, : n - even]], axis=1)
+        return whole
+
+    def _tiled(self, w: Array, factor: Array, shift: Array) -> Array:
+        """Give T·factorᵢ + shiftᵢ for every tile T of the i-th row of tiles."""
+        xp, (m, n), r = namespace(w), w.shape, self.r
+        product = xp.reshape(w, (m // r, n, r)) @ factor
+        tiles = xp.reshape(product, (m // r, r, n // r, r)) + shift[:, :, None, :]
+        return xp.reshape(tiles, (m, n))  # type: ignore[no-any-return]
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + (the sum of x's shards)·M; tiles are merged."""
@@ -125,22 +141,8 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """Subtract M from every shard; tiles are (T′ − Mᵢ)·(I + Mᵢ)⁻¹."""
-        w = merged.weight
+        w, m = merged.weight, p["miss_block"]
         if self.init_weights != "bat":
-            return merged.replace(weight=w - self._repeated(p, merged.site))
-        blocks = p["miss_block"]
-        eye = namespace(w).eye(self.r, dtype=w.dtype, device=creation_device(w))
-        tiles = (self._tiles(w) - blocks[:, None, :, :]) @ inv(eye + blocks)[:, None, :, :]
-        return merged.replace(weight=self._whole(tiles, w))
-
-    def _tiles(self, w: Array) -> Array:
-        """W as (rows of tiles, columns of tiles, r, r)."""
-        xp, (m, n), r = namespace(w), w.shape, self.r
-        tiles: Array = xp.permute_dims(xp.reshape(w, (m // r, r, n // r, r)), (0, 2, 1, 3))
-        return tiles
-
-    @staticmethod
-    def _whole(tiles: Array, like: Array) -> Array:
-        xp = namespace(tiles)
-        whole: Array = xp.reshape(xp.permute_dims(tiles, (0, 2, 1, 3)), like.shape)
-        return whole
+            return merged.replace(weight=self._shifted(w, -self.shards(p, merged.site)))
+        back = inv(namespace(w).eye(self.r, dtype=w.dtype, device=creation_device(w)) + m)
+        return merged.replace(weight=self._tiled(w, back, -(m @ back)))
