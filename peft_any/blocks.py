@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from peft_any._typing import Array
@@ -254,6 +255,28 @@ def butterfly(r: Array, limit: int = 256) -> list[tuple[Array, int, int]]:
     return [(blocks, apart, c if m > 1 else 1) for blocks, apart in fused]
 
 
+def diagonal(blocks: Sequence[Array]) -> Array:
+    """Put blocks (mᵢ, nᵢ) along the diagonal of (Σmᵢ, Σnᵢ).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> diagonal([np.asarray([[1], [2]]), np.asarray([[3, 4]])])
+    array([[1, 0, 0],
+           [2, 0, 0],
+           [0, 3, 4]])
+    """
+    xp, rows = namespace(*blocks), []
+    for i, block in enumerate(blocks):
+        like = {"dtype": block.dtype, "device": creation_device(block)}
+        parts = [
+            block if j == i else xp.zeros((block.shape[0], other.shape[1]), **like)
+            for j, other in enumerate(blocks)
+        ]
+        rows.append(xp.concat(parts, axis=1))
+    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
+
+
 def block_diagonal(w: Array, k: int) -> Array:
     """Put k blocks (m/k, n), which stand one above the other, along the diagonal of (m, k·n).
 
@@ -264,13 +287,8 @@ def block_diagonal(w: Array, k: int) -> Array:
     array([[1, 2, 0, 0],
            [0, 0, 3, 4]])
     """
-    xp, m = namespace(w), w.shape[0] // k
-    rows = []
-    for i in range(k):
-        block = w[i * m : (i + 1) * m, :]
-        none = xp.zeros_like(block)
-        rows.append(xp.concat([block if j == i else none for j in range(k)], axis=1))
-    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
+    m = w.shape[0] // k
+    return diagonal([w[i * m : (i + 1) * m, :] for i in range(k)])
 
 
 def block_linear(x: Array, w: Array, k: int) -> Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite, nan
 from typing import Any
 
+from peft_any._typing import Shape
 from peft_any.errors import ConfigError
 
 OURS = "peft_any"
@@ -63,6 +65,21 @@ def check_fields(config: Any, *counts: str, bias: str = "") -> None:
         options = "none", "all", f"{bias}_only"
         rules["bias"] = config.bias in options, f'"none", "all" or "{bias}_only"'
     refuse(config, **rules)
+
+
+def alike(found: Mapping[str, Shape], said: Mapping[str, Shape]) -> bool:
+    """Whether arrays have the names and shapes that `Tuner.shapes` says; −1 is any size.
+
+    Examples
+    --------
+    >>> alike({"a": (3, 4)}, {"a": (-1, 4)}), alike({"a": (3,)}, {"a": (-1, 4)})
+    (True, False)
+    """
+    return found.keys() == said.keys() and all(
+        len(shape) == len(said[name])
+        and all(b in (a, -1) for a, b in zip(shape, said[name], strict=True))
+        for name, shape in found.items()
+    )
 
 
 def finite_number(name: str, weight: Any) -> float:

@@ -82,7 +82,10 @@ class Tuner(Config):
 
     @abc.abstractmethod
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """Name the site's parameters, by the checkpoint's suffixes, with their shapes."""
+        """Name the site's parameters, by the checkpoint's suffixes, with their shapes.
+
+        A size of −1 is one that the base's values decide.
+        """
 
     @abc.abstractmethod
     def init(self, site: Site, new: Fresh) -> Params:

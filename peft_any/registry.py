@@ -22,10 +22,6 @@ _MERGE = (
 )
 _RUN = "run it with Hugging Face PEFT"
 _ABSENT = {
-    "ADAMSS": (
-        "its files do not say which rows its segments are: its writer's clusters told",
-        _MERGE,
-    ),
     "SHADOW": ("it runs a second model beside the base, and changes no weight of it", _RUN),
     "XLORA": (
         "it mixes adapters anew for every token by a network: no weight of it is fixed",

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft_any._typing import Params, Shape
 from peft_any.arrow import refuse_alone
+from peft_any.checks import alike
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.hints import experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
@@ -212,7 +213,9 @@ def site_of(
         try:
             own = config.at(here)
             want = own.shapes(here)
-            if want == {k: s for k, s in shapes.items() if k in want or k not in config.frozen}:
+            if alike(
+                {k: s for k, s in shapes.items() if k in want or k not in config.frozen}, want
+            ):
                 hits.append((own, here))
         except PeftError:
             continue
@@ -327,7 +330,7 @@ def check_params(config: Tuner, p: Mapping[str, Any], site: Site, hints: bool = 
     wrong = [
         f"{site.name}.{k}: shape {tuple(p[k].shape)} cannot fit: {config.where} needs {shape}"
         for k, shape in want.items()
-        if k in p and tuple(p[k].shape) != shape
+        if k in p and not alike({k: tuple(p[k].shape)}, {k: shape})
     ]
     wrong += [f"{site.name}.{k}: missing, of shape {want[k]}" for k in want if k not in p]
     extra = [k for k in p if k not in want and k not in config.frozen]

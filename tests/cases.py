@@ -8,6 +8,7 @@ from typing import Any
 from peft_any import testing
 from peft_any.layer import Site
 from peft_any.methods.adalora import AdaLoraConfig
+from peft_any.methods.adamss import AdamssConfig
 from peft_any.methods.adaption_prompt import AdaptionPromptConfig
 from peft_any.methods.beft import BeftConfig
 from peft_any.methods.boft import BOFTConfig
@@ -771,6 +772,25 @@ CASES = [
         reverts=0,
     ),
     Case("osf-random", OSFConfig(init_weights=False), FC, identity=RANDOM, reverts=0),
+    # AdaMSS
+    Case("adamss", AdamssConfig(r=6, num_subspaces=3, subspace_rank=2), FC),
+    Case("adamss-no-bias", AdamssConfig(r=4, num_subspaces=2), Site("a.fc", 13, 7, bias=False)),
+    Case("adamss-defaults", AdamssConfig(), Site("fc", 9, 40)),
+    Case("adamss-each-row", AdamssConfig(r=3, num_subspaces=9, subspace_rank=4), Site("fc", 8, 5)),
+    Case(
+        "adamss-dynamic",
+        AdamssConfig(
+            r=5, num_subspaces=3, subspace_rank=4, use_dynamic_rank=True, svd_threshold=0.4
+        ),
+        Site("fc", 20, 24),
+    ),
+    Case("adamss-seed", AdamssConfig(r=5, num_subspaces=2, random_seed=3), Site("fc", 30, 20)),
+    Case(
+        "adamss-random",
+        AdamssConfig(r=6, num_subspaces=3, init_weights=None),
+        FC,
+        identity="HF's init_weights=None draws B",
+    ),
     # PSOFT
     Case("psoft", PsoftConfig(r=5, psoft_alpha=7), FC),
     Case("psoft-no-bias", PsoftConfig(r=7), Site("a.fc", 13, 7, bias=False)),

@@ -39,7 +39,6 @@ class Left(NamedTuple):
     why: str
 
 
-CLUSTERS = "its files do not say which rows its segments are: its writer's clusters told"
 TWICE = "the table has them twice"
 BATCH = "no matrix: it depends on the whole batch; outputs are compared"
 EXCEPTIONS = [
@@ -50,12 +49,10 @@ EXCEPTIONS = [
     Left(CASES, "OSF", 1, "target_svd_config", "PEFT reads no such field: the case is the other"),
     Left(CASES, "LILY", 5, "every case", BATCH),
     Left(CASES, "WAVEFT", 10, "half of the cases", TWICE),
-    Left(CASES, "ADAMSS", 7, "every case", CLUSTERS),
     Left(ACTIVE, "LORA", 2, "new tokens in both", "PEFT activates one adapter's tokens alone"),
     Left(ACTIVE, "LORA", 1, "two parameters", "PEFT wants the same parameters for all adapters"),
     Left(ACTIVE, "LILY", 2, "every case", BATCH),
     Left(ACTIVE, "WAVEFT", 2, "half of the cases", TWICE),
-    Left(ACTIVE, "ADAMSS", 2, "every case", CLUSTERS),
 ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ LAYERS = [
         "hints",
         "replication",
     },
-    {"activations", "mixtures", "projections", "spectra", "wavelets"},
+    {"activations", "clusters", "mixtures", "projections", "spectra", "wavelets"},
     {"joint"},
     {"starts", "registry", "factors", "alora", "arrow"},
     {"prompt", "variants"},

@@ -73,6 +73,8 @@ FAMILIES: dict[str, Family] = {
     "road": Family(EVERY, of("variant", "road_1", "road_2", "road_4"), {"group_size": 2}),
     "shira": Family(EVERY, RANKS, {"random_seed": 0}),
     "supertuning": Family(EVERY, of("sparsity", 0.99, 0.95, 0.8)),
+    "psoft": Family(EVEN, of("r", 4, 8, 16, 32), {"psoft_alpha": 1}),
+    "adamss": Family(EVERY, of("subspace_rank", 1, 2, 4), {"r": 16}),
 }
 
 

@@ -217,7 +217,8 @@ def mode(cls: type[Config]) -> str:
 def parameters(cls: type[Config]) -> dict[str, int] | None:
     """Count what a method trains by default: for a layer 4096 wide, and once for all layers.
 
-    None where its defaults adapt no such layer, or the number depends on a model.
+    None where its defaults adapt no such layer, or the number depends on a model
+    or on the base's values.
     """
     try:
         config: Any = cls()
@@ -228,6 +229,8 @@ def parameters(cls: type[Config]) -> dict[str, int] | None:
         own = config.at(site).shapes(site)
         shared = config.shared_shapes([site])
     except (PeftError, TypeError):
+        return None
+    if any(size < 0 for k, s in own.items() for size in s if not config.is_frozen(k)):
         return None
     return {
         "layer": sum(prod(s) for k, s in own.items() if not config.is_frozen(k)),

@@ -72,8 +72,8 @@ def tolerance(case: Case | PromptCase | AttendedCase, dtype: str) -> float:
     """Say what may differ from one processor to another.
 
     Singular vectors turn by what rounding moves the weight, over the gap to the next singular
-    value (Wedin 1972): PiSSA's factors and PSOFT's hold some, and OSF takes some out of the weight,
-    of which torch's SVD is in float32.
+    value (Wedin 1972): the factors of PiSSA, PSOFT and AdaMSS hold some, and OSF takes some out of
+    the weight, of which torch's SVD is in float32.
     """
     if isinstance(case, PromptCase | AttendedCase):
         return TOLERANCE[dtype]
@@ -83,12 +83,12 @@ def tolerance(case: Case | PromptCase | AttendedCase, dtype: str) -> float:
     ):  # its projection's logarithms and sines are single precision's
         return TOLERANCE["float32"]
     start = str(getattr(config, "init_lora_weights", ""))
-    held = start.startswith("pissa") or config.peft_type == "PSOFT"
+    held = start.startswith("pissa") or config.peft_type in ("ADAMSS", "PSOFT")
     rank = config.r if held else getattr(config, "effective_rank", None)
     if rank is None:
         return TOLERANCE["float32" if case.single else dtype]
     values = np.linalg.svd(case.base(dtype=dtype).weight.astype("float64"), compute_uv=False)
-    gap = np.min(values[:rank] - values[1 : rank + 1])
+    gap = np.min((values - np.append(values[1:], 0.0))[:rank])
     return float(4 * np.finfo("float32").eps * values[0] / gap)
 
 

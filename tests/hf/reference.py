@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_any.checks import OURS
+from peft_any.checks import OURS, alike
+from peft_any.clusters import grouped
 from peft_any.io.config import CONFIG_NAME, TENSORS
 from peft_any.layer import Dense, Site
 from peft_any.registry import Config, method_for
@@ -43,6 +48,29 @@ class BlockDiagonal:
 
 
 hf_boft._FBD_CUDA = BlockDiagonal
+
+
+class Groups:
+    """What scikit-learn's ``KMeans`` does for Hugging Face PEFT, which asks for nothing else of it.
+
+    Where scikit-learn is installed, `tests/hf/test_adamss.py` holds the two equal.
+    """
+
+    def __init__(self, n_clusters: int, init: str, n_init: int, max_iter: int, random_state: int):
+        assert (init, n_init) == ("random", 1)
+        self.given = n_clusters, max_iter, random_state
+
+    def fit_predict(self, points: np.ndarray) -> np.ndarray:
+        """Give each point's group."""
+        groups: np.ndarray = grouped(points, *self.given)
+        return groups
+
+
+STANDS_IN = find_spec("sklearn") is None
+if STANDS_IN:
+    for name, more in (("sklearn", {}), ("sklearn.cluster", {"KMeans": Groups})):
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(more, __spec__=ModuleSpec(name, None))
 
 
 def layer_module(site: Site) -> Any:
@@ -174,7 +202,7 @@ def trained(model: Any, case: Case, base: Dense, dtype: str) -> dict[str, torch.
         lack = held(leaf, case.config.peft_type)
         state |= {f"{PREFIX}{case.site.name}.{k}": torch.tensor(v) for k, v in lack.items()}
         shapes = {f"{PREFIX}{case.site.name}.{k}": s for k, s in shapes_of(case).items()}
-        assert {k: tuple(v.shape) for k, v in state.items()} == shapes
+        assert alike({k: tuple(v.shape) for k, v in state.items()}, shapes)
         fixed = {k for k in state if k.endswith(tuple(case.config.frozen))}
         lost = {f"{PREFIX}{case.site.name}.{k}" for k in lack}
         return {k: v if k in fixed else noisy(v) for k, v in state.items() if k not in lost}
@@ -199,6 +227,8 @@ def held(leaf: Any, peft_type: str, name: str = "default") -> dict[str, np.ndarr
     if peft_type == "PSOFT":
         a, b = leaf._get_psoft_ab_cache_buffers(name)
         return {"psoft_A": host(a), "psoft_B": host(b)}
+    if peft_type == "ADAMSS":
+        return {"adamss_rows": np.argsort(host(leaf.scatter_index[name])).astype("int32")}
     return {}
 
 

@@ -250,6 +250,21 @@ def usual(model: str = "mlp", **fields: Any) -> list[tuple[str, Any, dict[str, A
 
 
 NEWER = [
+    *over(
+        "ADAMSS",
+        [
+            *(("mlp", t, {"r": 8}) for t in ("lin0", FIRST, BOTH)),
+            ("mlp", SECOND, {"r": 2}),
+            *(
+                ("mlp", t, {"r": 8, **fields})
+                for t, fields in (
+                    (BOTH, {"num_subspaces": 3, "subspace_rank": 2}),
+                    (BOTH, {"num_subspaces": 6, "use_asa": True, "asa_target_subspaces": 3}),
+                    (FIRST, {"num_subspaces": 3, "use_dynamic_rank": True, "svd_threshold": 0.1}),
+                )
+            ),
+        ],
+    ),
     *over("BEFT", [*usual(), ("mlp", FIRST, SAVED)]),
     *over(
         "C3A",

@@ -78,6 +78,8 @@ PAIRS: list[Pair] = [
        {"variant": v, "group_size": 2, "target_modules": SECOND}) for v in ("road_2", "road_4")),
     *(("PSOFT", "mlp", {"r": r, "psoft_alpha": r, "target_modules": FIRST},
        {"r": r, "psoft_alpha": r, "target_modules": t}) for r, t in ((4, FIRST), (2, SECOND))),
+    *(("ADAMSS", "mlp", {"r": 8, "num_subspaces": 2, "target_modules": FIRST},
+       {"r": r, "num_subspaces": 2, "target_modules": t}) for r, t in ((8, FIRST), (2, SECOND))),
     ("C3A", "mlp", {"block_size": 2, "target_modules": FIRST},
      {"block_size": 2, "target_modules": SECOND}),
     ("LORA", "mlp", *2 * ({"target_modules": [], "target_parameters": ["lin0.weight"]},)),

@@ -1,0 +1,142 @@
+"""AdaMSS: adaptive multi-subspaces. Zheng et al. 2025, https://openreview.net/forum?id=8ZdWmpYxT0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.backend import namespace, to_numpy
+from peft_any.blocks import diagonal
+from peft_any.checks import OURS, check_fields, refuse, refuse_restart
+from peft_any.clusters import grouped
+from peft_any.layer import Kind, Layer, Site, widen
+from peft_any.method import Additive
+from peft_any.rng import Fresh
+from peft_any.starts import seeded_svd
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
+    """[ΔW Δb] = Bᵢ·Aᵢ·V in the rows of segment i, where V holds directions of the base's [W b].
+
+    `adamss_newB` V (R, n_in), with a column more where the layer has a bias, is Vᵀ of the R largest
+    singular values of [W b], R = min(r, n_out, columns), and frozen. The K segments are clusters
+    (k-means) of the rows of U; `adamss_rows` (n_out,) gives each row's place when they stand one
+    below the other: Hugging Face PEFT's files lack it. Trained are `adamss_A.0` A₀ (rᵢ, R) and
+    `adamss_B.0` B₀ (rows of the segment, rᵢ), and so on.
+
+    num_subspaces: K, at most n_out.
+    subspace_rank: rᵢ, at most the rows of the segment.
+    use_dynamic_rank: rᵢ also counts only the singular values of the segment of U whose squares are
+        above `svd_threshold` of the largest.
+    random_seed: of torch's generator, which draws the sketch for the decomposition.
+    init_weights: "orthogonal" (B = 0, A the segments' own directions), null (B random as well), or
+        "peft_any", in our files alone: they hold the rows.
+    use_asa: no effect here: Hugging Face PEFT's training stops some segments (`asa_…`, `…_warmup`,
+        `mask_interval`).
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
+    inner: ClassVar[str] = r"\d*"
+    frozen: ClassVar[frozenset[str]] = frozenset({"adamss_newB", "adamss_rows"})
+    marks: ClassVar[Mapping[str, str]] = {
+        "init_weights": "its file does not say which rows its segments are, which its writer's "
+        "clusters told: merge it with Hugging Face PEFT (merge_and_unload), on the machine that "
+        "wrote it; `peft-any extract` makes a LoRA of that"
+    }
+
+    r: int = 100
+    num_subspaces: int = 5
+    subspace_rank: int = 1
+    init_weights: str | bool | None = "orthogonal"
+    use_asa: bool = False
+    asa_target_subspaces: int = 50
+    init_warmup: int = 50
+    final_warmup: int = 1000
+    mask_interval: int = 100
+    asa_importance_beta: float = 0.85
+    asa_uncertainty_beta: float = 0.85
+    asa_schedule_exponent: float = 3.0
+    use_dynamic_rank: bool = False
+    svd_threshold: float = 0.1
+    random_seed: int = 0
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "r", "num_subspaces", "subspace_rank")
+        if self.init_weights is False:
+            object.__setattr__(self, "init_weights", None)  # HF writes it so
+        known = self.init_weights in ("orthogonal", None, OURS)
+        refuse(self, init_weights=(known, '"orthogonal" or null'))
+
+    def _count(self, site: Site) -> int:
+        """K."""
+        return min(self.num_subspaces, site.n_out)
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """V, the segments' A and B, of sizes that the base decides, and the places of the rows."""
+        columns, every = site.n_in + site.bias, range(self._count(site))
+        rank = min(self.r, site.n_out, columns)
+        found: dict[str, Shape] = {"adamss_newB": (rank, columns)}
+        found |= {f"adamss_A.{i}": (-1, rank) for i in every}
+        return {**found, **{f"adamss_B.{i}": (-1, -1) for i in every}, "adamss_rows": (site.n_out,)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """Decompose the base and cluster its rows, on the host."""
+        refuse_restart(self, site.name)
+        (_,), base = widen([{}], new.base_for(site.name, "adamss_newB"))
+        w = to_numpy(base.weight)
+        xp = namespace(w)
+        if site.bias:
+            shift = xp.zeros(site.n_out) if base.bias is None else to_numpy(base.bias)
+            w = xp.concat([w, xp.astype(shift, w.dtype)[:, None]], axis=1)
+        u, _, v = seeded_svd(w, min(self.r, *w.shape), 2, self.random_seed, new)
+        labels = grouped(u, self._count(site))
+        a, b = {}, {}
+        for i in range(self._count(site)):
+            own = u[labels == i, :]
+            _, s, right = xp.linalg.svd(own, full_matrices=False)
+            rank = min(self.subspace_rank, len(s))
+            if self.use_dynamic_rank:
+                rank = min(rank, max(int(xp.sum(s**2 > self.svd_threshold * s[0] ** 2)), 1))
+            a[f"adamss_A.{i}"] = new.array(right[:rank, :])
+            std = 0.01 if self.init_weights is None else 0.0
+            b[f"adamss_B.{i}"] = new.normal((own.shape[0], rank), std)
+        rows = xp.argsort(xp.argsort(labels, stable=True))
+        places = new.array(xp.astype(rows, xp.int32))
+        return {"adamss_newB": new.array(v), **a, **b, "adamss_rows": places}
+
+    def _joined(self, p: Params) -> tuple[Array, Array]:
+        """U (n_out, Σrᵢ), of the B with their rows in place, and A·V (Σrᵢ, columns)."""
+        known: tuple[Array, Array] | None = p.get("joined")
+        if known is not None:
+            return known
+        k = sum(name.startswith("adamss_A.") for name in p)
+        a, b = ([p[f"adamss_{side}.{i}"] for i in range(k)] for side in "AB")
+        xp = namespace(p["adamss_rows"], *a)
+        return xp.take(diagonal(b), p["adamss_rows"], axis=0), xp.concat(a) @ p["adamss_newB"]
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Join the segments once."""
+        return {**p, "joined": self._joined(p)}
+
+    def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
+        """The segments' B in their rows, and their A·V."""
+        left, right = self._joined(p)
+        return left, right[:, : site.n_in]
+
+    def rank(self, site: Site) -> int:
+        """Σrᵢ at most."""
+        return self._count(site) * self.subspace_rank
+
+    def changes_bias(self, site: Site) -> bool:
+        """Where there is one."""
+        return site.bias
+
+    def bias_delta(self, p: Params, site: Site) -> Array | None:
+        """Of V's last column."""
+        left, right = self._joined(p)
+        return left @ right[:, site.n_in] if right.shape[1] > site.n_in else None
