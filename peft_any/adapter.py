@@ -121,10 +121,11 @@ class Adapter:
         to = resolve(backend)
         with SafetensorsFile(tensors) as file:
             copied = (file[key] if mapped else file[key].copy() for key in file)
-            arrays = {key: from_numpy(array, to) for key, array in zip(file, copied, strict=True)}
+            host = dict(zip(file, copied, strict=True))
+        host |= files.lost_layers(config, tensors, host)
+        arrays = {key: from_numpy(array, to) for key, array in host.items()}
         places, unknown = read_keys(config, arrays)
-        if strict:
-            refuse_unknown(str(tensors), unknown)
+        refuse_unknown(str(tensors), unknown if strict else [])
         adapter = cls._sorted(config, arrays, places)
         refuse_faults(adapter, str(tensors))
         return adapter.replace(metadata=dict(file.metadata), raw=raw, notes=(*notes, *unknown))
@@ -175,7 +176,8 @@ class Adapter:
         config, sites = self.config, self.sites
         if isinstance(config, Tuner):
             config, sites = config.portable(sites)
-            if config.target_modules in (None, "all-linear") and self.raw is None:
+            unnamed = config.target_modules in (None, "all-linear") and self.raw is None
+            if unnamed and "target_modules" not in config.unsaid:
                 names = [n for n in sites if n not in map(out_projection, sites)]
                 config = dataclasses.replace(config, target_modules=sorted(names))
         text = files.config_to_json(config, self.raw)

@@ -200,7 +200,13 @@ def load_arrow(
     )
 
 
-def _check(label: str, adapter: Adapter, first: Adapter) -> None:
+def suitable(label: str, adapter: Adapter) -> None:
+    """Refuse what cannot be an expert: all but a plain LoRA of linear layers.
+
+    Raises
+    ------
+    ConfigError
+    """
     config = adapter.config
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{label}: {config.peft_type} cannot be an expert: give a LORA")
@@ -209,6 +215,14 @@ def _check(label: str, adapter: Adapter, first: Adapter) -> None:
     if odd or adapter.extra or adapter.tokens:
         what = ", ".join(odd) or "full copies or rows of tensors"
         raise ConfigError(f"{label}: cannot be an expert with {what}: give a plain LoRA")
+    for name, p in adapter.sites.items():
+        if p.keys() != {"lora_A.weight", "lora_B.weight"} or len(p["lora_A.weight"].shape) != 2:
+            shapes = {key: tuple(array.shape) for key, array in p.items()}
+            raise ConfigError(f"{label}: {name}: is no linear layer, which experts need: {shapes}")
+
+
+def _check(label: str, adapter: Adapter, first: Adapter) -> None:
+    suitable(label, adapter)
     if adapter.sites.keys() != first.sites.keys():
         apart = sorted(adapter.sites.keys() ^ first.sites.keys())
         raise ConfigError(
@@ -220,8 +234,6 @@ def _check(label: str, adapter: Adapter, first: Adapter) -> None:
         want = {key: tuple(array.shape) for key, array in first.sites[name].items()}
         if shapes != want:
             raise ShapeError(f"{label}: {name}: {shapes} cannot stand beside {want} of experts[0]")
-        if shapes.keys() != {"lora_A.weight", "lora_B.weight"} or len(shapes["lora_A.weight"]) != 2:
-            raise ConfigError(f"{label}: {name}: is no linear layer, which Arrow needs: {shapes}")
 
 
 def stacked(
@@ -259,7 +271,7 @@ def _side_by_side(
         a0, b0 = (sum(rest, start) / len(others) for start, *rest in zip(*others, strict=True))
         pairs = [(a - a0, b - b0) for a, b in pairs]
     site = Site(name, pairs[0][0].shape[1], pairs[0][1].shape[0])
-    scales = [_scale(one, site) for one in experts]
+    scales = [scale_of(one, site) for one in experts]
     xp = namespace(*(a for a, _ in pairs))
     wide = xp.concat([s * b for s, (_, b) in zip(scales, pairs, strict=True)], axis=1)
     return xp.concat([a for a, _ in pairs], axis=0), wide, pairs
@@ -276,7 +288,8 @@ def _pair(p: Mapping[str, Array]) -> tuple[Array, Array]:
     return p["lora_A.weight"], p["lora_B.weight"]
 
 
-def _scale(adapter: Adapter, site: Site) -> float:
+def scale_of(adapter: Adapter, site: Site) -> float:
+    """Give the scale of an expert's product at a layer."""
     config = adapter.config
-    assert isinstance(config, LoraConfig)  # noqa: S101 - `_check` has seen to it
+    assert isinstance(config, LoraConfig)  # noqa: S101 - `suitable` has seen to it
     return config.at(site).scaling

@@ -17,16 +17,9 @@ from peft_any.plugins import GROUP, Plugin, chosen, plugins
 _known: dict[str, type[Config]] = {}
 _NAMED = {"PromptEncoderConfig": "ptuning"}
 """Classes that are called otherwise than their method."""
-_MERGE = (
-    "merge it with Hugging Face PEFT (merge_and_unload); `peft-any extract` makes a LoRA of that"
-)
 _RUN = "run it with Hugging Face PEFT"
 _ABSENT = {
     "SHADOW": ("it runs a second model beside the base, and changes no weight of it", _RUN),
-    "XLORA": (
-        "it mixes adapters anew for every token by a network: no weight of it is fixed",
-        _RUN,
-    ),
     "BONE": ("it is called MISS now", "start a MissConfig; files of it are read as that"),
 }
 """Methods of Hugging Face PEFT that are not here: why, and the way out."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.activations import clipped
 from peft_any.adapter import Adapter
-from peft_any.backend import astype, dtype_name, namespace
+from peft_any.backend import Backend, backend_of, dtype_name, namespace
 from peft_any.checks import check_fields
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.experts import stacked
-from peft_any.layer import Kind, Site, linear
-from peft_any.mixtures import largest_shares, softmax
+from peft_any.experts import scale_of, stacked, suitable
+from peft_any.gates import scaled_experts
+from peft_any.gates import xlora_scalings as xlora_scalings
+from peft_any.io._atomic import StrPath
+from peft_any.layer import Kind, Site
+from peft_any.methods.xlora import A, B, XLoraConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
 
@@ -64,18 +66,12 @@ class ExpertsConfig(Routed, peft_type="EXPERTS", prefix="experts_"):
                 "xlora_scalings makes them"
             )
         scalings: Array = p["scalings"]
-        if scalings.ndim == x.ndim + 1 and self.order and site.name in self.order:
-            scalings = scalings[..., self.order.index(site.name), :]
-        if tuple(scalings.shape) != (*x.shape[:-1], self.n_experts):
+        if scalings.shape[-1] != self.n_experts:
             raise ShapeError(
-                f"{site.name}: scalings of shape {tuple(p['scalings'].shape)} for input of shape "
-                f"{tuple(x.shape)}: give (rows, positions, {self.n_experts}), or with an axis of "
-                f"{len(self.order or ())} layers before the last"
+                f"{site.name}: scalings of shape {tuple(scalings.shape)} cannot be those of "
+                f"{self.n_experts} experts: give (rows, positions, {self.n_experts})"
             )
-        xp, h = namespace(x, scalings, p[_A]), linear(x, p[_A])
-        shares = xp.expand_dims(astype(scalings, dtype_name(h)), axis=-1)
-        parts = xp.reshape(h, (*x.shape[:-1], self.n_experts, self.r)) * shares
-        return linear(xp.reshape(parts, h.shape), p[_B])
+        return scaled_experts((p[_A], p[_B]), x, scalings, self.order or (), site)
 
 
 def experts_of(experts: Sequence[Adapter], order: Sequence[str] | None = None) -> Adapter:
@@ -121,57 +117,139 @@ def experts_of(experts: Sequence[Adapter], order: Sequence[str] | None = None) -
     return Adapter(config, made)
 
 
-def xlora_scalings(
-    p: Mapping[str, Array],
-    hidden: Array,
-    layers: int,
+def load_xlora(
+    path: StrPath,
+    experts: Sequence[Adapter | StrPath] | None = None,
     *,
-    layerwise_scalings: bool = False,
-    enable_softmax: bool = True,
-    softmax_temperature: float = 1.0,
-    top_k_lora: int | None = None,
-    enable_softmax_topk: bool = False,
-    global_scaling_weight: float = 1.0,
-) -> Array:
-    """Scale experts by token as X-LoRA's classifier does, under Hugging Face PEFT's names.
+    order: Sequence[str] | None = None,
+    backend: str | Backend = "numpy",
+) -> Adapter:
+    """Read a directory of Hugging Face PEFT's X-LoRA, with the experts that it names.
 
     Parameters
     ----------
-    p : mapping of str to array
-        The classifier's ``layers.<i>.weight`` and ``layers.<i>.bias``, with ReLU between them: a
-        file has them after ``internal_xlora_classifier.``.
-    hidden : array (rows, positions, hidden_size)
-        The base's last hidden states, without experts.
-    layers : int
-        How many layers the experts adapt.
-    layerwise_scalings, enable_softmax, softmax_temperature, top_k_lora, enable_softmax_topk, \
-    global_scaling_weight
-        As in the classifier's configuration.
+    path : path
+        The directory of the gate.
+    experts : sequence of Adapter or path, optional
+        By default the directories under the paths of the configuration's `adapters`, which
+        are relative to where the program runs, as in PEFT.
+    order : sequence of str, optional
+        See `xlora_of`.
+    backend : str or Backend
+        Where the arrays go.
 
     Returns
     -------
-    array (rows, positions, layers, experts)
+    Adapter
+        As `xlora_of` gives it; `Adapter.save` writes the gate, byte for byte as it was.
+
+    Raises
+    ------
+    PeftError
+        If a file is missing or malformed, or the experts are not such as `xlora_of` takes.
+    """
+    gate = Adapter.load(path, backend)
+    config = gate.config
+    if not isinstance(config, XLoraConfig):
+        raise ConfigError(f"{path}: {config.peft_type} is no X-LoRA: give Adapter.load the path")
+    given = config.experts if experts is None else experts
+    read = [one if isinstance(one, Adapter) else Adapter.load(one, backend) for one in given]
+    return xlora_of(gate, read, order=order)
+
+
+def xlora_of(
+    gate: Adapter | XLoraConfig,
+    experts: Sequence[Adapter],
+    *,
+    order: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """Put a gate over LoRA experts.
+
+    Parameters
+    ----------
+    gate : Adapter or XLoraConfig
+        A gate that `Adapter.load` read, or a configuration, of which one is drawn.
+    experts : sequence of Adapter
+        LoRAs of linear layers, of any ranks; what one does not adapt it leaves alone.
+    order : sequence of str, optional
+        With `layerwise_scalings`, names in the order of the model's modules, such as
+        ``[name for name, _ in model.named_modules()]``: a file does not say which share is
+        whose. Names of other modules are passed over.
+    seed : int
+        Of a drawn gate.
+
+    Returns
+    -------
+    Adapter
+        To be applied by `PeftModel.add` and ``model.routed(hidden=…)``.
+
+    Raises
+    ------
+    ConfigError, ShapeError
+        If an adapter is no plain LoRA, they do not fit together, or `order` lacks a layer.
 
     Examples
     --------
     >>> import numpy as np
-    >>> p = {"layers.0.weight": np.zeros((2, 4)), "layers.0.bias": np.zeros(2)}
-    >>> xlora_scalings(p, np.ones((1, 1, 4)), 1)
-    array([[[[0.5, 0.5]]]])
+    >>> from peft_any import LoraConfig, PeftModel
+    >>> model = PeftModel({"fc.weight": np.zeros((3, 4), "float32")})
+    >>> config = LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)
+    >>> tasks = [model.add(name, config, seed=i) for i, name in enumerate("ab")]
+    >>> gate = XLoraConfig(hidden_size=5, adapters={"0": "a", "1": "b"})
+    >>> _ = model.add("mixed", xlora_of(gate, tasks))
+    >>> model.activate("mixed")
+    >>> hidden, x = np.ones((1, 6, 5), "float32"), np.ones((1, 6, 4), "float32")
+    >>> model.routed(hidden=hidden).bind().layers["fc"](x).shape
+    (1, 6, 3)
     """
-    numbers = sorted({int(name.split(".")[-2]) for name in p})
-    y, xp = hidden, namespace(hidden, *p.values())
-    for i in numbers:
-        y = linear(y, p[f"layers.{i}.weight"], p[f"layers.{i}.bias"])
-        y = y if i == numbers[-1] else clipped(y, 0.0)
-    count = y.shape[-1] // layers if layerwise_scalings else y.shape[-1]
-    lead = tuple(hidden.shape[:-1])
-    y = xp.reshape(y, (*lead, layers if layerwise_scalings else 1, count))
-    if enable_softmax:
-        y = softmax(y / softmax_temperature)
-    if top_k_lora is not None:
-        top: Any = largest_shares(y, top_k_lora)
-        y = top if enable_softmax_topk else y * astype(top > 0.0, dtype_name(y))
-    elif enable_softmax_topk:
-        y = softmax(y)
-    return global_scaling_weight * xp.broadcast_to(y, (*lead, layers, count))  # type: ignore[no-any-return]
+    config = gate.config if isinstance(gate, Adapter) else gate
+    if not isinstance(config, XLoraConfig):
+        raise ConfigError(f"{config.where}: is no gate: give an XLoraConfig, or its adapter")
+    if len(experts) != len(config.adapters) or not experts:
+        raise ConfigError(
+            f"{config.where}: adapters names {len(config.adapters)} experts, and {len(experts)} "
+            "are given: give one for each, in the order of the gate's scalings"
+        )
+    sites, r = _padded(experts)
+    listed = [name for name in order if name in sites] if order is not None else None
+    if listed is not None and len({*listed}) < len(sites):
+        lost = sorted(sites.keys() - {*listed})
+        raise ConfigError(f"order: lacks {lost[0]} among {len(lost)} layers that experts adapt")
+    config = replace(config, r=r, order=listed, target_modules=[*sites])
+    if isinstance(gate, Adapter):
+        return gate.replace(config=config, sites=sites)
+    first = next(iter(sites.values()))[A]
+    new = Fresh(seed, backend_of(first), dtype=dtype_name(first))
+    named = [Site(name, p[A].shape[1], p[B].shape[0]) for name, p in sites.items()]
+    return Adapter(config, sites, config.init_shared(named, new))
+
+
+def _padded(experts: Sequence[Adapter]) -> tuple[dict[str, Params], int]:
+    """Lay experts side by side, each with zeros up to the largest rank."""
+    for i, one in enumerate(experts):
+        suitable(f"experts[{i}]", one)
+    names = dict.fromkeys(name for one in experts for name in one.sites)
+    ranks = [p["lora_A.weight"].shape[0] for one in experts for p in one.sites.values()]
+    r, out = max(ranks), {}
+    for name in names:
+        own = [one.sites.get(name) for one in experts]
+        like = next(p for p in own if p is not None)
+        n, m = like["lora_A.weight"].shape[1], like["lora_B.weight"].shape[0]
+        sizes = {(p["lora_A.weight"].shape[1], p["lora_B.weight"].shape[0]) for p in own if p}
+        if len(sizes) != 1:
+            raise ShapeError(
+                f"{name}: experts of {sorted(sizes)} inputs and outputs: give one base's"
+            )
+        new = Fresh(0, backend_of(like["lora_A.weight"]), dtype=dtype_name(like["lora_A.weight"]))
+        xp, a, b = namespace(like["lora_A.weight"]), [], []
+        for one, p in zip(experts, own, strict=True):
+            k = 0 if p is None else p["lora_A.weight"].shape[0]
+            if p is not None:
+                a.append(p["lora_A.weight"])
+                b.append(scale_of(one, Site(name, n, m)) * p["lora_B.weight"])
+            if k < r:
+                a.append(new.zeros((r - k, n)))
+                b.append(new.zeros((m, r - k)))
+        out[name] = {A: xp.concat(a, axis=0), B: xp.concat(b, axis=1)}
+    return out, r

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from peft_any import testing
 from peft_any.layer import Site
 from peft_any.methods.adalora import AdaLoraConfig
@@ -50,6 +52,7 @@ from peft_any.methods.unilora import UniLoraConfig
 from peft_any.methods.vblora import VBLoRAConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.methods.waveft import WaveFTConfig
+from peft_any.methods.xlora import XLoraConfig
 from peft_any.testing import prompting
 from peft_any.variants import BdLoraConfig, KasaConfig
 
@@ -92,6 +95,7 @@ FACTORS = "compared live; its file would be too large"
 TRUNCATED = 3000.0
 LOUD: dict[str, Any] = {"init_vector_bank_bound": 1.0}
 WHOLE = "compared live, on whole models"
+HIDDEN = np.random.default_rng(7).standard_normal((2, 3, 5))
 HARD = "HF initialises every vector at random"
 
 CASES = [
@@ -896,6 +900,31 @@ ROUTED = [
         LoraConfig(r=2, lora_bias=True, alora_invocation_tokens=[1]),
         Site("a.fc", 13, 7),
         routing={"alora_offsets": [1, 9]},
+    ),
+    RoutedCase(
+        "xlora",
+        XLoraConfig(hidden_size=5, adapters={"0": "", "1": ""}, r=3, use_trainable_adapters=True),
+        FC,
+        routing={"hidden": HIDDEN},
+        hf=WHOLE,
+    ),
+    RoutedCase(
+        "xlora-layerwise",
+        XLoraConfig(
+            hidden_size=5,
+            adapters={"a": "", "b": "", "c": ""},
+            xlora_depth=3,
+            xlora_size=4,
+            layerwise_scalings=True,
+            top_k_lora=2,
+            global_scaling_weight=1.5,
+            use_trainable_adapters=True,
+            r=2,
+            order=["other", "a.fc"],
+        ),
+        Site("a.fc", 13, 7, bias=False),
+        routing={"scalings": HIDDEN[..., :3]},
+        hf=WHOLE,
     ),
     RoutedCase("lily-random", LilyConfig(r=4, init_weights=False), FC, identity=RANDOM),
 ]

@@ -40,7 +40,7 @@ LAYERS = [
     },
     {"activations", "clusters", "mixtures", "projections", "spectra", "wavelets"},
     {"joint"},
-    {"starts", "registry", "factors", "alora", "arrow"},
+    {"starts", "registry", "factors", "alora", "arrow", "gates"},
     {"prompt", "variants"},
     {"prompts"},
     {"encoders", "prefixes"},

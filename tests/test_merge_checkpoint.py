@@ -51,6 +51,7 @@ UNMERGED = (
     "poly",
     "prefix",
     "prompt",
+    "xlora",
 )
 NAMES = sorted(p.name for p in FILES.iterdir() if p.is_dir() and not p.name.startswith(UNMERGED))
 QV = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])

@@ -16,6 +16,7 @@ from peft_any.errors import ConfigError, FormatError, PeftError, StorageError, n
 from peft_any.io._atomic import StrPath
 from peft_any.io._former import renewed as renewed
 from peft_any.io._json import parse_object, read_json
+from peft_any.io._lost import lost_layers as lost_layers
 from peft_any.registry import Config, method_for, method_names
 
 CONFIG_NAME = "adapter_config.json"

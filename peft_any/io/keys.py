@@ -172,7 +172,7 @@ def _shared(config: Config, key: str) -> str:
         return ""
     name, *rest = key.split(".")[1:]
     if name in config.grouped:
-        return ".".join([name, *rest[-1:]])
+        return ".".join([name, *(rest if len(rest) > 2 else rest[-1:])])
     named = len(rest) == 1 and rest[0] not in _LEAVES
     return name if name not in _WRAPPERS and (named or not rest) else ""
 

@@ -70,10 +70,11 @@ def of_layer(case: Case, way: Way) -> Problem:
     every = [*config.shapes(case.site), *config.shared_shapes([case.site])]
     names = {name for name in every if not config.is_frozen(name)}
     trained = {k: v for k, v in p.items() if k in names}
-    frozen = {k: v for k, v in p.items() if k not in names}
+    arrays = {k: v for k, v in case.routing.items() if isinstance(v, np.ndarray)}
+    frozen = {k: v for k, v in p.items() if k not in names} | arrays
 
     def outputs(trained: Any, frozen: Any, x: Any, weight: Any, bias: Any) -> list[Any]:
-        layer, p = Dense(weight, bias, case.site), {**frozen, **trained, **case.routing}
+        layer, p = Dense(weight, bias, case.site), {**case.routing, **frozen, **trained}
         if way == "forward":
             return [config.forward(p, x, layer)]
         merged = config.merge(p, layer)

@@ -281,7 +281,7 @@ def files(case: Case, folder: Path | None = None) -> None:
     if case.site.kind in EXPERTS:  # PEFT's files say the parameter's module, not its own name
         module = module.rpartition(".")[0]
     found = loaded.sites.get(module, {})
-    lost = [k for k, v in sites[case.site.name].items() if not same(found.get(k), v)]
+    lost = [k for k, v in sites.get(case.site.name, {}).items() if not same(found.get(k), v)]
     lost += [k for k, v in shared.items() if not same(loaded.shared.get(k), v)]
     must(
         not lost or not getattr(config, "save_projection", True),

@@ -39,8 +39,15 @@ from peft import (
 )
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tests.golden.make import TOLERANCE, close
@@ -118,6 +125,12 @@ def make_half() -> nn.Module:
 def make_deep() -> nn.Module:
     torch.manual_seed(0)
     return Deep()
+
+
+def make_gated() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, use_cache=False))
 
 
 Made = tuple[Callable[[], nn.Module], Callable[[], Any]]
@@ -319,6 +332,10 @@ MADE: dict[str, Made] = {
         ),
     ),
     "prompt": (make_gpt, lambda: PromptTuningConfig(num_virtual_tokens=3, **LANGUAGE)),
+    "xlora": (
+        make_gated,
+        lambda: peft.XLoraConfig(hidden_size=8, xlora_depth=2, xlora_size=6, **LANGUAGE),
+    ),
     "prompt-classifier": (
         make_classifier,
         lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
@@ -340,7 +357,8 @@ def adapt(name: str) -> Any:
     """Make one adapted model, with random parameters."""
     base, config = MADE[name]
     half = {"autocast_adapter_dtype": name != "lora-half"}
-    model = peft.get_peft_model(base(), config(), **half)
+    model = gated(base(), config()) if name == "xlora" else None
+    model = model or peft.get_peft_model(base(), config(), **half)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -353,12 +371,35 @@ def adapt(name: str) -> Any:
     return model
 
 
+def gated(base: nn.Module, config: Any) -> Any:
+    """Put a gate over two experts, and name them as if they lay where the program runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in "01":
+            expert = peft.get_peft_model(make_gated(), LoraConfig(r=1, target_modules=["q_proj"]))
+            expert.save_pretrained(f"{scratch}/{i}")
+        config.adapters = {i: f"{scratch}/{i}" for i in "01"}
+        model = peft.get_peft_model(base, config)
+    model.peft_config["default"].adapters = {i: f"experts/{i}" for i in "01"}
+    return model
+
+
+def whole_gate(model: Any, path: Path) -> None:
+    """Write a gate as Hugging Face PEFT did up to 0.19: later ones leave out some layers."""
+    state = {k: v for k, v in model.state_dict().items() if "internal_xlora_classifier" in k}
+    save_file(state, path, metadata={"format": "pt"})
+
+
 def write(name: str, folder: Path) -> None:
     """Save one adapter as Hugging Face PEFT does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save = True if name.startswith("embeddings") else "auto"
-        adapt(name).save_pretrained(str(folder), save_embedding_layers=save)
+        model = adapt(name)
+        model.save_pretrained(str(folder), save_embedding_layers=save)
+    if name == "xlora":
+        whole_gate(model, folder / TENSORS)
+        for i in "01":
+            shutil.rmtree(folder / i)
     (folder / "README.md").unlink()
     text = json.loads((folder / TEXT).read_text())
     for field in ("target_modules", "feedforward_modules"):
@@ -413,7 +454,9 @@ def rules(count: int = 120) -> list[list[Any]]:
 def bases() -> dict[str, nn.Module]:
     """Make the base checkpoints, by the function that does."""
     makers = {base for base, _ in MADE.values()}
-    return {make.__name__.removeprefix("make_"): make() for make in makers - {make_half}}
+    return {
+        make.__name__.removeprefix("make_"): make() for make in makers - {make_half, make_gated}
+    }
 
 
 def alike(one: Path, two: Path) -> bool:

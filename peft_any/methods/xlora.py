@@ -1,0 +1,139 @@
+"""X-LoRA: a gate over LoRA experts. Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from peft_any._typing import Array, Params, Shape
+from peft_any.checks import check_fields, refuse
+from peft_any.errors import ConfigError
+from peft_any.gates import gated, scaled_experts
+from peft_any.layer import Kind, Site
+from peft_any.rng import Fresh
+from peft_any.routed import Routed
+
+A, B = "xlora_A.weight", "xlora_B.weight"
+GATE = "internal_xlora_classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
+    """y = W·x + b + g·Σₑ pₑ·Bₑ·Aₑ·x, with p (…, E) of each token from a net on the base's output.
+
+    The net, `internal_xlora_classifier.layers.<i>.weight` and ``.bias``, `xlora_depth` layers and
+    ReLU between them, reads the base's last hidden states (…, `hidden_size`), which a call gets by
+    `PeftModel.routed`: `hidden`, or `scalings`, the g·p themselves. `xlora_A.weight` (E·r, n_in)
+    holds the Aₑ of all experts one below the other, `xlora_B.weight` (n_out, E·r) the scaled Bₑ
+    side by side. A file has the net alone, and the experts' paths: `load_xlora` reads all.
+
+    adapters: the experts by name; numbers say the order. global_scaling_weight: g.
+    enable_softmax, softmax_temperature: p = softmax(net/T). top_k_lora: the largest p alone.
+    enable_softmax_topk: softmax after that. layerwise_scalings: p for each layer, in `order`.
+    xlora_size: the net's width. use_trainable_adapters: experts are trained, too.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    why: ClassVar[str] = "every token has shares of its own of the experts"
+    grouped: ClassVar[frozenset[str]] = frozenset({GATE})
+    unsaid: ClassVar[frozenset[str]] = frozenset(
+        {"modules_to_save", "target_modules", "r", "order"}
+    )
+
+    hidden_size: int = 4096
+    adapters: dict[str, str] = field(default_factory=dict)
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    layerwise_scalings: bool = False
+    xlora_depth: int = 1
+    xlora_size: int = 2048
+    xlora_dropout_p: float = 0.2
+    use_trainable_adapters: bool = False
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    scaling_pass_value: float = 0.0
+    global_scaling_weight: float = 1.0
+    r: int | None = None
+    order: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "hidden_size", "xlora_depth", "xlora_size")
+        top, count = self.top_k_lora, len(self.adapters)
+        fits = top is None or 1 <= top <= count
+        refuse(
+            self,
+            softmax_temperature=(self.softmax_temperature > 0, "above 0"),
+            top_k_lora=(fits, f"at least 1 and at most the {count} adapters"),
+        )
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts' paths, in the order of their shares."""
+        named = self.adapters
+        numbers = [str(i) for i in range(len(named))]  # a file has them in the order of strings
+        return [named[name] for name in (numbers if named.keys() == {*numbers} else named)]
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The base's last hidden states, or the experts' shares."""
+        return frozenset({"hidden", "scalings"})
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The experts, unless `use_trainable_adapters`."""
+        return frozenset() if self.use_trainable_adapters else frozenset({A, B})
+
+    def among(self, sites: Sequence[Site]) -> Self:
+        """Refuse a gate without experts."""
+        if self.r is None:
+            raise ConfigError(
+                f"{self.where}: a gate cannot act without its {len(self.adapters)} experts, which "
+                "have files of their own: peft_any.xlora.load_xlora reads them all"
+            )
+        return self
+
+    def shapes(self, site: Site) -> dict[str, Shape]:
+        """The experts' factors."""
+        k = len(self.adapters) * (self.r or 0)
+        return {A: (k, site.n_in), B: (site.n_out, k)}
+
+    def init(self, site: Site, new: Fresh) -> Params:
+        """A uniform, B zero."""
+        shapes = self.shapes(site)
+        return {A: new.kaiming(shapes[A]), B: new.zeros(shapes[B])}
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the net's layers: ReLU, and dropout if there is any, take numbers too."""
+        step = 3 if self.xlora_dropout_p > 0 else 2
+        return [f"{GATE}.layers.{step * i}" for i in range(self.xlora_depth)]
+
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
+        """The net."""
+        last = len(self.adapters) * (len(sites) if self.layerwise_scalings else 1)
+        sizes = [self.hidden_size, *[self.xlora_size] * (self.xlora_depth - 1), last]
+        pairs = [*zip(self.layers, sizes, sizes[1:], strict=False)]
+        biases: dict[str, Shape] = {f"{name}.bias": (m,) for name, _, m in pairs}
+        return biases | {f"{name}.weight": (m, n) for name, n, m in pairs}
+
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
+        """As of torch's linear layers."""
+        shapes = self.shared_shapes(sites)
+        fan = {k: shapes[f"{k.rpartition('.')[0]}.weight"][1] for k in shapes}
+        return {k: new.uniform(shape, fan[k] ** -0.5) for k, shape in shapes.items()}
+
+    def scalings(self, p: Mapping[str, Array], hidden: Array) -> Array:
+        """Give g·p (…, E) of the net among `p`; with `layerwise_scalings` (…, layers, E)."""
+        return gated(self, self.layers, p, hidden)
+
+    def residual(self, p: Params, x: Array, site: Site) -> Array:
+        """Two products, with each token's shares in between."""
+        given = p.get("scalings")
+        if given is None:
+            given = gated(self, self.layers, p, p.get("hidden"), site.name)
+        return scaled_experts((p[A], p[B]), x, given, self.order or [], site)
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """The gate alone: experts keep their own files."""
+        return replace(self, r=None, order=None, target_modules=None), {}
