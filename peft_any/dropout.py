@@ -190,8 +190,21 @@ def _rate(config: Any) -> float:
     return rate
 
 
+def rates(config: Any) -> dict[str, float]:
+    """Give the rates of a configuration by their fields: numbers that are named for dropout.
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> rates(LoraConfig(lora_dropout=0.1))
+    {'lora_dropout': 0.1}
+    """
+    found = ((name, rate) for name, rate in vars(config).items() if name.endswith("dropout"))
+    return {name: rate for name, rate in found if rate is not None}
+
+
 def drops(config: Any) -> bool:
-    """Tell whether a configuration drops anything in training: a rate, named for it, is not 0.
+    """Tell whether a configuration drops, or draws, anything in training.
 
     Examples
     --------
@@ -199,5 +212,4 @@ def drops(config: Any) -> bool:
     >>> drops(LoraConfig()), drops(LoraConfig(lora_dropout=0.1))
     (False, True)
     """
-    rates = (value for name, value in vars(config).items() if name.endswith("dropout"))
-    return any(rate is not None and rate > 0 for rate in rates)
+    return getattr(config, "draws", False) or any(rate > 0 for rate in rates(config).values())

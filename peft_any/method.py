@@ -36,11 +36,12 @@ class Tuner(Config):
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
     thins: ClassVar[str] = ""
     """The field with the rate at which training thins the adapter's input, if there is one."""
+    draws: ClassVar[bool] = False
+    """Whether training draws numbers whatever the rates of dropout."""
     inner: ClassVar[str] = "(weight|bias)?"
     """What may follow the first part of a parameter's name, as a regular expression."""
     usual: ClassVar[tuple[str, ...]] = ()
-    """Modules, by their last part and the likeliest first, of which the first that is there is
-    the target where `target_modules` names none."""
+    """Modules, by last part, of which the first that is there is the target where none is named."""
     ordered: ClassVar[bool] = False
     """Whether what they lack follows from the order of the model's layers: it is taken unasked
     where there is one site. A file may then hold no tensor of any site."""
@@ -107,8 +108,7 @@ class Tuner(Config):
     def prepare(self, p: Params, base: Layer) -> Params:
         """Add what every call with these parameters would compute anew, under names of its own.
 
-        `forward` and `merge` give the same with and without. Where `forward` only merges, that
-        is the merged layer.
+        `forward` and `merge` give the same without. Where `forward` only merges: the merged layer.
         """
         plain = type(self).forward is Tuner.forward
         return {**p, "merged": self.merge(p, Dense.formed(base))} if plain else p

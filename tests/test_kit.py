@@ -239,6 +239,99 @@ def test_false_claims_of_rows_and_products_are_caught() -> None:
     assert "product is not what merge adds to the weight, by" in said
 
 
+def dropping(peft_type: str, dropped: Any) -> Any:
+    """Make a LoRA with a dropout of its own."""
+
+    class Wet(LoraConfig, peft_type=peft_type, prefix="lora_"):
+        pass
+
+    Wet.dropped = dropped
+    return Wet(r=2)
+
+
+def test_a_wrong_dropout_is_caught() -> None:
+    def base_too(self, p, x, base, noise):
+        return self.forward(p, noise.at("input").thinned(x, self.lora_dropout), base)
+
+    def none(self, p, x, base, noise):
+        return self.forward(p, x, base)
+
+    def unscaled(self, p, x, base, noise):
+        mask = noise.at("input").kept(x.shape, self.lora_dropout, x, scaled=False)
+        return base(x) + self.residual(p, x * mask, base.site)
+
+    for name, fault in {"BASE_TOO": base_too, "NONE": none, "UNSCALED": unscaled}.items():
+        said = complaint(dropping(name, fault))
+        assert "dropped does not thin the adapter's input alone, by lora_dropout=0.5" in said
+        assert laws_of(said) == {"dropout"}
+
+    def moody(self, p, x, base, noise):
+        kept = np.random.default_rng().random(x.shape) >= self.lora_dropout
+        return base(x) + self.residual(p, (x * kept).astype(x.dtype), base.site)
+
+    said = complaint(dropping("MOODY", moody))
+    assert "dropped gives another result each time, with lora_dropout=0.5" in said
+
+    def always(self, p, x, base, noise):
+        return base(x) + self.residual(p, noise.at("input").thinned(x, 0.5), base.site)
+
+    assert "dropped is not forward, though every rate is 0" in complaint(dropping("ALWAYS", always))
+
+    def double(self, p, x, base, noise):
+        thin = noise.at("input").thinned(x, self.lora_dropout)
+        return (base(x) + self.residual(p, thin, base.site)).astype("float64")
+
+    assert "dropped gives float64 (2, 3, 5) with" in complaint(dropping("DOUBLE", double))
+
+    def writing(self, p, x, base, noise):
+        p["seen"] = x
+        return self.forward(p, x, base)
+
+    assert "dropped adds to or takes from the dict" in complaint(dropping("WRITING", writing))
+
+
+def test_parameters_that_do_not_settle_are_caught() -> None:
+    faults: dict[str, Any] = {
+        "settled moves what it has settled, by 0.1": lambda v: 0.9 * v,
+        "settled gives scale_v as float64 (5,), not float32": lambda v: v.astype("float64"),
+        "settled gives scale_v as float32 (5, 1), not": lambda v: v[:, None],
+        "settled gives no numbers for scale_v": lambda v: v / np.abs(v).max(),
+    }
+    for i, (words, f) in enumerate(faults.items()):
+
+        def settled(self, p, f=f):
+            with np.errstate(all="ignore"):
+                return {k: f(v) for k, v in p.items()}
+
+        said = complaint(scaling(f"RESTLESS{i}", settled=settled), reverts=200)
+        assert words in said
+        assert "settling" in laws_of(said)
+    said = complaint(scaling("LOSING", settled=lambda self, p: {}), reverts=200)
+    assert "settled gives [], not ['scale_v']" in said
+
+    class Cold(LoraConfig, peft_type="COLD", prefix="lora_"):
+        frozen = frozenset({"lora_B.weight"})
+
+        def settled(self, p):
+            return {k: v.clip(-0.1, 0.1) for k, v in p.items()}
+
+    said = complaint(Cold(r=2, init_lora_weights=False))
+    assert "settled moves lora_B.weight, which is frozen" in said
+
+
+@pytest.mark.parametrize("row", ["strict", "torch"])
+def test_settling_on_the_host_is_caught(row: str) -> None:
+    if reason := missing(row):
+        pytest.skip(reason)
+
+    def settled(self, p):
+        return {k: np.clip(np.asarray(v), -0.1, 0.1) for k, v in p.items()}
+
+    said = complaint(scaling("HOSTED", settled=settled), backends=[row], reverts=200)
+    assert f"fc: settling: {row}" in said
+    assert laws_of(said) == {"settling"}
+
+
 def test_names_of_parameters_that_files_lose_are_caught() -> None:
     @dataclass(frozen=True, kw_only=True)
     class LostConfig(Additive, peft_type="LOST", prefix="lost_"):

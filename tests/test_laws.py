@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from peft_any.bound import BoundLayer
 from peft_any.layer import EXPERTS
-from peft_any.method import Additive
+from peft_any.method import Additive, Tuner
 from peft_any.parts import Part, rounded
-from peft_any.testing import Lib, laws
+from peft_any.testing import Lib, laws, stepping
 from peft_any.testing.strategies import dtypes, leads
 from tests.cases import CASES, Case
 
@@ -38,6 +38,26 @@ def test_forward_is_the_merged_layer(
     case: Case, seed: int, lead: tuple[int, ...], bias: bool, dtype: str
 ) -> None:
     laws.merging(case, seed, lead, dtype, bias=bias)
+
+
+@table
+@given(seed=seeds, dtype=dtypes)
+def test_training_drops_what_its_noise_says(case: Case, seed: int, dtype: str) -> None:
+    stepping.dropping(case, seed, dtype)
+
+
+SETTLING = [c for c in CASES if type(c.config).settled is not Tuner.settled]
+
+
+@pytest.mark.parametrize("case", SETTLING, ids=lambda case: case.name)
+@given(seed=seeds, dtype=dtypes)
+def test_parameters_settle_once(case: Case, seed: int, dtype: str) -> None:
+    stepping.settling(case, seed, dtype)
+
+
+@pytest.mark.parametrize("case", SETTLING, ids=lambda case: case.name)
+def test_they_settle_alike_on_every_library(case: Case, lib: Lib) -> None:
+    stepping.settling_on(case, lib)
 
 
 CALLED = [c for c in CASES if not c.site.is_conv and c.site.kind not in EXPERTS]

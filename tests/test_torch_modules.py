@@ -32,6 +32,7 @@ from peft_any.methods.multitask_prompt_tuning import (  # noqa: E402
 )
 from peft_any.methods.oft import OFTConfig  # noqa: E402
 from peft_any.methods.p_tuning import PromptEncoderConfig  # noqa: E402
+from peft_any.methods.poly import PolyConfig  # noqa: E402
 from peft_any.methods.prefix_tuning import PrefixTuningConfig  # noqa: E402
 from peft_any.methods.prompt_tuning import PromptTuningConfig  # noqa: E402
 from peft_any.methods.vera import VeraConfig  # noqa: E402
@@ -253,6 +254,14 @@ class TestTraining:
         assert net.eval()(x).shape == (1, 2, 3, 3)
         with pytest.raises(ConfigError, match=r"(LORA|OFT) cannot drop inputs of a (Own|Conv2d)"):
             net.train()(x)
+
+    def test_a_router_that_is_drawn_in_training_draws_without_a_rate(self) -> None:
+        net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 3, 4)
+        task = attach(net, PolyConfig(r=1, target_modules=["0"], n_tasks=2, init_weights=False))
+        with task.routed(task_ids=[0, 1]):
+            still, runs = net.eval()(x), [net.train()(x) for _ in range(2)]
+        assert not torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], still)
 
     def test_a_rate_without_effect_changes_nothing(self) -> None:
         net, x = nn.Sequential(nn.Conv2d(2, 2, 2)), torch.ones(1, 2, 4, 4)

@@ -31,6 +31,7 @@ class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
         https://arxiv.org/abs/2211.03831). init_weights: true (B = 0), false (B random).
     """
 
+    draws: ClassVar[bool] = True
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     inner: ClassVar[str] = "(module_logits)?"
 

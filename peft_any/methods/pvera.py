@@ -32,6 +32,7 @@ class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
     init_weights: false: d standard normal, b = 1.
     """
 
+    draws: ClassVar[bool] = True
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     frozen: ClassVar[frozenset[str]] = frozenset({"pvera_A", "pvera_B"})
 

@@ -14,7 +14,7 @@ from peft_any.method import Tuner
 from peft_any.prompt import Attended, Prompt
 from peft_any.registry import Config
 from peft_any.routed import Routed
-from peft_any.testing import applying, descent, laws, prompting, wholes
+from peft_any.testing import applying, descent, laws, prompting, stepping, wholes
 from peft_any.testing.case import Case, usual_sites
 from peft_any.testing.gradients import ENGINES
 from peft_any.testing.libraries import LIBRARIES, Lib, library, missing, rows
@@ -57,8 +57,9 @@ def check_method(
     A fresh adapter changes nothing; `forward` is the merged layer; unmerging gives the base back;
     nothing is written in place; every library gives NumPy's numbers, in its own dtype and on its
     own device, jitted and lazy too; one seed draws the same numbers everywhere; gradients are
-    those of finite differences on every engine; files lose nothing; a checkpoint on disk is merged
-    as its weights are in memory. What is not installed is skipped, and said: install
+    those of finite differences on every engine; training drops what its noise says and nothing
+    else, and settles parameters once for all; files lose nothing; a checkpoint on disk is merged as
+    its weights are in memory. What is not installed is skipped, and said: install
     ``peft_any[strict,torch,jax,dask]`` to try it all.
 
     A `Routed` method, or one that is given `routing`, is applied instead of merged. Of a
@@ -190,6 +191,8 @@ def _laws(
         for row in rows(*backends):
             needs = case.resolved.needs
             yield f"{case.name}: libraries: {row}", _on(row, needs, partial(alike, case))
+            settled = partial(stepping.settling_on, case)
+            yield f"{case.name}: settling: {row}", _on(row, needs, settled)
             yield f"{case.name}: seeds: {row}", _on(row, needs, partial(drawn, case), drawn=True)
         problems = [partial(descent.of_layer, case, way) for way in ways]
         yield from _descents(case.name, problems, backends)
@@ -210,6 +213,7 @@ def _merged(case: Case, seeds: Sequence[int]) -> Laws:
     yield "product", partial(wholes.product, case)
     if case.site.n_out > 1:
         yield "rows apart", partial(wholes.rows_apart, case, 0, 1, case.site.n_out)
+    yield from _stepped(case, seeds)
     yield "files", partial(laws.files, case)
     yield "a model", partial(wholes.bound, case)
     yield "on disk", partial(wholes.on_disk, case)
@@ -222,7 +226,13 @@ def _applied(case: Case, seeds: Sequence[int]) -> Laws:
     yield "applying", _each(seeds, partial(applying.preparing, case))
     if isinstance(case.config, Routed):
         yield "a merge is refused", partial(applying.refusing, case)
+    yield from _stepped(case, seeds)
     yield "files", partial(laws.files, case)
+
+
+def _stepped(case: Case, seeds: Sequence[int]) -> Laws:
+    yield "dropout", _each(seeds, partial(stepping.dropping, case))
+    yield "settling", _each(seeds, partial(stepping.settling, case))
 
 
 def _of_prompt(case: PromptCase, backends: Sequence[str], seeds: Sequence[int]) -> Laws:

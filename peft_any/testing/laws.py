@@ -13,6 +13,7 @@ import numpy as np
 from peft_any.adapter import Adapter
 from peft_any.backend import resolve
 from peft_any.checks import alike
+from peft_any.dropout import Noise
 from peft_any.errors import Irreversible
 from peft_any.layer import EXPERTS, Dense
 from peft_any.method import Additive
@@ -87,6 +88,7 @@ def untouched(case: Case, seed: int = 0) -> None:
         "prepare": lambda p, x, b: config.prepare(p, b),  # noqa: ARG005 - likewise
         "effect": lambda p, x, b: config.effect(p, b),  # noqa: ARG005 - likewise
         "settled": lambda p, x, b: config.settled(p),  # noqa: ARG005 - likewise
+        "dropped": lambda p, x, b: config.dropped(p, x, b, Noise.of(seed)),
     }
     if case.reverts and case.merges:
         calls["unmerge"] = lambda p, x, b: config.unmerge(p, b)  # noqa: ARG005 - likewise

@@ -39,6 +39,8 @@ ROWS = [
     ],
     ("LOKR", {"rank_dropout": 0.4, "rank_dropout_scale": True, "module_dropout": COIN}, "conv2d"),
     ("LOHA", {"module_dropout": 0.5}, "conv2d"),
+    ("PVERA", {}, "linear"),  # it draws whatever the rate
+    ("PVERA", {"pvera_dropout": 0.4}, "linear"),
 ]
 
 
