@@ -64,6 +64,19 @@ def orthogonality(a: Array) -> Array:
     return distance
 
 
+def packed(x: Array) -> Array:
+    """Lay the rows of a matrix close together, where a library keeps strides.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> packed(np.zeros((3, 2)).T).flags.c_contiguous
+    True
+    """
+    rows: Array = namespace(x).reshape(namespace(x).reshape(x, (-1,)), x.shape)
+    return rows
+
+
 def khatri_rao(a: Array, b: Array) -> Array:
     """Column-wise Khatri-Rao product: row i·m + j is the product of rows i of `a` and j of `b`.
 

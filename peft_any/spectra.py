@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from peft_any.backend import (
     to_numpy,
 )
 from peft_any.errors import ConfigError
+from peft_any.linalg import packed
 from peft_any.rng import Fresh, TorchGenerator
 from peft_any.tape.shapes import can_put, put
 
@@ -163,6 +164,11 @@ def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) 
     u, v = places // n, places % n
     if not hasattr(xp, "fft"):
         return _by_waves(values, u, v, shape)
+    if can_put(values):
+        kind = "complex64" if dtype_name(values) == "float32" else "complex128"
+        waves = _column_waves(places.astype("int64").tobytes(), shape, kind)
+        if waves is not None:
+            return _by_columns(values, waves, shape)
     width, half = n // 2 + 1, None
     for rows, columns in ((u, v), (-u % m, -v % n)):
         kept = np.nonzero(columns < width)[0]
@@ -178,6 +184,63 @@ def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) 
 
 def _complex(xp: Any, like: Array) -> Any:
     return xp.result_type(like.dtype, xp.complex64)
+
+
+_DEEP = 16
+"""Up to so many places of one column, a transform of columns costs more than their waves."""
+
+
+@lru_cache(maxsize=8)
+def _column_waves(
+    places: bytes, shape: tuple[int, int], kind: str
+) -> tuple[Host, Host, Host, Host] | None:
+    """Sort places by the column of the half spectrum that each belongs to, v or −v.
+
+    Returns
+    -------
+    slots : (columns with places + 1, depth) of int
+        Which places a column has, filled up with one that is not there; the last column has none.
+    coarse : (…, I·a, depth), fine : (…, depth, b)
+        Their waves along the rows: that of row I·a + b is the product.
+    of_column : (n // 2 + 1,) of int
+        The row of `slots`, for every column.
+    """
+    (m, n), (u, v) = shape, np.divmod(np.frombuffer(places, "int64"), shape[1])
+    mirrored = v > n // 2
+    column, turns = np.where(mirrored, n - v, v), np.where(mirrored, -u, u) % m
+    counts = np.bincount(column, minlength=n // 2 + 1)
+    depth, known = int(counts.max()), np.nonzero(counts)[0]
+    if depth > _DEEP:
+        return None
+    order = np.argsort(column, kind="stable")
+    starts = np.cumsum(counts) - counts
+    of_column = np.full(n // 2 + 1, len(known))
+    of_column[known] = np.arange(len(known))
+    slots = np.full((len(known) + 1, depth), len(u))
+    slots[of_column[column[order]], np.arange(len(u)) - starts[column[order]]] = order
+    at, step = np.append(turns, 0)[slots], isqrt(m // 2 + 1)
+    roots = (np.exp(2j * np.pi / m * np.arange(m)) / m).astype(kind)
+    coarse = roots[step * np.arange(-(-(m // 2 + 1) // step))[:, None] * at[:, None, :] % m]
+    # a real transform counts every column twice but those that are their own mirror images
+    once = np.full((len(slots), 1, 1), 0.5 * m, roots.real.dtype)
+    once[of_column[2 * np.arange(n // 2 + 1) % n == 0]] = m
+    return slots, coarse, once * roots[np.arange(step) * at[:, :, None] % m], of_column
+
+
+def _by_columns(values: Array, waves: tuple[Host, ...], shape: tuple[int, int]) -> Array:
+    """Sum each column's waves, and transform rows: half of them, since ΔW is even."""
+    (columns, depth), (m, n), half = waves[0].shape, shape, shape[0] // 2 + 1
+    at, left, right, of = (from_numpy_like(host, values) for host in waves)
+    xp = namespace(values, left)
+    taken = xp.take(xp.concat([values, xp.zeros_like(values[:1])]), xp.reshape(at, (-1,)))
+    taken = xp.reshape(xp.astype(taken, _complex(xp, values)), (columns, depth, 1))
+    sums = xp.reshape(left @ (taken * right), (columns, left.shape[1] * right.shape[2]))
+    rows = packed(xp.matrix_transpose(xp.take(sums, of, axis=0)[:, :half]))
+    top = xp.fft.irfft(rows, n=n, axis=1)
+    mirror = xp.flip(top[1 : m - half + 1, :], axis=0)
+    mirror = xp.concat([mirror[:, :1], xp.flip(mirror[:, 1:], axis=1)], axis=1)
+    whole: Array = xp.concat([top, mirror], axis=0)
+    return whole
 
 
 def _by_waves(values: Array, u: Host, v: Host, shape: tuple[int, int]) -> Array:

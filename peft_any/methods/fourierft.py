@@ -63,7 +63,7 @@ class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
         """The transform; of real values it needs half of the spectrum."""
         shape = (site.n_out, site.n_in)
         places = random_places(self.random_loc_seed, site.n_out * site.n_in, self.n_frequency)
-        return self.scaling * real_inverse_transform(p["fourierft_spectrum"], places, shape)
+        return real_inverse_transform(self.scaling * p["fourierft_spectrum"], places, shape)
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward

@@ -12,6 +12,7 @@ from peft_any.checks import check_fields, refuse
 from peft_any.dropout import Noise
 from peft_any.errors import ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site, merged_for_calls
+from peft_any.linalg import packed
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
 
@@ -102,8 +103,7 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
     def _shifted(self, w: Array, m: Array) -> Array:
         """W + Mᵀ·[I I …], shard by shard; what is left over is the first of the last shard's."""
         xp, (rows, n), r = namespace(w), w.shape, self.r
-        even, flat = n - n % r, xp.reshape(xp.matrix_transpose(m), (-1,))  # rows close together
-        m = xp.reshape(flat, (rows, 1, r))
+        even, m = n - n % r, xp.reshape(packed(xp.matrix_transpose(m)), (rows, 1, r))
         whole: Array = xp.reshape(xp.reshape(w[:, :even], (rows, -1, r)) + m, (rows, even))
         if even < n:
             whole = xp.concat([whole, w[:, even:] + m[:, 0, : n - even]], axis=1)
