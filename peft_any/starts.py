@@ -129,8 +129,7 @@ def starting_pair(how: str, site: Site, r: int, scale: float, new: Fresh) -> tup
             raise ConfigError(f"{site.name}: 'orthogonal' cannot halve r={r}: give an even rank")
         a, b = annihilating_factors(draw((r, r)), draw((site.n_in, half)), draw((site.n_out, half)))
     else:
-        base = new.base_for(site.name, f"init_lora_weights={how!r}").weight
-        w = to_numpy(astype(base, compute_dtype(base)))  # no decomposition takes half precision
+        w = host_weight(new, site, f"init_lora_weights={how!r}")
         sketch = draw((site.n_in, min(r + 8, *w.shape))).astype(w.dtype)
         a, b = starting_factors(how, w, r, scale, sketch)
     return new.array(a), new.array(b)
@@ -154,6 +153,12 @@ def initial_factors(
     return {a: first, b: second, **kept}
 
 
+def host_weight(new: Fresh, site: Site, why: str) -> Any:
+    """Take the base's weight, which `why` needs, to the host, in no half precision."""
+    base = new.base_for(site.name, why).weight
+    return to_numpy(astype(base, compute_dtype(base)))
+
+
 def _minor_vectors(site: Site, r: int, new: Fresh) -> Array:
     """The left singular vectors (n_out, r) of the base's r smallest singular values."""
     if site.kind not in ("Linear", "Conv1D", "Embedding") or r > min(site.n_in, site.n_out):
@@ -162,8 +167,7 @@ def _minor_vectors(site: Site, r: int, new: Fresh) -> Array:
             f"inputs and {site.n_out} outputs at r={r}: it needs a linear layer or an embedding "
             "of that rank"
         )
-    base = new.base_for(site.name, "init_lora_weights='mica'").weight
-    w = to_numpy(astype(base, compute_dtype(base)))
+    w = host_weight(new, site, "init_lora_weights='mica'")
     return namespace(w).linalg.svd(w, full_matrices=False)[0][:, -r:]  # type: ignore[no-any-return]
 
 

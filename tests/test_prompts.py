@@ -292,7 +292,7 @@ def test_tokens_of_examples_are_trained_near_where_they_are(lib: Lib, tmp_path) 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"task_type": "SEQ_CLS"}, "give 'CAUSAL_LM'"),
+        ({"task_type": "SEQ_CLS"}, 'must be "CAUSAL_LM"'),
         ({"cpt_mask": [1]}, "one for each"),
         ({"opt_weighted_loss_type": "best"}, "is unknown"),
     ],

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, detach, dtype_name, from_numpy_like, namespace
+from peft_any.checks import refuse
 from peft_any.errors import ConfigError
 from peft_any.method import Prompt
 from peft_any.prompts import before, distinct_above, numbered, table_rows, token_losses
@@ -41,10 +42,7 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
     tokenizer_name_or_path: str | None = None
 
     def __post_init__(self) -> None:
-        if self.task_type != "CAUSAL_LM":
-            raise ConfigError(
-                f"{self.where}: task_type={self.task_type!r} cannot be used: give 'CAUSAL_LM'"
-            )
+        refuse(self, task_type=(self.task_type == "CAUSAL_LM", '"CAUSAL_LM"'))
         ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
         # The fields that Hugging Face PEFT fills in, or overrules.
         fixed: dict[str, Any] = {"cpt_token_ids": ids, "num_virtual_tokens": len(ids)}
@@ -58,11 +56,8 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
                 )
         for name, value in {**fixed, "num_transformer_submodules": 1}.items():
             object.__setattr__(self, name, value)
-        if self.opt_weighted_loss_type not in (None, "none", "decay"):
-            raise ConfigError(
-                f"{self.where}: opt_weighted_loss_type={self.opt_weighted_loss_type!r} is unknown: "
-                "none, decay"
-            )
+        known = self.opt_weighted_loss_type in (None, "none", "decay")
+        refuse(self, opt_weighted_loss_type=(known, '"none" or "decay"'))
 
     @property
     def reads_table(self) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
-from peft_any.errors import ConfigError
+from peft_any.checks import check_fields
 from peft_any.layer import Kind, Layer, Site, linear
 from peft_any.linalg import khatri_rao, tucker
 from peft_any.method import Additive
@@ -49,11 +49,7 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{self.where}: {name}={getattr(self, name)} is not in [0, 1)")
+        check_fields(self, "r")
 
     @property
     def scaling(self) -> float:

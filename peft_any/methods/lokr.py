@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace, summed
-from peft_any.errors import ConfigError
+from peft_any.checks import check_fields, refuse
 from peft_any.layer import Dense, Kind, Site, flat
 from peft_any.linalg import factored, factorize, kron_factors, linear_kron, tucker
 from peft_any.method import Additive
@@ -51,13 +51,9 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"{self.where}: r={self.r} cannot be a rank: give at least 1")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{self.where}: {name}={getattr(self, name)} is not in [0, 1)")
-        if self.init_weights not in (True, False, "lycoris"):
-            raise ConfigError(f"{self.where}: init_weights: give true, false or 'lycoris'")
+        check_fields(self, "r")
+        known = self.init_weights in (True, False, "lycoris")
+        refuse(self, init_weights=(known, 'true, false or "lycoris"'))
 
     @property
     def scaling(self) -> float:

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
+from peft_any.checks import refuse
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Tuner
@@ -59,13 +60,9 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
                 f"{self.where}: r={self.r} and oft_block_size={self.oft_block_size} cannot size "
                 "the blocks: give one of the two, and 0 for the other"
             )
-        if self.num_cayley_neumann_terms > 1000:
-            raise ConfigError(
-                f"{self.where}: num_cayley_neumann_terms={self.num_cayley_neumann_terms} cannot be "
-                "summed: give at most 1000"
-            )
-        if self.coft and not self.eps > 0:
-            raise ConfigError(f"{self.where}: eps={self.eps} cannot bound a norm: give eps > 0")
+        few = self.num_cayley_neumann_terms <= 1000
+        refuse(self, num_cayley_neumann_terms=(few, "at most 1000"))
+        refuse(self, eps=(self.eps > 0 or not self.coft, "above 0, with coft"))
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the flags

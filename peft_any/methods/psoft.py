@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, compute_dtype, namespace, to_numpy
+from peft_any.backend import namespace
 from peft_any.blocks import cayley, cayley_neumann, drawn_back, skew
 from peft_any.checks import OURS, check_fields, refuse, refuse_restart
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Layer, Site
 from peft_any.method import Additive
 from peft_any.rng import Fresh
-from peft_any.starts import leading_svd, seeded_svd
+from peft_any.starts import host_weight, leading_svd, seeded_svd
 
 STARTS = "psoft_init", "pissa_init"
 
@@ -105,8 +105,7 @@ class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
     def init(self, site: Site, new: Fresh) -> Params:
         """Decompose the base, on the host; R = I, or near it."""
         refuse_restart(self, site.name)
-        base = new.base_for(site.name, "ab_svd_init").weight
-        w = to_numpy(astype(base, compute_dtype(base)))  # no decomposition takes half precision
+        w = host_weight(new, site, "ab_svd_init")
         if self.psoft_svd == "lowrank":
             u, s, v = seeded_svd(w, self.r, self.psoft_svd_lowrank_niter, self.random_seed, new)
         else:

@@ -51,6 +51,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from tests.golden.make import TOLERANCE, close
+from tests.hf.reference import complete
 
 FILES = Path(__file__).parent / "files"
 TEXT, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -219,11 +220,16 @@ MADE: dict[str, Made] = {
         make_classifier,
         lambda: LoraConfig(r=1, target_modules=["c_fc"], task_type="SEQ_CLS"),
     ),
+    "adamss": (
+        make_net,
+        lambda: peft.AdamssConfig(r=4, num_subspaces=2, subspace_rank=2, target_modules=PAIR),
+    ),
     "beft": (make_net, lambda: peft.BeftConfig(target_modules=["q", "fc1"])),
     "c3a": (make_net, lambda: peft.C3AConfig(block_size=2, target_modules=PAIR)),
     "deft": (make_net, lambda: peft.DeftConfig(r=2, target_modules=PAIR)),
     "delora": (make_net, lambda: peft.DeloraConfig(r=2, target_modules=PAIR)),
     "fourierft": (make_net, lambda: peft.FourierFTConfig(n_frequency=9, target_modules=PAIR)),
+    "frod": (make_net, lambda: peft.FrodConfig(target_modules=PAIR)),
     "glora": (make_net, lambda: peft.GloraConfig(r=2, target_modules=["q", "k"])),
     "gralora": (make_net, lambda: peft.GraloraConfig(r=2, hybrid_r=1, target_modules=PAIR)),
     "hira": (make_net, lambda: peft.HiraConfig(r=2, target_modules=["q", "emb", "conv2", "c1d"])),
@@ -239,6 +245,7 @@ MADE: dict[str, Made] = {
     "osf": (make_net, lambda: peft.OSFConfig(effective_rank=3, target_modules=PAIR)),
     "peanut": (make_net, lambda: peft.PeanutConfig(r=2, depth=1, target_modules=PAIR)),
     "poly": (make_net, lambda: peft.PolyConfig(r=2, n_tasks=2, n_skills=3, target_modules=PAIR)),
+    "psoft": (make_net, lambda: peft.PsoftConfig(r=3, psoft_alpha=2, target_modules=PAIR)),
     "pvera": (make_net, lambda: peft.PveraConfig(r=2, target_modules=PAIR)),
     "randlora": (make_net, lambda: peft.RandLoraConfig(r=2, target_modules=PAIR)),
     "road": (make_net, lambda: peft.RoadConfig(group_size=2, target_modules=PAIR)),
@@ -396,6 +403,7 @@ def write(name: str, folder: Path) -> None:
         save = True if name.startswith("embeddings") else "auto"
         model = adapt(name)
         model.save_pretrained(str(folder), save_embedding_layers=save)
+    complete(folder, model)
     if name == "xlora":
         whole_gate(model, folder / TENSORS)
         for i in "01":
