@@ -33,7 +33,7 @@ from peft_any.io import config as files
 from peft_any.io._atomic import StrPath, output_directory
 from peft_any.io._json import read_json
 from peft_any.io.keys import Place, read_keys, refuse_unknown, write_key
-from peft_any.io.safetensors import SafetensorsFile, write_safetensors
+from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Kind, Site
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting, regrouping, renaming
@@ -119,7 +119,7 @@ class Adapter:
             notes = files.unheard(more, str(found))
         files.refuse_unconverted(config, str(found))
         to = resolve(backend)
-        with SafetensorsFile(tensors) as file:
+        with files.opened(tensors) as file:
             copied = (file[key] if mapped else file[key].copy() for key in file)
             host = dict(zip(file, copied, strict=True))
         host |= files.lost_layers(config, tensors, host)

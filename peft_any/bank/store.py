@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 from peft_any.adapter import Adapter
 from peft_any.backend import dtype_name, numpy_dtype
 from peft_any.errors import ConfigError, StorageError, nearest
-from peft_any.io.config import CONFIG_NAME, TENSORS
+from peft_any.io._finding import CONFIG_NAME, INDEX, TENSORS, files_of
 
 Stamp: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -180,7 +180,10 @@ def _plain(name: object) -> bool:
 
 
 def _stamp(folder: Path) -> Stamp:
-    stats = [(folder / name).stat() for name in (CONFIG_NAME, TENSORS)]
+    tensors = folder / TENSORS
+    index = None if tensors.exists() else next(folder.glob(f"*{INDEX}"), None)
+    shards = [tensors] if index is None else files_of(index)
+    stats = [path.stat() for path in (folder / CONFIG_NAME, *shards)]
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
 
 

@@ -6,22 +6,22 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from peft_any.checks import OURS
-from peft_any.errors import ConfigError, FormatError, PeftError, StorageError, nearest
+from peft_any.errors import ConfigError, PeftError
 from peft_any.io._atomic import StrPath
+from peft_any.io._finding import CONFIG_NAME as CONFIG_NAME
+from peft_any.io._finding import TENSORS as TENSORS
+from peft_any.io._finding import find_adapter as find_adapter
+from peft_any.io._finding import opened as opened
 from peft_any.io._former import renewed as renewed
 from peft_any.io._json import parse_object, read_json
 from peft_any.io._lost import lost_layers as lost_layers
 from peft_any.registry import Config, method_for, method_names
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 PEFT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose semantics a written configuration follows."""
 
@@ -277,67 +277,3 @@ def config_to_json(config: Config, raw: Mapping[str, Any] | None = None) -> str:
         return json.dumps(config_to_dict(config, raw), indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.where}: cannot be written as JSON: {error}") from None
-
-
-def find_config(folder: Path) -> Path:
-    """Find the configuration of an adapter directory.
-
-    Raises
-    ------
-    ConfigError
-        If there is none, naming sub-directories that have one: Hugging Face PEFT gives each
-        adapter that is not called "default" a directory of its own.
-    """
-    path = folder / CONFIG_NAME
-    if path.is_file():
-        return path
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
-    names = [p.name for p in folder.glob("*.json")]
-    more = f": it holds the adapters {inside}; give one of these directories" if inside else ""
-    raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more or nearest(CONFIG_NAME, names)}")
-
-
-def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
-    """Find an adapter's tensor file and, unless it is already `configured`, its configuration.
-
-    Raises
-    ------
-    ConfigError
-        If there is no configuration: see `find_config`.
-    FormatError
-        If the tensors are a pickle, with the command that converts it.
-    StorageError
-        If there is nothing, or no tensor file.
-    """
-    if not path.exists():
-        raise StorageError(f"{path}: there is no such adapter; check the spelling")
-    if path.name == CONFIG_NAME and path.is_file():
-        path = path.parent
-    if not path.is_dir():
-        _refuse_pickle(path)
-        beside = path.with_name(CONFIG_NAME)
-        if not configured and not (path.name == TENSORS and beside.is_file()):
-            raise ConfigError(
-                f"{path}: tensors alone cannot be an adapter: pass config=, or give the directory "
-                f"with its {CONFIG_NAME}"
-            )
-        return path, beside
-    found = path / CONFIG_NAME if configured else find_config(path)
-    tensors = path / TENSORS
-    if not tensors.is_file():
-        for pickle in sorted(p for p in path.iterdir() if p.suffix in _PICKLES):
-            _refuse_pickle(pickle)
-        names = [p.name for p in path.iterdir()]
-        raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
-    return tensors, found
-
-
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix in _PICKLES:
-        raise FormatError(
-            f"{path}: a pickle is never loaded: it can run any code. Where you trust it and have "
-            'torch, convert it:\n  python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, "
-            f"weights_only=True).items()}}, {str(path.with_name(TENSORS))!r}, "
-            "{'format': 'pt'})\""
-        )

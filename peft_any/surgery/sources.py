@@ -14,11 +14,10 @@ from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
+from peft_any.io._finding import files_of, find_adapter, opened
 from peft_any.io._header import TensorInfo, byte_size
 from peft_any.io.checkpoint import Checkpoint
-from peft_any.io.config import find_adapter
 from peft_any.io.keys import Place, read_keys
-from peft_any.io.safetensors import SafetensorsFile
 from peft_any.layer import Kind, Site
 from peft_any.layout import layout, looks_like_embedding
 from peft_any.method import Prompt
@@ -145,9 +144,11 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True) -> Given:
         raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
     tensors, config = find_adapter(Path(item))
     adapter = Adapter.load(item, "numpy", strict=strict, mapped=True)
-    with SafetensorsFile(tensors) as file:
+    with opened(tensors) as file:
         places, unknown = read_keys(adapter.config, file)
-    digests = {path.name: _digest(path) for path in (config, tensors)}  # now known to be no holes
+    digests = {
+        path.name: _digest(path) for path in (config, *files_of(tensors))
+    }  # known to be no holes
     source = Source(str(item), weight, adapter.config.peft_type, str(item), digests)
     return Given(source, adapter, places, tuple(unknown))
 

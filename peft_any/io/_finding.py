@@ -1,0 +1,98 @@
+"""Where an adapter's configuration and tensors are, and what is no adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft_any.errors import ConfigError, FormatError, StorageError, nearest
+from peft_any.io.checkpoint import INDEX as INDEX
+from peft_any.io.checkpoint import Checkpoint
+from peft_any.io.safetensors import SafetensorsFile
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def find_config(folder: Path) -> Path:
+    """Find the configuration of an adapter directory.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, naming sub-directories that have one: Hugging Face PEFT gives each
+        adapter that is not called "default" a directory of its own.
+    """
+    path = folder / CONFIG_NAME
+    if path.is_file():
+        return path
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
+    names = [p.name for p in folder.glob("*.json")]
+    more = f": it holds the adapters {inside}; give one of these directories" if inside else ""
+    raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more or nearest(CONFIG_NAME, names)}")
+
+
+def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
+    """Find an adapter's tensor file and, unless it is already `configured`, its configuration.
+
+    transformers' own `save_pretrained` may cut an adapter into shards, which it cannot load again;
+    their index then stands for the file.
+
+    Raises
+    ------
+    ConfigError
+        If there is no configuration: see `find_config`.
+    FormatError
+        If the tensors are a pickle, with the command that converts it.
+    StorageError
+        If there is nothing, or no tensor file.
+    """
+    if not path.exists():
+        raise StorageError(f"{path}: there is no such adapter; check the spelling")
+    if path.name == CONFIG_NAME and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        _refuse_pickle(path)
+        beside = path.with_name(CONFIG_NAME)
+        if not configured and not (path.name == TENSORS and beside.is_file()):
+            raise ConfigError(
+                f"{path}: tensors alone cannot be an adapter: pass config=, or give the directory "
+                f"with its {CONFIG_NAME}"
+            )
+        return path, beside
+    found = path / CONFIG_NAME if configured else find_config(path)
+    tensors = path / TENSORS
+    if not tensors.is_file():
+        names = [TENSORS.replace(".safetensors", INDEX), f"model{INDEX}"]
+        index = next((path / name for name in names if (path / name).is_file()), None)
+        if index is not None and any(path.glob("adapter_model-*-of-*.safetensors")):
+            return index, found
+        for pickle in sorted(p for p in path.iterdir() if p.suffix in _PICKLES):
+            _refuse_pickle(pickle)
+        names = [p.name for p in path.iterdir()]
+        raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
+    return tensors, found
+
+
+def opened(tensors: Path) -> SafetensorsFile | Checkpoint:
+    """Open what `find_adapter` found: a file, or shards."""
+    return Checkpoint(tensors) if tensors.name.endswith(INDEX) else SafetensorsFile(tensors)
+
+
+def files_of(tensors: Path) -> list[Path]:
+    """List the files of what `find_adapter` found."""
+    if not tensors.name.endswith(INDEX):
+        return [tensors]
+    with Checkpoint(tensors) as file:
+        return [tensors, *(shard.path for shard in file.shards)]
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix in _PICKLES:
+        raise FormatError(
+            f"{path}: a pickle is never loaded: it can run any code. Where you trust it and have "
+            'torch, convert it:\n  python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, "
+            f"weights_only=True).items()}}, {str(path.with_name(TENSORS))!r}, "
+            "{'format': 'pt'})\""
+        )
