@@ -13,6 +13,7 @@ from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Site
 from peft_any.method import Prompt, Tuner
 from peft_any.rng import Fresh
+from peft_any.traversal import UntoldOrderError, in_model_order
 
 
 @dataclass(frozen=True)
@@ -78,35 +79,85 @@ def root_of(
     return Fresh(seed, to, dtype=dtype, sites=every, bases=lambda name: dense(weights, sites[name]))
 
 
-def rederived(placed: Placed, weights: Mapping[str, Array]) -> Placed:
+def order_of(
+    config: Tuner,
+    sites: Mapping[str, Site],
+    weights: Mapping[str, Array],
+    parts: Sequence[str] = (),
+    *,
+    vouched: bool = False,
+) -> list[str]:
+    """Put sites in the order of the model's layers, where the method asks (`Tuner.ordered`).
+
+    Raises
+    ------
+    UntoldOrderError
+        If it is not told (`in_model_order`), and parameters depend on it.
+    """
+    if not config.ordered or len(sites) == 1:
+        return [*sites]
+    names = {site.weight.rpartition(".")[0]: name for name, site in sites.items()}
+    try:
+        return [names[m] for m in in_model_order(names, weights, parts, vouched=vouched)]
+    except UntoldOrderError:
+        if not config.certain:
+            raise
+    place = {tensor: i for i, tensor in enumerate(weights)}
+    return sorted(sites, key=lambda name: place[sites[name].weight])
+
+
+def completed(
+    placed: Placed,
+    weights: Mapping[str, Array],
+    parts: Sequence[str] = (),
+    *,
+    vouched: bool = False,
+) -> Placed:
+    """Add unasked what follows from the base without doubt (`Tuner.certain`, `Tuner.ordered`).
+
+    Parameters
+    ----------
+    placed : Placed
+    weights : mapping of str to array
+    parts, vouched
+        As for `in_model_order`.
+
+    Raises
+    ------
+    UntoldOrderError
+        If it follows from an order of layers that is not told.
+    """
+    config = placed.adapter.config
+    if not (isinstance(config, Tuner) and (config.certain or config.ordered) and lacking(placed)):
+        return placed
+    return rederived(
+        placed, weights, order_of(config, placed.sites, weights, parts, vouched=vouched)
+    )
+
+
+def rederived(
+    placed: Placed, weights: Mapping[str, Array], order: Sequence[str] | None = None
+) -> Placed:
     """Add to an unconverted adapter what its writer took from the base.
 
     Raises
     ------
     ConfigError
-        If it lacks nothing.
+        If it lacks nothing, and never did.
     """
+    config = placed.adapter.config
     if not lacking(placed):
+        if getattr(config, "ordered", False):  # what was asked for is done
+            return placed
         raise ConfigError(
-            f"{placed.adapter.config.where}: rederive=True has nothing to redo: the adapter lacks "
-            "nothing"
+            f"{config.where}: rederive=True has nothing to redo: the adapter lacks nothing"
         )
-    place = {name: i for i, name in enumerate(weights)}
-    in_order = sorted(placed.sites, key=lambda name: place[placed.sites[name].weight])
-    root, params = root_of(weights, placed.sites, in_order), {}
+    root, params = root_of(weights, placed.sites, order or [*placed.sites]), {}
     root.shared = placed.adapter.shared
     for name, site in placed.sites.items():
         own = placed.adapter.sites[name]
         params[name] = placed.configs[name].rederive(own, site, root.at(name))
     return replace(placed, adapter=placed.adapter.replace(sites=params))
-
-
-def completed(placed: Placed, weights: Mapping[str, Array]) -> Placed:
-    """Add unasked what follows from the base without doubt (`Tuner.certain`)."""
-    config = placed.adapter.config
-    alone = len(placed.sites) == 1
-    sure = isinstance(config, Tuner) and (config.certain or (config.ordered and alone))
-    return rederived(placed, weights) if sure and lacking(placed) else placed
 
 
 def filled(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
@@ -128,15 +179,7 @@ def refuse_lacking(placed: Placed) -> None:
     ConfigError
         Naming it, and the ways out.
     """
-    ordered = getattr(placed.adapter.config, "ordered", False)
     for name, what in lacking(placed).items():
-        if ordered:
-            raise ConfigError(
-                f"{name}: the adapter lacks {what}, which follow from the order of the model's "
-                "layers: give rederive=True if the base's tensors are in that order, as those of a "
-                "state_dict are and those of a safetensors file are not, or save it in Hugging "
-                "Face PEFT with save_indices=True"
-            )
         raise ConfigError(
             f"{name}: the adapter lacks {what}: give rederive=True (--rederive) with the very "
             "base it was made for, or convert the adapter where it was made "

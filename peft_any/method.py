@@ -44,7 +44,7 @@ class Tuner(Config):
     """Modules, by last part, of which the first that is there is the target where none is named."""
     ordered: ClassVar[bool] = False
     """Whether what they lack follows from the order of the model's layers: it is taken unasked
-    where there is one site. A file may then hold no tensor of any site."""
+    where that is told (`in_model_order`). A file may then hold no tensor of any site."""
 
     target_modules: list[str] | str | None = None
 

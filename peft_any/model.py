@@ -106,7 +106,8 @@ class PeftModel:
         seed, dtype
             Of a fresh adapter's initial values.
         rederive : bool
-            Redo the decomposition of the base that an unconverted PiSSA or OLoRA file assumes.
+            Redo the decomposition of the base that an unconverted PiSSA or OLoRA file assumes;
+            with UniLoRA and TinyLoRA, vouch for weights in the order of the model's layers.
 
         Raises
         ------

@@ -13,6 +13,7 @@ from peft_any.completing import (
     completed,
     filled,
     library,
+    order_of,
     rederived,
     refuse_lacking,
     root_of,
@@ -35,7 +36,11 @@ from peft_any.targets import check_params, configured, place
 
 
 def fitted(
-    adapter: Adapter, weights: Mapping[str, Array], kinds: Mapping[str, Kind | Site] | None
+    adapter: Adapter,
+    weights: Mapping[str, Array],
+    kinds: Mapping[str, Kind | Site] | None,
+    *,
+    vouched: bool = False,
 ) -> Placed:
     """Fit a loaded adapter to a base, moving its arrays to the base's library.
 
@@ -57,7 +62,7 @@ def fitted(
     if isinstance(config, Prompt):
         adapter = adapter.replace(shared=config.resumed(adapter.shared))
     configs = configured(config, sites) if isinstance(config, Tuner) else {}
-    return completed(Placed(adapter, sites, configs), weights)
+    return completed(Placed(adapter, sites, configs), weights, vouched=vouched)
 
 
 def fresh(
@@ -66,6 +71,8 @@ def fresh(
     kinds: Mapping[str, Kind | Site] | None,
     seed: int,
     dtype: str,
+    *,
+    vouched: bool = False,
 ) -> Placed:
     """Start a new adapter of a configuration on a base.
 
@@ -91,7 +98,8 @@ def fresh(
     every = layout(weights, kinds, config)
     sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
     configs = configured(config, sites)
-    root = root_of(weights, sites, (*sites,), seed, dtype)
+    order = order_of(config, sites, weights, vouched=vouched)
+    root = root_of(weights, sites, order, seed, dtype)
     root.shared = shared = config.init_shared([*sites.values()], root)
     params = {name: configs[name].init(site, root.at(name)) for name, site in sites.items()}
     for name, site in sites.items():
@@ -129,8 +137,11 @@ def attached(
     seed: int = 0,
     dtype: str = "float32",
     rederive: bool = False,
+    in_order: bool = False,
 ) -> Placed:
     """Put a loaded adapter, or a fresh one of a configuration, on a base, complete.
+
+    `in_order` says that the weights come in the order of the model's layers, as `rederive` does.
 
     Raises
     ------
@@ -138,9 +149,9 @@ def attached(
         If it does not fit the base, or lacks what its writer took from it.
     """
     if isinstance(adapter, Config):
-        placed = fresh(adapter, weights, kinds, seed, dtype)
+        placed = fresh(adapter, weights, kinds, seed, dtype, vouched=rederive or in_order)
     elif isinstance(adapter, Adapter):
-        placed = fitted(adapter, weights, kinds)
+        placed = fitted(adapter, weights, kinds, vouched=rederive or in_order)
         if not isinstance(adapter.config, Prompt):  # whose nets are there in training alone
             refuse_faults(adapter, f"adapter {name!r}")
     else:

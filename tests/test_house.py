@@ -28,6 +28,7 @@ LAYERS = [
         "linalg",
         "blocks",
         "_fused",
+        "traversal",
         "rng",
         "layer",
         "site",

@@ -53,6 +53,11 @@ class UniLoraConfig(Additive, peft_type="UNILORA", prefix="unilora_"):
         check_fields(self, "r", "theta_d_length", bias="unilora")
         refuse(self, init_theta_d_bound=(self.init_theta_d_bound > 0, "above 0"))
 
+    @property
+    def certain(self) -> bool:
+        """With the places in the file."""
+        return self.save_indices
+
     def _factors(self, site: Site) -> dict[str, Shape]:
         return {"A": (self.r, site.n_in), "B": (site.n_out, self.r)}
 

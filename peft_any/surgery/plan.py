@@ -19,6 +19,7 @@ from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.mapping import mapped
 from peft_any.surgery.sources import Given, View, given_adapters, pruned, uses
 from peft_any.targets import configured, place
+from peft_any.traversal import known_parts
 
 SCALES = ("scale", "scales", "weight_scale", "weight_scale_inv", "qzeros", "SCB", "absmax")
 """Companions of a quantised weight, without which its numbers mean nothing."""
@@ -174,13 +175,9 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
         raise ConfigError(f"{config.where}: is no method that changes layers")
     adapter = filled(given.adapter, sites).with_shared([*sites.values()])
     placed = Placed(adapter, sites, configured(config, sites))
-    placed = completed(placed, view)
-    if config.ordered and isinstance(view, View) and lacking(placed):
-        raise ConfigError(
-            f"{config.where}: save_indices=false, and files do not keep the order of the model's "
-            "layers, on which the adapter depends: merge it in memory, with a state_dict as the "
-            "base (PeftModel.add with rederive=True), or save it with save_indices=True"
-        )
+    file = isinstance(view, View)  # which keeps no order that could be vouched for
+    parts = known_parts(view.base.config) if isinstance(view, View) else ()
+    placed = completed(placed, view, parts, vouched=fit.rederive and not file)
     if fit.rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
     refuse_lacking(placed)

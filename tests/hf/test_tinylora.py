@@ -59,13 +59,16 @@ def test_a_saved_projection_tells_the_place(tying: float, dtype: str, tmp_path: 
     assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_without_it_the_order_has_to_be_vouched_for(tmp_path: Path) -> None:
+def test_without_it_a_state_dict_tells_the_order(tmp_path: Path) -> None:
     want = written(tmp_path / "a", "float32", weight_tying=0.5, save_projection=False)
-    ours = PeftModel(reference.state_of(net_of("float32")), kinds={"wte": "Embedding"})
-    with pytest.raises(ConfigError, match="rederive=True"):
-        ours.add("a", Adapter.load(tmp_path / "a"))
-    ours.add("a", Adapter.load(tmp_path / "a"), rederive=True)
+    state = reference.state_of(net_of("float32"))
+    ours = PeftModel(state, kinds={"wte": "Embedding"})
+    ours.add("a", Adapter.load(tmp_path / "a"))
     compare(ours.merge(), want, BOUND["float32"])
+    with pytest.raises(ConfigError, match="rederive=True"):
+        PeftModel(dict(sorted(state.items())), kinds={"wte": "Embedding"}).add(
+            "a", ours["a"].config
+        )
 
 
 def test_a_projection_of_another_seed_is_refused(tmp_path: Path) -> None:

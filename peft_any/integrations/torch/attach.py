@@ -96,6 +96,7 @@ def attach(
         seed=seed,
         dtype=dtype,
         rederive=rederive,
+        in_order=True,
     )
     attention.refuse({name: placed}, [name], "attach()")
     if fresh and isinstance(placed.adapter.config, Prompt):
