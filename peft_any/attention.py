@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft_any._typing import Array, Params
@@ -142,7 +142,7 @@ def active(
     return {n: (c, weights[n]) for n, c in configs.items() if isinstance(c, Attended)}
 
 
-def refuse(placed: Mapping[str, Any], names: Iterable[str | None], how: str) -> None:
+def refuse(configs: Mapping[str, Any], how: str) -> None:
     """Refuse what adapters that act within attention cannot do: be merged, or mixed in a batch.
 
     Raises
@@ -150,6 +150,6 @@ def refuse(placed: Mapping[str, Any], names: Iterable[str | None], how: str) -> 
     ConfigError
         Naming the first of them.
     """
-    for name in names:
-        if name is not None and isinstance(config := placed[name].adapter.config, Attended):
+    for name, config in configs.items():
+        if isinstance(config, Attended):
             raise ConfigError(f"adapter {name!r}: {how}: {config.refusal}")

@@ -240,7 +240,7 @@ class PeftModel:
         Untouched arrays are the base's own; touched ones are computed in at least float32 and
         rounded once to the base's dtype.
         """
-        attention.refuse(self._placed, self._active, "merge()")
+        attention.refuse({name: self[name].config for name in self._active}, "merge()")
         merged = {name: self.replaced(name) for name in self.weights}
         changed = self.adapted()
         for site in self.sites().values():

@@ -70,7 +70,7 @@ def stack(
     Raises
     ------
     ConfigError, ShapeError, TargetError
-        If an adapter does not fit the base.
+        If an adapter does not fit the base, or acts within attention.
 
     Examples
     --------
@@ -88,4 +88,6 @@ def stack(
     named = adapters if isinstance(adapters, Mapping) else dict(enumerate(adapters))
     for name, adapter in named.items():
         model.add(str(name), adapter)
-    return Bank(model)
+    bank = Bank(model)
+    bank.refuse(model.names, "stack()")
+    return bank

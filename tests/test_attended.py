@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 
 from peft_any import (
     Adapter,
+    AdapterStore,
     ConfigError,
     PeftModel,
     ShapeError,
     TargetError,
     merge_checkpoint,
+    stack,
 )
 from peft_any.backend import namespace, resolve
 from peft_any.io.safetensors import write_safetensors
@@ -191,8 +194,6 @@ def test_a_model_refuses_what_attention_alone_can_do() -> None:
     model.add("a", CONFIG)
     with pytest.raises(ConfigError, match=r"adapter 'a': merge\(\): ADAPTION_PROMPT cannot be"):
         model.merge()
-    with pytest.raises(ConfigError, match=r"adapter 'a': bind\(rows=…\): ADAPTION_PROMPT"):
-        model.bind(rows=["a", None]).layers["layers.1.self_attn.q_proj"](np.ones((2, 8)))
     with pytest.raises(TargetError, match="mlp: has no projections of keys and values"):
         model.bind().attend("mlp", q)
     at = "layers.1.self_attn"
@@ -204,6 +205,30 @@ def test_a_model_refuses_what_attention_alone_can_do() -> None:
     bare = {"h.0.attn.out.weight": np.eye(8)}
     with pytest.raises(TargetError, match="has neither k_proj nor c_attn"):
         PeftModel(bare).add("a", AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+
+
+def test_a_batch_that_would_mix_them_is_refused_before_it_is_called(tmp_path: Path) -> None:
+    model, lora = PeftModel(blocks(2)), LoraConfig(r=2, target_modules=["q_proj"])
+    model.add("a", CONFIG)
+    model.add("b", lora)
+    within = r"adapter 'a': {}: ADAPTION_PROMPT cannot be"
+    for rows in (["a", None], [1, 0], np.asarray([1, 1])):
+        with pytest.raises(ConfigError, match=within.format(r"bind\(rows=…\)")):
+            model.bind(rows=rows)
+    bound = model.bind(rows=["b", None])
+    assert bound.layers["layers.1.self_attn.q_proj"](np.ones((2, 8))).shape == (2, 8)
+    two = {name: model[name] for name in "ab"}
+    with pytest.raises(ConfigError, match=within.format(r"stack\(\)")):
+        stack(two, blocks(2))
+    bank = stack({"a": two["b"]}, blocks(2))
+    with pytest.raises(ConfigError, match=within.format(r"swap\(\)")):
+        bank.swap("a", two["a"])
+    for name, adapter in two.items():
+        adapter.save(tmp_path / name)
+    stored = stack(AdapterStore(tmp_path, 10**6), blocks(2))
+    with pytest.raises(ConfigError, match=within.format(r"bind\(rows=…\)")):
+        stored.bind(["b", "a"])
+    stored.bind(["b", None])
 
 
 def test_attach_refuses_what_no_module_of_torch_can_do() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from threading import Lock
 from typing import Any, TypeAlias
@@ -29,7 +29,6 @@ class State:
 
     def __init__(self, model: Any, names: Sequence[str | None]) -> None:
         self.model, self.names = model, names
-        attention.refuse(model._placed, names, "bind(rows=…)")  # noqa: SLF001 - the model's own
         self._alone = [model.alone(name) for name in names]
         self.adapted = {key: site for one in self._alone for key, site in one.sites().items()}
         self._stacks: dict[str, StackedLayer] = {}
@@ -96,9 +95,27 @@ class Bank:
         Raises
         ------
         ConfigError, ShapeError
-            If an adapter is not here, or `rows` is no list of rows.
+            If an adapter is not here, or acts within attention, or `rows` is no list of rows.
         """
-        return BoundRows(self, self._checked(rows))
+        checked = self._checked(rows)
+        if isinstance(checked, list):
+            self.refuse(checked, "bind(rows=…)")
+        elif self._whole is None:
+            self.refuse(self._model.names, "bind(rows=…)")
+        return BoundRows(self, checked)
+
+    def refuse(self, names: Iterable[str | None], how: str) -> None:
+        """Refuse adapters that no batch can mix, since they act within attention.
+
+        Raises
+        ------
+        ConfigError
+        """
+        held: Any = self._model
+        among: dict[str, Any] = {
+            name: held if name in held else self._source for name in names if name
+        }
+        attention.refuse({name: of[name].config for name, of in among.items()}, how)
 
     def swap(self, name: str, new: Adapter | Mapping[str, Mapping[str, Array]]) -> None:
         """Put another adapter, or other arrays {site: {name: array}}, in an adapter's place.
@@ -113,6 +130,7 @@ class Bank:
         with self._lock:
             model = self._with(self._model, [name] if self._holds(name) else [])
             if isinstance(new, Adapter):
+                attention.refuse({name: new.config}, "swap()")
                 model.exchange(name, new)
             else:
                 model.update({name: new})

@@ -98,7 +98,7 @@ def attach(
         rederive=rederive,
         in_order=True,
     )
-    attention.refuse({name: placed}, [name], "attach()")
+    attention.refuse({name: placed.adapter.config}, "attach()")
     if fresh and isinstance(placed.adapter.config, Prompt):
         placed = replace(placed, adapter=placed.adapter.with_copies(tensors(module), {}))
     made = shares_of(module, name, placed)
