@@ -74,7 +74,11 @@ def refuse_faults(adapter: Any, where: str) -> None:
         raise ShapeError("\n".join(f"{where}: {line}" for line in bad))
     dummy = getattr(config, "target_modules", None) == "dummy-target-modules"
     if not (adapter.sites or adapter.shared or adapter.extra or adapter.tokens or dummy):
-        raise TargetError(f"{where}: holds no adapter of {config.where}")
+        raise TargetError(
+            f"{where}: holds no adapter of {config.where}: Hugging Face PEFT writes such a file "
+            "where save_pretrained is given the state_dict of a wrapped model (DDP, "
+            "torch.compile): give it none, or that of the PeftModel itself"
+        )
 
 
 def trained(adapter: Any) -> dict[str, Params]:

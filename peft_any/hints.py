@@ -51,3 +51,20 @@ def experts_hint(missing: Iterable[str], tensors: Iterable[str]) -> str:
                 f"--map {preset}, or rules like 'experts.down_proj=experts.{{}}.w2' (names=)"
             )
     return ""
+
+
+def empty_hint(params: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say where empty tensors of an adapter come from; nothing where there are none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> empty_hint({"fc": {"lora_A.weight": np.zeros(0)}}).strip()[:39]
+    'empty tensors are what DeepSpeed ZeRO-3'
+    """
+    if not any(0 in array.shape for p in params.values() for array in p.values()):
+        return ""
+    return (
+        "\nempty tensors are what DeepSpeed ZeRO-3 saves of parameters that are not gathered: save "
+        "the adapter within deepspeed.zero.GatheredParameters"
+    )

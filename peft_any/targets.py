@@ -12,7 +12,7 @@ from peft_any._typing import Params, Shape
 from peft_any.arrow import refuse_alone
 from peft_any.checks import alike
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
-from peft_any.hints import experts_hint, prefix_hint
+from peft_any.hints import empty_hint, experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
 from peft_any.layout import layout, orientations
 from peft_any.method import Tuner
@@ -114,7 +114,7 @@ def sites_of_params(
         else:
             sites[name] = fits[0]
     if wrong:
-        raise ShapeError("\n".join(wrong))
+        raise ShapeError("\n".join(wrong) + empty_hint(params))
     sites |= {fits[0].name: _turned(fits, sites) for fits in undecided if fits[0].kind in EXPERTS}
     undecided = [fits for fits in undecided if fits[0].kind not in EXPERTS]
     told = orientations(weights, [fits[0].name for fits in undecided], kinds)

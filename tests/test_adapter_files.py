@@ -192,6 +192,28 @@ def test_prefix_and_adapter_name_may_be_there_or_not(
     assert {*read_safetensors(tmp_path / "out" / PARTS[1])} == {*under("base_model.model.fc.")}
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.base_model.model.fc.",
+        "base_model.model._orig_mod.fc.",
+        "_orig_mod.module.base_model.model._fsdp_wrapped_module.fc._checkpoint_wrapped_module.",
+    ],
+)
+def test_names_of_wrapped_models_are_the_models_own(prefix: str, tmp_path: Path) -> None:
+    adapter = Adapter.load(write(tmp_path / "in", under(prefix, ".default")))
+    assert [*adapter.sites] == ["fc"]
+    adapter.check(BASE)
+    both = under(prefix) | under("base_model.model.fc.")
+    refused(TargetError, "is the same as base_model.model.fc", write(tmp_path / "both", both))
+
+
+def test_empty_tensors_say_where_they_come_from(tmp_path: Path) -> None:
+    empty = {k: np.zeros(0, "float32") for k in under("base_model.model.fc.")}
+    with pytest.raises(ShapeError, match=r"(?s)shape \(0,\) cannot fit.*DeepSpeed ZeRO-3 saves"):
+        Adapter.load(write(tmp_path / "a", empty)).check(BASE)
+
+
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
 def test_dora_magnitudes_of_every_age_are_read(suffix: str, tmp_path: Path) -> None:
     tensors = under("base_model.model.fc.") | arrays(
@@ -552,7 +574,7 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    refused(TargetError, "holds no adapter", write(tmp_path / "a", {}))
+    refused(TargetError, "holds no adapter .*give it none", write(tmp_path / "a", {}))
 
 
 def test_integers_are_no_parameters(tmp_path: Path) -> None:

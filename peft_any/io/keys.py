@@ -25,6 +25,8 @@ _OLD = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
 _TRAINING = {"lora_monteclora_sampler", "lora_velora_embed"}
 """Of variants of LoRA: what only Hugging Face PEFT's training of them uses."""
 _LEAVES = ("weight", "bias")
+_OUTER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Of torch.compile, of fully sharded data parallelism, and of activation checkpoints."""
 _WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
 
 
@@ -51,7 +53,7 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     """Tell what each tensor of an adapter file is.
 
     The prefix ``base_model.model.`` and the name of the adapter (``lora_A.default.weight``) may
-    be there or not; wrappers (``base_layer``, ``modules_to_save``) fall away.
+    be there or not; wrappers (``base_layer``, ``modules_to_save``, ``_orig_mod``) fall away.
 
     Parameters
     ----------
@@ -77,12 +79,13 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     rest = []
     suffixes: dict[str, tuple[str, list[str]]] = {}
     former = PARTS.get(config.peft_type, {})
-    for key in keys:
-        parts = [former.get(part, part) for part in key.removeprefix(PREFIX).split(".")]
+    plain = {key: unwrapped(key) for key in keys}
+    for key, name in plain.items():
+        parts = [former.get(part, part) for part in name.removeprefix(PREFIX).split(".")]
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
         if at and parts[at[0]] in _TRAINING:
             places[key] = Place("spare", _module(parts[: at[0]]), parts[at[0]])
-        elif at and not isinstance(config, Prompt) and not _shared(config, key):
+        elif at and not isinstance(config, Prompt) and not _shared(config, name):
             suffixes[key] = _layer(config, parts[: at[-1]]), parts[at[-1] :]
         else:
             rest.append(key)
@@ -94,7 +97,7 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
         places[key] = Place("site", module, _OLD.get(name, name))
     sites = {place.module for place in places.values()}
     for key in rest:
-        place = _beside(config, key, sites)
+        place = _beside(config, plain[key], sites)
         if isinstance(place, Place):
             places[key] = place
         else:
@@ -106,6 +109,18 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
             twins = [k for k, p in places.items() if p == place and k != key]
             unknown[key] = f"{key}: is the same as {', '.join(twins)}"
     return {k: p for k, p in places.items() if k not in unknown}, [*unknown.values()]
+
+
+def unwrapped(key: str) -> str:
+    """Take out of a name what torch's wrappers of whole models, or of their parts, put into it.
+
+    Examples
+    --------
+    >>> unwrapped("module.base_model.model._orig_mod.fc.lora_A.weight")
+    'base_model.model.fc.lora_A.weight'
+    """
+    plain = ".".join(part for part in key.split(".") if part not in _OUTER)
+    return plain.removeprefix("module.") if plain.startswith("module.base_model.") else plain
 
 
 def _module(parts: list[str]) -> str:

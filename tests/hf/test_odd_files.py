@@ -80,6 +80,32 @@ def test_files_of_odd_forms_merge_as_in_hf(row: Row, tmp_path: Path) -> None:
     compare(ours.merge(), merged(theirs, weights))
 
 
+def test_an_adapter_of_a_compiled_base_goes_onto_the_plain_one(tmp_path: Path) -> None:
+    plain = base_of("llama")
+    weights = saved_once(plain)
+    with quietly():
+        fields = {**LORA, "modules_to_save": ["lm_head"]}
+        theirs = peft.get_peft_model(torch.compile(plain), peft.LoraConfig(**fields)).eval()
+        draw = torch.Generator().manual_seed(1)
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.data.copy_(torch.randn(p.shape, generator=draw))
+        theirs.save_pretrained(tmp_path / "a")
+    assert any(
+        "_orig_mod" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    )
+    adapter = Adapter.load(tmp_path / "a")
+    ours = PeftModel(weights)
+    ours.add("a", adapter)
+    with quietly():
+        want = state_of(theirs.merge_and_unload())
+    compare(ours.merge(), {k.removeprefix("_orig_mod."): v for k, v in want.items()})
+    adapter.save(tmp_path / "plain")
+    with quietly():
+        again = peft.PeftModel.from_pretrained(base_of("llama"), tmp_path / "plain")
+    compare(ours.merge(), merged(again, weights))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
     plain = base_of("llama").to(dtype)
