@@ -69,6 +69,7 @@ class Both:
             model = reference.attach(self.case, self.base, reference.model_of(self.base))
         values = reference.file_keys(self.case, self.p)
         reference.load(model, {k: torch.tensor(v) for k, v in values.items()})
+        reference.paired(model)
         layer = model.base_model.model.get_submodule(self.case.site.name)
         assert isinstance(layer, BaseTunerLayer)
         if hasattr(layer, "fbd_cuda_available"):
