@@ -37,9 +37,9 @@ class BoundLayer:
     stacked: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "_wide", several.ready(self.parts, self.base, stacked=self.stacked)
-        )
+        parts, base = several.ready(self.parts, self.base, stacked=self.stacked)
+        object.__setattr__(self, "_wide", (parts, base))
+        object.__setattr__(self, "_names", (dtype_name(base.weight), dtype_name(self.base.weight)))
 
     @property
     def ready(self) -> tuple[list[Part], Dense]:
@@ -67,13 +67,12 @@ class BoundLayer:
                 "padding are not in the checkpoint; use merge() and your library's convolution"
             )
         check_input(x, self.base.site)
-        parts, base = self.ready
-        floating = is_floating(x)
-        out = dtype_name(x if floating else self.base.weight)
-        if floating:
-            x = astype(x, dtype_name(base.weight))
-        y: Array = astype(several.forward(parts, x, base, stacked=self.stacked), out)
-        return y
+        (parts, base), (wide, stored) = self.ready, self._names  # type: ignore[attr-defined]
+        out = stored
+        if is_floating(x) and (out := dtype_name(x)) != wide:
+            x = astype(x, wide)
+        y: Array = several.forward(parts, x, base, stacked=self.stacked)
+        return y if out == wide else astype(y, out)
 
 
 class BoundLike(Protocol):

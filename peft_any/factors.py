@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import creation_device, namespace
+from peft_any.backend import creation_device, is_differentiated, namespace
 from peft_any.layer import EXPERTS, Site, each_expert
 
 
@@ -71,3 +73,11 @@ def _stacked(b: Array, experts: int) -> Array:
     xp = namespace(b)
     stacked: Array = xp.permute_dims(xp.reshape(b, (b.shape[0], -1, experts)), (2, 0, 1))
     return stacked
+
+
+def paired(config: Any, p: Params, site: Site) -> Params:
+    """Add the factors of ΔW for all calls; not where a derivative is asked for."""
+    if any(map(is_differentiated, p.values())):
+        return p
+    u, v = config.factors(p, site)
+    return {**p, "u": u, "v": v}

@@ -25,6 +25,7 @@ from peft_any.site import MATRICES as MATRICES
 from peft_any.site import Kind as Kind
 from peft_any.site import Site as Site
 from peft_any.tape.products import dense
+from peft_any.tape.space import Space
 
 
 def linear(x: Array, w: Array, b: Array | None = None) -> Array:
@@ -52,8 +53,9 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     """
     xp = namespace(x, w, b)
     if is_floating(x):
-        own = getattr(xp, "_linear", None)  # a tape's, which records it as one step
-        return dense(x, w, b) if own is None else own(x, w, b)  # type: ignore[no-any-return]
+        if isinstance(xp, Space):  # which records it as one step
+            return xp._linear(x, w, b)  # type: ignore[no-any-return] # noqa: SLF001
+        return dense(x, w, b)  # type: ignore[no-any-return]
     y: Array = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
     return y if b is None else y + b
 

@@ -14,6 +14,7 @@ from peft_any.backend import astype, dtype_name, is_floating, resolve, summed
 from peft_any.checks import OURS
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
+from peft_any.factors import paired
 from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.linalg import as_product
 from peft_any.prompt import Prompt as Prompt
@@ -132,13 +133,7 @@ class Tuner(Config):
         return False
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:  # noqa: ARG002
-        """Recover the base from the merged layer alone.
-
-        Raises
-        ------
-        Irreversible
-            If the merged layer does not hold enough to do so.
-        """
+        """Recover the base from the merged layer alone; `Irreversible` where that is not enough."""
         raise Irreversible(
             f"{merged.site.name}: {self.peft_type} cannot be unmerged from the merged weight "
             "alone: keep the base weights (a PeftModel does)"
@@ -191,9 +186,7 @@ class Tuner(Config):
 
         Parameters
         ----------
-        n_in, n_out : int
-            The layer's sizes.
-        kind, kernel
+        n_in, n_out, kind, kernel
             As in `Site`.
         weight, bias : array, optional
             The base layer in the checkpoint's layout; needed by initial values that read it.
@@ -257,8 +250,14 @@ class Additive(Tuner):
         shift = self.bias_delta(p, site)
         if type(self).factors is Additive.factors:
             return linear(x, self.delta(p, site), shift)
-        u, v = self.factors(p, site)
+        u, v = (p["u"], p["v"]) if "u" in p else self.factors(p, site)
         return linear(linear(x, v), u, shift)
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Form the factors once, where calls multiply by them."""
+        own = type(self).factors is not Additive.factors
+        plain = own and type(self).residual is Additive.residual
+        return paired(self, p, base.site) if plain else super().prepare(p, base)
 
     def effect(self, p: Params, base: Dense) -> tuple[Array, Array | None]:
         """ΔW, Δb."""

@@ -210,8 +210,10 @@ def _plus(base: Dense, weight: Array, shift: Array | None) -> Dense:
 
 def forward(parts: Sequence[Part], x: Array, base: Layer, *, stacked: bool = False) -> Array:
     """Apply a layer with several adapters, weighted or stacked as in `merge`."""
-    layer = base
-    if stacked or (len(parts) == 1 and parts[0].weight == 1.0):
+    if len(parts) == 1 and parts[0].weight == 1.0:
+        return parts[0].forward(x, base)
+    if stacked:
+        layer = base
         for part in parts:
             _refuse_weight(part, base.site)
             layer = Adapted(part, layer)

@@ -64,7 +64,8 @@ def own_part(a: Array, b: Array, site: Site, rows: int, r: int) -> tuple[Array, 
             f"it: A has {rows} rows and at least {site.n_in} columns, B at least {site.n_out} rows "
             f"and r={r} columns"
         )
-    return a[:, : site.n_in], b[: site.n_out, :]
+    a = a if a.shape[1] == site.n_in else a[:, : site.n_in]
+    return a, b if b.shape[0] == site.n_out else b[: site.n_out, :]
 
 
 def random_bases(

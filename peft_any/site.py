@@ -28,6 +28,7 @@ normalisation, w ⊙ x + b, of as many groups as it has channels, and `Experts` 
 
 KINDS: frozenset[Kind] = frozenset(Kind.__args__)  # type: ignore[attr-defined]
 EXPERTS: frozenset[Kind] = frozenset({"Experts", "TransposedExperts"})
+_UNFOLDED: frozenset[Kind] = EXPERTS | {"Norm"}
 MATRICES: frozenset[Kind] = KINDS - EXPERTS - {"Norm"}
 CONVOLUTIONS: dict[Kind, int] = {"Conv1d": 1, "Conv2d": 2, "Conv3d": 3}
 
@@ -93,7 +94,7 @@ class Site:
     @property
     def reads(self) -> int:
         """Length of the input's last axis."""
-        return self.n_in if self.kind in {"Norm", *EXPERTS} else self.width
+        return self.n_in if self.kind in _UNFOLDED else self.width
 
     @property
     def is_conv(self) -> bool:

@@ -12,7 +12,7 @@ from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.blocks import block_diagonal, block_linear
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
-from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes
+from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes, paired
 from peft_any.layer import EXPERTS, Layer, Site, flat, linear, widen
 from peft_any.linalg import orthogonality, row_norms
 from peft_any.patterns import matching
@@ -298,7 +298,7 @@ def residual(config: Any, p: Params, x: Array, site: Site) -> Array:
         return config.scaling * expert_residual(p, x, site)  # type: ignore[no-any-return]
     if config.use_bdlora:
         return config.scaling * by_blocks(config, p, x, site)  # type: ignore[no-any-return]
-    b, a = factors(config, p, site)
+    b, a = (p["u"], p["v"]) if "u" in p else factors(config, p, site)
     return linear(linear(x, a), b, config.bias_delta(p, site))
 
 
@@ -317,6 +317,14 @@ def gain(config: Any, p: Params, base: Layer) -> Array | None:
     norms = detach(row_norms(base.original, *config.factors(p, base.site)))
     m = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,))
     return m / norms  # type: ignore[no-any-return]
+
+
+def prepared(config: Any, p: Params, base: Layer) -> Params:
+    """Form the factors once, and DoRA's gain."""
+    if config.use_dora:
+        p = {**p, "gain": gain(config, p, base)}
+    whole = config.use_bdlora or base.site.kind in EXPERTS
+    return p if whole else paired(config, p, base.site)
 
 
 def portable(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Params]]:

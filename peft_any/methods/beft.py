@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
-from peft_any.layer import Dense, Kind, Site
+from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Additive
 from peft_any.rng import Fresh
 
@@ -53,6 +53,10 @@ class BeftConfig(Additive, peft_type="BEFT", prefix="beft_"):
         shape = (*x.shape[:-1], site.n_out)
         shift: Array = namespace(x).broadcast_to(self.bias_delta(p, site), shape)
         return shift
+
+    def forward(self, p: Params, x: Array, base: Layer) -> Array:
+        """base(x) + β."""
+        return base(x) + self.bias_delta(p, base.site)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W as it is, and b + β."""

@@ -142,8 +142,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
         return variants.gain(self, p, base)
 
     def prepare(self, p: Params, base: Layer) -> Params:
-        """Measure the rows once, with `use_dora`."""
-        return {**p, "gain": self.gain(p, base)} if self.use_dora else p
+        """Form the factors once; measure the rows once, with `use_dora`."""
+        return variants.prepared(self, p, base)
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Fold the product taken out of the base into factors of rank 2r."""

@@ -197,7 +197,7 @@ class Held:
         wide = {k: astype(v, self.name) if is_floating(v) else v for k, v in share.params.items()}
         wide |= share.routing
         at = None if noise is None else noise.at(f"{share.adapter}/{self.site.name}")
-        return Part(share.config, share.config.prepare(wide, self), noise=at)
+        return Part(share.config, wide, noise=at)  # for one call: nothing is prepared
 
     @property
     def weight(self) -> Any:
