@@ -35,6 +35,20 @@ The single adapters of its tests of custom models, its pairs of active adapters,
 methods. Merged weights and the outputs of linear layers agree to 1e-5 in single precision. Single
 adapters of LoRA, AdaLoRA, IA³, LoHa, LoKr, OFT, BOFT and VeRA stand in our tests case by case; for
 those of other methods stand layers and options of our own."""
+FIELDS = """## Fields
+
+Every field of every configuration is set, one at a time, to each of its choices or off its default
+(where a field acts alike in all methods, LoRA has every value, and the others take turns). What
+PEFT then writes is read, written again byte for byte, merged and applied, and what is written here
+PEFT reads and merges, to 1e-10 where it computes in double precision. Of these nothing is left to
+compare."""
+KINDS = {
+    "Idle": "no effect, in PEFT either",
+    "Kept": "no effect",
+    "Never": "PEFT refuses it",
+    "Read": "read, never started here",
+    "Refused": "refused",
+}
 HEAD = "method", "read", "applied", "merged", "unmerged", "trained", "written", "converted to LoRA"
 
 
@@ -58,7 +72,7 @@ def line(peft_type: str) -> tuple[str, ...]:
 
 def compose() -> str:
     """Make the page."""
-    from tests import parity  # noqa: PLC0415 - the tests' requirements are the docs' too
+    from tests import fields, parity  # noqa: PLC0415 - the tests' requirements are the docs'
 
     refused = [
         (name, why, instead) for name, (why, instead) in sorted(absent().items()) if name != "BONE"
@@ -66,6 +80,12 @@ def compose() -> str:
     marked = [(n, f"`{f}`", why) for n in method_names() for f, why in method_for(n).marks.items()]
     left = [(e.table, e.method, e.number, e.what, e.why) for e in parity.EXCEPTIONS]
     totals = [(table, number, parity.left(table)) for table, number in parity.TOTALS.items()]
+    treated = [
+        (f"`{key}`", kind, str(getattr(treatment, "why", "")))
+        for key, treatment in fields.TREATED.items()
+        if (kind := KINDS.get(type(treatment).__name__))
+    ]
+    treated.sort(key=lambda row: row[1:])
     parts = [
         INTRO,
         generate.table(HEAD, [line(name) for name in method_names()]),
@@ -75,6 +95,8 @@ def compose() -> str:
         generate.table(("method", "why", "instead"), refused),
         TABLES,
         generate.table(("table", "cases", "exceptions"), totals),
+        FIELDS,
+        generate.table(("field", "what", "why"), treated),
         "## Exceptions",
         generate.table(("table", "method", "cases", "which", "why"), left),
     ]

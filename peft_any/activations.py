@@ -136,22 +136,55 @@ def _square(f: Callable[[Array], Array], x: Array) -> Array:
     return f(x) * f(x)
 
 
+def hardswish(x: Any) -> Array:
+    """x·min(max(x + 3, 0), 6)/6."""
+    y: Array = x * clipped(x + 3.0, 0.0, 6.0) / 6.0
+    return y
+
+
+def laplace(x: Any) -> Array:
+    """(1 + erf((x − μ)/(σ·√2)))/2, μ = √½, σ = √(1/(4π)), both to six digits. Ma et al. 2022."""
+    y: Array = 0.5 * (1.0 + erf((x - 0.707107) / (0.282095 * sqrt(2.0))))
+    return y
+
+
+_ALPHA, _EPS = 0.80078125, 9.98377799987793e-07
+"""0.8 and 1e-6 as transformers has them, in bfloat16."""
+
+
+def xielu(x: Any) -> Array:
+    """α·x² + x/2, below zero α·(eᵐ − 1 − x) + x/2 with m = min(x, −ε). Huang & Schlag 2024."""
+    xp = namespace(x)
+    low = xp.expm1(clipped(-x, _EPS) * -1.0) - x
+    y: Array = _ALPHA * xp.where(x > 0, x * x, low) + 0.5 * x
+    return y
+
+
 relu: Any = partial(clipped, low=0.0)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "elu": elu,
     "gelu": gelu,
+    "gelu_10": lambda x: clipped(gelu(x), -10.0, 10.0),
+    "gelu_accurate": gelu_tanh,
     "gelu_fast": gelu_tanh,
     "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
+    "hardswish": hardswish,
+    "laplace": laplace,
     "leaky_relu": leaky_relu,
     "linear": lambda x: x,
     "mish": lambda x: x * _tanh(softplus(x)),
+    "prelu": partial(leaky_relu, slope=0.25),
     "quick_gelu": lambda x: x * sigmoid(1.702 * x),
     "relu": relu,
     "relu2": partial(_square, relu),
     "relu6": partial(clipped, low=0.0, high=6.0),
     "sigmoid": sigmoid,
     "silu": silu,
+    "sqrtsoftplus": lambda x: namespace(x).sqrt(softplus(x)),
     "swish": silu,
     "tanh": _tanh,
+    "xielu": xielu,
 }

@@ -18,7 +18,8 @@ FILTERS: Mapping[str, Sequence[float]] = json.loads(
     (Path(__file__).parent / "wavelets.json").read_text(encoding="utf-8")
 )
 """Low-pass synthesis filters of orthonormal wavelets (Daubechies 1992, Ten lectures on wavelets,
-https://doi.org/10.1137/1.9781611970104): extremal phase (db), least asymmetric (sym), coiflets."""
+https://doi.org/10.1137/1.9781611970104): extremal phase (db), least asymmetric (sym), coiflets;
+coif4 is as Hugging Face PEFT has it, off by a hundredth: its files mean that."""
 
 
 def padded(size: int, lo: Sequence[float]) -> int:

@@ -523,6 +523,7 @@ CASES = [
     Case("deft-qr", DeftConfig(r=3, decomposition_method="qr"), UP, reverts=0),
     Case("deft-rank-above-size", DeftConfig(r=9), Site("up", 12, 5), reverts=0),
     Case("deft-random", DeftConfig(r=4, init_weights=False), UP, identity=RANDOM, reverts=0),
+    Case("deft-scale", DeftConfig(r=4, init_weights=False, init_scale=3.0), UP, RANDOM, reverts=0),
     Case("deft-para", DeftConfig(r=4, para=True), UP, identity="it removes a subspace", reverts=0),
     Case(
         "deft-conv1d-transposed",
@@ -538,6 +539,7 @@ CASES = [
         Site("a.fc", 13, 7, bias=False),
         reverts=60,
     ),
+    Case("delora-lambda", DeloraConfig(r=3, delora_lambda=4), FC, reverts=60),
     Case("delora-random", DeloraConfig(r=4, init_weights=False), FC, RANDOM, reverts=60),
     # FourierFT
     Case("fourierft", FourierFTConfig(n_frequency=50), FC, identity=DRAWN),
@@ -613,6 +615,8 @@ CASES = [
         reverts=0,
     ),
     Case("peanut-gelu", PeanutConfig(r=3, depth=1, act_fn="gelu"), FC, reverts=0),
+    Case("peanut-laplace", PeanutConfig(r=3, depth=1, act_fn="laplace"), FC, reverts=0),
+    Case("peanut-xielu", PeanutConfig(r=3, act_fn="xielu"), FC, reverts=0),
     Case("peanut-random", PeanutConfig(r=4, init_weights=False), FC, RANDOM, reverts=0),
     # PVeRA
     Case("pvera", PveraConfig(r=5), FC),
@@ -669,6 +673,7 @@ CASES = [
     ),
     Case("waveft-sym", WaveFTConfig(n_frequency=60, wavelet_family="sym4"), FC),
     Case("waveft-coif", WaveFTConfig(n_frequency=60, wavelet_family="coif2"), Site("fc", 9, 22)),
+    Case("waveft-coif4", WaveFTConfig(n_frequency=60, wavelet_family="coif4"), Site("fc", 9, 22)),
     Case("waveft-sparse", WaveFTConfig(n_frequency=40, use_idwt=False), FC),
     Case("waveft-pattern", WaveFTConfig(n_frequency_pattern={"fc": 9}), Site("a.fc", 13, 8)),
     Case("waveft-share", WaveFTConfig(n_frequency=40, proportional_parameters=True), FC),
@@ -689,6 +694,12 @@ CASES = [
     Case(
         "vblora-one",
         VBLoRAConfig(**LOUD, r=2, num_vectors=5, vector_length=2, topk=1),
+        FC,
+        identity=DRAWN,
+    ),
+    Case(
+        "vblora-spread",
+        VBLoRAConfig(**LOUD, r=2, num_vectors=6, vector_length=4, init_logits_std=2.0),
         FC,
         identity=DRAWN,
     ),
@@ -994,6 +1005,16 @@ PROMPTS = [
             num_virtual_tokens=4,
             token_dim=6,
             encoder_hidden_size=5,
+            encoder_reparameterization_type="LSTM",
+        ),
+    ),
+    PromptCase(
+        "p-tuning-lstm-1",
+        PromptEncoderConfig(
+            num_virtual_tokens=3,
+            token_dim=6,
+            encoder_hidden_size=4,
+            encoder_num_layers=1,
             encoder_reparameterization_type="LSTM",
         ),
     ),

@@ -192,7 +192,8 @@ def refuse_unconverted(config: Config, where: str) -> None:
     for field, lack in config.marks.items():
         if getattr(config, field) != OURS:
             raise ConfigError(f"{where}: {config.peft_type} cannot be loaded: {lack}")
-    init = getattr(config, "init_lora_weights", None)
+    # AdaLoRA has the field, too, and starts alike whatever it says.
+    init = getattr(config, "init_lora_weights", None) if config.peft_type == "LORA" else None
     why = _UNCONVERTED.get("pissa_niter" if str(init).startswith("pissa_niter") else str(init))
     if why:
         raise ConfigError(

@@ -35,7 +35,6 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
-        "loftq_config": "AdaLoRA has no quantised base",
         "target_parameters": "AdaLoRA adapts modules alone",
         "use_dora": "AdaLoRA has no magnitude vector",
     }

@@ -30,7 +30,7 @@ def adapted(name: str, method: str, fields: Mapping[str, Any], adapter: str = "d
     return theirs
 
 
-FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P", "frod_V"}
+FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P", "frod_V", "zeros"}
 
 
 def fill(model: Any, name: str, seed: int) -> None:
@@ -38,12 +38,12 @@ def fill(model: Any, name: str, seed: int) -> None:
     torch.manual_seed(seed)
     with quietly():
         state = peft.get_peft_model_state_dict(model, adapter_name=name)
-    new = {
-        k: v + 0.2 * torch.randn_like(v)
-        if v.is_floating_point() and not FROZEN & {*k.split(".")}
-        else v
-        for k, v in state.items()
-    }
+    noise: dict[int, torch.Tensor] = {}
+    new = dict(state)
+    for key, value in state.items():
+        if value.is_floating_point() and not FROZEN & {*key.split(".")}:
+            moved = noise.setdefault(value.data_ptr(), 0.2 * torch.randn_like(value))
+            new[key] = value + moved  # of tensors that layers share, alike
     load(model, new, name)
 
 
@@ -62,11 +62,11 @@ def merged(model: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     return {name: state[name] for name in names}
 
 
-def compare(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+def compare(got: Mapping[str, Any], want: Mapping[str, Any], rtol: float = RTOL) -> None:
     assert got.keys() == want.keys()
     for key, value in want.items():
         size = float(np.max(np.abs(value), initial=0.0))
-        np.testing.assert_allclose(got[key], value, rtol=0, atol=RTOL * size, err_msg=key)
+        np.testing.assert_allclose(got[key], value, rtol=0, atol=rtol * size, err_msg=key)
 
 
 def trained(adapter: Adapter, seed: int = 4) -> Adapter:
@@ -82,6 +82,8 @@ def trained(adapter: Adapter, seed: int = 4) -> Adapter:
         }
 
     sites = {s: moved(p) for s, p in adapter.sites.items()}
+    for (name, key), first in adapter.config.ties(sites).items():
+        sites[name][key] = sites[first][key]
     return adapter.replace(sites=sites, shared=moved(adapter.shared))
 
 
