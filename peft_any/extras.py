@@ -109,8 +109,37 @@ def within(tensor: str, modules: Iterable[str]) -> bool:
     >>> within("bert.classifier.dense.weight", ["classifier"]), within("fc.weight", ["head"])
     (True, False)
     """
-    parts, ends = tensor.split(".")[:-1], tuple(modules)
-    return any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts) + 1))
+    return any(_home(tensor, module) is not None for module in modules)
+
+
+def uncarried(
+    config: Config, extra: Params, tokens: Mapping[str, Array], weights: Iterable[str]
+) -> list[str]:
+    """Describe what the configuration says is carried whole, the base has, and the adapter lacks.
+
+    Tied tables have their new rows in common, so that only all of them can be missed.
+    """
+    lost = []
+    names = [*weights] if config.modules_to_save else []
+    for entry in config.modules_to_save or ():
+        held = {_home(name, entry) for name in extra}
+        lost += [
+            f"{module}: is in modules_to_save, and the adapter has no copy of it"
+            for module in dict.fromkeys(_home(name, entry) for name in names)
+            if module not in {None, *held}
+        ]
+    listed = getattr(config, "trainable_token_indices", None) or []
+    asked = any(map(len, listed.values())) if isinstance(listed, Mapping) else bool(listed)
+    if asked and not tokens:
+        lost.append(f"{config.where}: trainable_token_indices: the adapter has no rows for them")
+    return lost
+
+
+def _home(tensor: str, entry: str) -> str | None:
+    """Name the module that an entry means, of which a tensor is part; as `within` finds it."""
+    parts = tensor.split(".")[:-1]
+    heads = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return next((head for head in heads if head.endswith(entry)), None)
 
 
 def fresh_copies(

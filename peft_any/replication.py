@@ -162,22 +162,23 @@ def refuse_unrepeated(config: Any, weights: Mapping[str, Any]) -> None:
     runs = getattr(config, "layer_replication", None)
     if not runs:
         return
-    what = f"{config.where}: layer_replication={_plain(runs)}"
-    order = _order(runs, None, what, "")
+    what = f"{config.where}: layer_replication={_plain(runs):.200}"
+    length = _length(runs, None, what, "")
     known, every = _stacks([*weights])
     found = {place: stack_of([*weights], place)[1] for place in known or every}
     place, layers = max(
-        found.items(), key=lambda item: len(item[1]) == len(order), default=("the base", [])
+        found.items(), key=lambda item: len(item[1]) == length, default=("the base", [])
     )
-    spans = ",".join(f"{start}:{end}" for start, end in runs)
+    spans = ",".join(f"{start}:{end}" for start, end in runs) if len(runs) <= 64 else "START:END,…"
     way = (
         f"repeat its layers first: peft-any replicate --base BASE --layers {spans} --out DEEPER "
         "(replicate_layers in Python)"
     )
-    if len(layers) != len(order):
+    if len(layers) != length:
         raise ConfigError(
-            f"{what} acts on a base of {len(order)} layers, and {place} has {len(layers)}: {way}"
+            f"{what} acts on a base of {length} layers, and {place} has {len(layers)}: {way}"
         )
+    order = _order(runs, None, what, "")
     for new, old in enumerate(order):
         first = order.index(old)
         if first != new and _differ(weights, layers[first], layers[new]):
@@ -209,9 +210,9 @@ def _differ(weights: Mapping[str, Any], one: list[str], two: list[str]) -> bool:
     return False
 
 
-def _order(runs: Layers, count: int | None, what: str, place: str) -> list[int]:
-    """Give the base's layers in the deeper model's order."""
-    order: list[int] = []
+def _length(runs: Layers, count: int | None, what: str, place: str) -> int:
+    """Count the deeper model's layers, which may be more than any memory could list."""
+    length = 0
     for run in runs:
         start, end = run if len(run) == 2 else (0, 0)
         if not 0 <= start < end or (count is not None and end > count):
@@ -220,10 +221,16 @@ def _order(runs: Layers, count: int | None, what: str, place: str) -> list[int]:
                 f"{what}: {_plain([run])[1:-1]} is no run of layers{last}: give [start, end], end "
                 "excluded"
             )
-        order += range(start, end)
-    if not order:
+        length += end - start
+    if not length:
         raise ConfigError(f"{what}: holds no layer: give runs of layers [[start, end], …]")
-    return order
+    return length
+
+
+def _order(runs: Layers, count: int | None, what: str, place: str) -> list[int]:
+    """Give the base's layers in the deeper model's order."""
+    _length(runs, count, what, place)
+    return [old for start, end in runs for old in range(start, end)]
 
 
 def _layer(name: str, place: str) -> int | None:

@@ -12,6 +12,7 @@ from peft_any._typing import Params, Shape
 from peft_any.arrow import refuse_alone
 from peft_any.checks import alike
 from peft_any.errors import PeftError, ShapeError, TargetError, nearest
+from peft_any.extras import uncarried
 from peft_any.hints import empty_hint, experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
 from peft_any.layout import layout, orientations
@@ -254,7 +255,7 @@ def place(
     weights, kinds
         As in `sites_of_params`.
     strict : bool
-        Whether a target that the base has and the adapter has no tensors for is an error.
+        Whether what is targeted, or to be saved whole, and has no tensors here is an error.
 
     Returns
     -------
@@ -302,17 +303,18 @@ def place(
     wrong += [f"{name}: unexpected{nearest(name, shared)}" for name in extra]
     if wrong:
         raise ShapeError("\n".join(wrong))
-    if strict and (aims(config)) and config.target_modules != "dummy-target-modules":
+    lost = uncarried(config, adapter.extra, adapter.tokens, weights) if strict else []
+    if strict and aims(config) and config.target_modules != "dummy-target-modules":
         every = layout(weights, kinds, config) | sites
         rules = Rules.of(config)
-        lost = rules.unmatched_targets(every) if sites else []
+        lost += rules.unmatched_targets(every) if sites else []
         lost += [
             f"{name}: is targeted, and the adapter has no tensors for it"
             for name, site in every.items()
             if name not in sites and site.kind in config.kinds and rules.wants(name, site)
         ]
-        if lost:
-            raise TargetError("\n".join(lost))
+    if lost:
+        raise TargetError("\n".join(lost))
     return sites
 
 

@@ -615,6 +615,19 @@ def test_targets_without_tensors_are_an_error(tmp_path: Path) -> None:
         Adapter.load(folder).check(BASE)
 
 
+def test_copies_and_rows_that_the_file_lacks_are_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", under("fc."), modules_to_save=["head", "score"])
+    with pytest.raises(TargetError, match=r"^head: is in modules_to_save, and the adapter"):
+        Adapter.load(folder).check(BASE)
+    assert [*Adapter.load(folder).check(BASE, strict=False)] == ["fc"]
+    for rows in ({"emb": [0]}, [0]):
+        folder = write(tmp_path / "a", under("fc."), trainable_token_indices=rows)
+        with pytest.raises(TargetError, match="token_indices: the adapter has no rows for them"):
+            Adapter.load(folder).check(BASE)
+    folder = write(tmp_path / "a", under("fc."), trainable_token_indices={"emb": []})
+    assert [*Adapter.load(folder).check(BASE)] == ["fc"]
+
+
 def test_copies_that_do_not_fit_the_base_are_listed(tmp_path: Path) -> None:
     tensors = under("fc.") | arrays({"head.weight": (6, 3)})
     folder = write(tmp_path / "a", tensors, modules_to_save=["head"])

@@ -287,7 +287,7 @@ def test_copies_are_cut_and_joined_too() -> None:
     [
         ("nothing", "is no rule"),
         ("=x", "is no rule"),
-        ("(a=b", "cannot be replaced"),
+        ("(a=b", r"^map '\(a=b': '\(a' is not a regular expression: missing"),
         ("a=\\2", "cannot be replaced"),
         ("a=b+c+", "cannot be a module's name"),
         ("qkv=q+q", "a part twice"),

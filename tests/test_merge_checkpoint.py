@@ -283,6 +283,25 @@ class TestSeveralAdapters:
         with Checkpoint(tmp_path / "out") as got:
             np.testing.assert_allclose(got["lm_head.weight"], head + 2.5, rtol=1e-6)
 
+    @pytest.mark.parametrize(
+        "fewer", [{"layers_to_transform": [0]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}]
+    )
+    def test_layers_beyond_the_targets_are_told(
+        self, fewer: dict[str, Any], tmp_path: Path
+    ) -> None:
+        weights = llama()
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        folder = adapter(tmp_path / "a", weights, config)
+        base = single(tmp_path / "b", weights)
+        assert not merge_checkpoint(base, folder, dry_run=True).warnings
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fewer))
+        made = merge_checkpoint(base, folder, dry_run=True)
+        (said,) = made.warnings
+        assert "does not target are merged" in said
+        assert "model.layers.1.self_attn.q_proj and 0 more: Hugging Face PEFT leaves" in said
+        assert len(made.changes) == 2
+
     def test_faults_of_all_of_them_are_listed(self, model: Path, tmp_path: Path) -> None:
         other = {k.replace("q_proj", "query"): v for k, v in llama().items()}
         paths = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,14 @@ def test_an_adapter_is_refused_on_a_base_that_does_not_repeat(tmp_path: Path) ->
     for base in (weights, {"fc.weight": np.ones((2, 2))}):
         with pytest.raises(ConfigError, match="replicate"):
             loaded.check(base)
+    for runs, words in (([[0, 10**15]], "base of 10{15} layers"), ([[0, 1]] * 10**4, "START:END")):
+        raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        shutil.copytree(tmp_path / "adapter", tmp_path / "endless", dirs_exist_ok=True)
+        text = json.dumps(raw | {"layer_replication": runs})
+        (tmp_path / "endless" / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=words) as caught:
+            Adapter.load(tmp_path / "endless").check(weights)
+        assert len(str(caught.value)) < 1000
     with pytest.raises(ConfigError, match="layer 1 as 1 and 2, and these differ"):
         loaded.check(llama(np.float32, layers=4))
     loaded.check(model.weights)

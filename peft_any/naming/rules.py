@@ -183,9 +183,12 @@ def _rule(old: str, new: str, label: str) -> Rule:
             "with plain names on both sides"
         )
     try:
-        pattern = expression(old, "it")
+        pattern = expression(old, f"map {label!r}")
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    try:
         pattern.sub(new, "")
-    except (ConfigError, re.error, IndexError) as error:
+    except (re.error, IndexError) as error:
         raise UsageError(f"map {label!r}: {old!r} cannot be replaced so: {error}") from None
     groups = [int(n) for n in re.findall(r"\\(\d+)", new)]
     if max(groups, default=0) > pattern.groups:

@@ -14,7 +14,7 @@ from peft_any.layout import OUTPUT, looks_like_embedding
 from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
 from peft_any.receipt import Source, Target, Use
-from peft_any.selection import saved_whole
+from peft_any.selection import Rules, in_projection, saved_whole
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.mapping import mapped
 from peft_any.surgery.sources import Given, View, given_adapters, pruned, uses
@@ -147,6 +147,7 @@ def make_plan(
     for one in given:
         notes = dict.fromkeys((*one.adapter.notes, *one.lost))
         plan.warnings.extend(f"{one.label}: {note}" for note in notes)
+    plan.warnings.extend(note for one in zip(given, placed, strict=True) for note in _beyond(*one))
     _check_bases(plan)
     _check_grown(plan)
     _check_origins(plan, fit.any_base)
@@ -266,6 +267,21 @@ def _check_origins(plan: Plan, any_base: bool) -> None:
         )
         raise TargetError("\n".join([*faults, way]))
     plan.warnings.extend(faults)
+
+
+def _beyond(given: Given, placed: Placed) -> Iterator[str]:
+    """Say which layers have tensors though the configuration does not target them."""
+    config = placed.adapter.config
+    if not isinstance(config, Tuner) or not config.target_modules:
+        return
+    rules = Rules.of(config)
+    wanted = {name for name, site in placed.sites.items() if rules.wants(name, site)}
+    beyond = [n for n in placed.sites if not {n, in_projection(n)} & wanted]
+    if beyond:
+        yield (
+            f"{given.label}: layers that the configuration does not target are merged as the file "
+            f"has them, {beyond[0]} and {len(beyond) - 1} more: Hugging Face PEFT leaves them out"
+        )
 
 
 def _weighted(plan: Plan, owners: tuple[int, ...]) -> bool:
