@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shira": (peft.ShiraConfig, {"r": 2, "random_seed": 1}),
     "randlora": (peft.RandLoraConfig, {"r": 2}),
     "adamss": (peft.AdamssConfig, {"r": 3, "num_subspaces": 2, "subspace_rank": 2}),
+    "frod": (peft.FrodConfig, {"sparse_rate": 0.2, "progressbar": False}),
     "psoft": (peft.PsoftConfig, {"r": 3, "psoft_alpha": 2}),
 }
 
@@ -77,4 +78,5 @@ def test_a_converted_adapter_is_the_adapter(kind: str, dtype: str, tmp_path: Pat
     assert again.peft_config["default"].peft_type == "LORA"
     got = again.to(getattr(torch, dtype)).eval()(x).detach()
     size = float(want.abs().max())
-    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=BOUND[dtype] * size)
+    bound = max(BOUND[dtype], 1e-6 if kind == "frod" else 0.0)  # its U is in single precision
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=0, atol=bound * size)

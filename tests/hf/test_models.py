@@ -20,6 +20,7 @@ from peft_any.integrations.torch import attach, detach_adapter, merge_into  # no
 from peft_any.model import PeftModel  # noqa: E402
 from peft_any.registry import method_for  # noqa: E402
 from tests.hf.models import base_of, outputs, quietly  # noqa: E402
+from tests.hf.reference import paired  # noqa: E402
 from tests.hf.whole import (  # noqa: E402
     adapted,
     close,
@@ -83,6 +84,7 @@ EVERY: dict[str, tuple[str, dict[str, Any]]] = {
     "deft": ("DEFT", {"r": 3}),
     "delora": ("DELORA", {"r": 3}),
     "fourierft": ("FOURIERFT", {"n_frequency": 9}),
+    "frod": ("FROD", {"sparse_rate": 0.1, "progressbar": False}),
     "glora": ("GLORA", {"r": 3}),
     "gralora": ("GRALORA", {"r": 4, "gralora_k": 2}),
     "hra": ("HRA", {"r": 4}),
@@ -95,7 +97,7 @@ EVERY: dict[str, tuple[str, dict[str, Any]]] = {
     "shira": ("SHIRA", {"r": 2}),
     "supertuning": ("SUPERTUNING", {"sparsity": 0.8, "r": 2}),
     "tinylora": ("TINYLORA", {"u": 8}),
-    "unilora": ("UNILORA", {"theta_d_length": 40, "save_indices": True}),
+    "unilora": ("UNILORA", {"theta_d_length": 40}),
     "vblora": ("VBLORA", {"r": 2, "num_vectors": 6, "vector_length": 4}),
     "vera": ("VERA", {"r": 4}),
     "waveft": ("WAVEFT", {"n_frequency": 9}),
@@ -103,16 +105,16 @@ EVERY: dict[str, tuple[str, dict[str, Any]]] = {
 CONVOLVING = {"lora", "rslora", "dora", "adalora", "loha", "lokr", "lokr-decomposed", "oft",
               "oft-exact", "boft", "hira"}  # fmt: skip
 """What adapts convolutions as well."""
-TRANSPOSED = {"lora", "rslora", "dora", "adalora", "deft", "fourierft", "gralora", "hira", "pvera",
-              "randlora", "tinylora", "unilora", "vblora", "vera", "waveft"}  # fmt: skip
+TRANSPOSED = {"lora", "rslora", "dora", "adalora", "deft", "fourierft", "frod", "gralora", "hira",
+              "pvera", "randlora", "tinylora", "unilora", "vblora", "vera", "waveft"}  # fmt: skip
 """What Hugging Face PEFT has for Conv1D."""
 BY_TURNS = {
-    "llama": "deft glora osf peanut",
-    "bert": "beft pvera shira supertuning tinylora",
+    "llama": "deft frod glora osf peanut",
+    "bert": "beft frod pvera shira supertuning tinylora",
     "t5": "peanut unilora vblora waveft",
-    "vit": "beft glora",
+    "vit": "beft frod glora",
     "mixtral": "waveft tinylora",
-    "whisper": "deft supertuning vblora",
+    "whisper": "deft frod supertuning vblora",
     "diffusion": "osf shira",
 }
 ALWAYS = {*EVERY} - {*" ".join(BY_TURNS.values()).split()}
@@ -509,6 +511,7 @@ def test_what_we_write_hf_merges(
     adapter.save(tmp_path / "a")
     with quietly():
         theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a")
+    paired(theirs)
     want = merged(theirs, weights)
     compare(ours.merge(), want)
     assert any((want[k] != v).any() for k, v in weights.items())
