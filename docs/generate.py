@@ -137,7 +137,8 @@ def shapes(row: Row) -> str:
         found = within.shapes(row.width)
     else:
         found = row.config.shapes()
-    return ", ".join(f"`{name}` {shape}" for name, shape in found.items())
+    said = ", ".join(f"`{name}` {shape}" for name, shape in found.items())
+    return said.replace("-1", "…")  # what the base's values decide
 
 
 def rows_of(peft_type: str) -> list[Row]:

@@ -28,6 +28,7 @@ from peft_any.errors import (
 from peft_any.io.config import config_from_dict, config_from_json, config_to_dict, config_to_json
 from peft_any.io.keys import Place, read_keys, write_key
 from peft_any.io.safetensors import read_safetensors, write_safetensors
+from peft_any.layer import Dense, Site
 from peft_any.method import Prompt, Tuner
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
@@ -693,6 +694,19 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         Adapter(LoraConfig(lora_alpha=float("nan"))).save(tmp_path / "b")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("adamss_B.0", (1, 2)), ("adamss_A.0", (1, 4))])
+def test_segments_that_are_not_all_outputs_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    adapter = Adapter.load(FILES / "adamss")
+    site, p = next(iter(adapter.sites.items()))
+    assert p[name].shape != shape
+    here = Site(site, p["adamss_newB"].shape[1] - 1, len(p["adamss_rows"]))
+    base = Dense(np.zeros((here.n_out, here.n_in), "float32"), None, here)
+    with pytest.raises(
+        ShapeError, match=rf"{site}: segments of .* cannot make {here.n_out} outputs"
+    ):
+        adapter.config.at(here).effect({**p, name: np.zeros(shape, "float32")}, base)
 
 
 def test_every_method_has_a_file() -> None:

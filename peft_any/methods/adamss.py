@@ -11,6 +11,7 @@ from peft_any.backend import namespace, to_numpy
 from peft_any.blocks import diagonal
 from peft_any.checks import OURS, check_fields, refuse, refuse_restart
 from peft_any.clusters import grouped
+from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Layer, Site, widen
 from peft_any.method import Additive
 from peft_any.rng import Fresh
@@ -109,23 +110,29 @@ class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
         places = new.array(xp.astype(rows, xp.int32))
         return {"adamss_newB": new.array(v), **a, **b, "adamss_rows": places}
 
-    def _joined(self, p: Params) -> tuple[Array, Array]:
+    def _joined(self, p: Params, site: Site) -> tuple[Array, Array]:
         """U (n_out, Σrᵢ), of the B with their rows in place, and A·V (Σrᵢ, columns)."""
         known: tuple[Array, Array] | None = p.get("joined")
         if known is not None:
             return known
         k = sum(name.startswith("adamss_A.") for name in p)
         a, b = ([p[f"adamss_{side}.{i}"] for i in range(k)] for side in "AB")
+        ranks, columns = [x.shape[0] for x in a], [x.shape[1] for x in b]
+        if (sum(x.shape[0] for x in b), columns) != (site.n_out, ranks):
+            raise ShapeError(
+                f"{site.name}: segments of {[tuple(x.shape) for x in b]} cannot make {site.n_out} "
+                f"outputs of {ranks} directions: their rows are these, their columns those"
+            )
         xp = namespace(p["adamss_rows"], *a)
         return xp.take(diagonal(b), p["adamss_rows"], axis=0), xp.concat(a) @ p["adamss_newB"]
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Join the segments once."""
-        return {**p, "joined": self._joined(p)}
+        return {**p, "joined": self._joined(p, base.site)}
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """The segments' B in their rows, and their A·V."""
-        left, right = self._joined(p)
+        left, right = self._joined(p, site)
         return left, right[:, : site.n_in]
 
     def rank(self, site: Site) -> int:
@@ -138,5 +145,5 @@ class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
 
     def bias_delta(self, p: Params, site: Site) -> Array | None:
         """Of V's last column."""
-        left, right = self._joined(p)
+        left, right = self._joined(p, site)
         return left @ right[:, site.n_in] if right.shape[1] > site.n_in else None
