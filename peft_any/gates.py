@@ -156,7 +156,7 @@ def gated(
     net = {
         f"layers.{i}.{k}": p[f"{n}.{k}"] for i, n in enumerate(names) for k in ("weight", "bias")
     }
-    last, count = f"layers.{len(names) - 1}", len(config.adapters)
+    last, count = f"layers.{len(names) - 1}", config.count
     layers = net[f"{last}.bias"].shape[0] // count
     if site is not None and config.layerwise_scalings:
         first = config.order.index(site) * count

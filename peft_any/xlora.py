@@ -206,9 +206,9 @@ def xlora_of(
     config = gate.config if isinstance(gate, Adapter) else gate
     if not isinstance(config, XLoraConfig):
         raise ConfigError(f"{config.where}: is no gate: give an XLoraConfig, or its adapter")
-    if len(experts) != len(config.adapters) or not experts:
+    if len(experts) != config.count or not experts:
         raise ConfigError(
-            f"{config.where}: adapters names {len(config.adapters)} experts, and {len(experts)} "
+            f"{config.where}: adapters names {config.count} experts, and {len(experts)} "
             "are given: give one for each, in the order of the gate's scalings"
         )
     sites, r = _padded(experts)

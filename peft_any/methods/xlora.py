@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
@@ -41,8 +41,8 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
         {"modules_to_save", "target_modules", "r", "order"}
     )
 
-    hidden_size: int = 4096
-    adapters: dict[str, str] = field(default_factory=dict)
+    hidden_size: int | None = None
+    adapters: dict[str, str] | None = None
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
@@ -58,19 +58,25 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
     order: list[str] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "hidden_size", "xlora_depth", "xlora_size")
-        top, count = self.top_k_lora, len(self.adapters)
+        check_fields(self, "xlora_depth", "xlora_size")
+        top, count = self.top_k_lora, self.count
         fits = top is None or 1 <= top <= count
         refuse(
             self,
+            hidden_size=(self.hidden_size is None or self.hidden_size >= 1, "at least 1"),
             softmax_temperature=(self.softmax_temperature > 0, "above 0"),
             top_k_lora=(fits, f"at least 1 and at most the {count} adapters"),
         )
 
     @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self.adapters or ())
+
+    @property
     def experts(self) -> list[str]:
         """The experts' paths, in the order of their shares."""
-        named = self.adapters
+        named = self.adapters or {}
         numbers = [str(i) for i in range(len(named))]  # a file has them in the order of strings
         return [named[name] for name in (numbers if named.keys() == {*numbers} else named)]
 
@@ -88,14 +94,14 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
         """Refuse a gate without experts."""
         if self.r is None:
             raise ConfigError(
-                f"{self.where}: a gate cannot act without its {len(self.adapters)} experts, which "
+                f"{self.where}: a gate cannot act without its {self.count} experts, which "
                 "have files of their own: peft_any.xlora.load_xlora reads them all"
             )
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """The experts' factors."""
-        k = len(self.adapters) * (self.r or 0)
+        k = self.count * (self.r or 0)
         return {A: (k, site.n_in), B: (site.n_out, k)}
 
     def init(self, site: Site, new: Fresh) -> Params:
@@ -111,8 +117,9 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """The net."""
-        last = len(self.adapters) * (len(sites) if self.layerwise_scalings else 1)
-        sizes = [self.hidden_size, *[self.xlora_size] * (self.xlora_depth - 1), last]
+        last = self.count * (len(sites) if self.layerwise_scalings else 1)
+        width = 4096 if self.hidden_size is None else self.hidden_size  # as HF takes it to be
+        sizes = [width, *[self.xlora_size] * (self.xlora_depth - 1), last]
         pairs = [*zip(self.layers, sizes, sizes[1:], strict=False)]
         biases: dict[str, Shape] = {f"{name}.bias": (m,) for name, _, m in pairs}
         return biases | {f"{name}.weight": (m, n) for name, n, m in pairs}
