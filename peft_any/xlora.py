@@ -16,6 +16,7 @@ from peft_any.gates import scaled_experts
 from peft_any.gates import xlora_scalings as xlora_scalings
 from peft_any.io._atomic import StrPath
 from peft_any.layer import Kind, Site
+from peft_any.methods.lora import LoraConfig
 from peft_any.methods.xlora import A, B, XLoraConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
@@ -223,6 +224,55 @@ def xlora_of(
     new = Fresh(seed, backend_of(first), dtype=dtype_name(first))
     named = [Site(name, p[A].shape[1], p[B].shape[0]) for name, p in sites.items()]
     return Adapter(config, sites, config.init_shared(named, new))
+
+
+def experts_in(adapter: Adapter) -> list[Adapter]:
+    """Take experts apart again, as after a training with `use_trainable_adapters`.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        Of `xlora_of`, `load_xlora` or `experts_of`.
+
+    Returns
+    -------
+    list of Adapter
+        LoRAs with scale 1, to be saved where the gate's `adapters` say.
+
+    Raises
+    ------
+    ConfigError
+        If it holds no experts.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any import LoraConfig
+    >>> p = {"lora_A.weight": np.ones((2, 4)), "lora_B.weight": np.ones((3, 2))}
+    >>> one = Adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["fc"]), {"fc": p})
+    >>> first, second = experts_in(experts_of([one, one]))
+    >>> first.config.lora_alpha, second.sites["fc"]["lora_B.weight"][0, 0].item()
+    (2, 3.0)
+    """
+    config = adapter.config
+    if isinstance(config, ExpertsConfig):
+        names, r, count = (_A, _B), config.r, config.n_experts
+    elif isinstance(config, XLoraConfig) and config.r is not None:
+        names, r, count = (A, B), config.r, config.count
+    else:
+        raise ConfigError(f"{config.where}: holds no experts: give what load_xlora reads")
+    plain = LoraConfig(r=r, lora_alpha=r, target_modules=[*adapter.sites])
+    cuts = [slice(i * r, (i + 1) * r) for i in range(count)]
+    return [
+        Adapter(
+            plain,
+            {
+                name: {"lora_A.weight": p[names[0]][cut, :], "lora_B.weight": p[names[1]][:, cut]}
+                for name, p in adapter.sites.items()
+            },
+        )
+        for cut in cuts
+    ]
 
 
 def _padded(experts: Sequence[Adapter]) -> tuple[dict[str, Params], int]:

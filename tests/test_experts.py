@@ -12,8 +12,9 @@ from peft_any import Adapter, ConfigError, PeftModel, ShapeError, Site, move, va
 from peft_any.experts import ArrowConfig, arrow_of
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
+from peft_any.methods.xlora import XLoraConfig
 from peft_any.testing import Lib, check_method
-from peft_any.xlora import experts_of, xlora_scalings
+from peft_any.xlora import experts_in, experts_of, load_xlora, xlora_of, xlora_scalings
 
 
 def experts(count: int, n_in: int = 6, n_out: int = 5, **fields: Any) -> list[Adapter]:
@@ -173,6 +174,39 @@ def test_the_gate_is_trained() -> None:
         moved = (loss({**p, key: p[key] + step}) - loss({**p, key: p[key] - step})) / 2
         np.testing.assert_allclose(np.sum(grad * step), moved, rtol=1e-5, atol=1e-9)
     assert value > 0
+
+
+def test_a_gate_and_its_experts_are_trained_and_saved(tmp_path) -> None:
+    tasks, rng = experts(2), np.random.default_rng(2)
+    paths = {str(i): str(tmp_path / str(i)) for i in range(2)}
+    gate = XLoraConfig(hidden_size=4, adapters=paths, xlora_depth=2, xlora_size=3,
+                       use_trainable_adapters=True)  # fmt: skip
+    model = PeftModel({"fc.weight": rng.standard_normal((5, 6))})
+    model.add("x", xlora_of(gate, tasks, seed=3))
+    x, hidden = rng.standard_normal((2, 3, 6)), rng.standard_normal((2, 3, 4))
+
+    def loss(p: Any) -> Any:
+        y = model.routed(hidden=hidden).bind(p).layers["fc"](x)
+        return y.__array_namespace__().sum(y * y)
+
+    params = {"x": model["x"].trainable()}
+    before, grads = value_and_grad(loss)(params)
+    assert {*grads["x"]} == {"", "fc"}
+    moved = {s: {k: v - 1e-3 * grads["x"][s][k] for k, v in p.items()}
+             for s, p in params["x"].items()}  # fmt: skip
+    assert loss({"x": moved}) < before
+    model.update({"x": moved})
+    model["x"].save(tmp_path / "x")
+    for one, path in zip(experts_in(model["x"]), paths.values(), strict=True):
+        one.save(path)
+    again = PeftModel(model.weights)
+    again.add("x", load_xlora(tmp_path / "x"))
+    got, want = (m.routed(hidden=hidden).bind().layers["fc"](x) for m in (again, model))
+    np.testing.assert_array_equal(got, want)
+    once = model["x"].config.scalings(model["x"].shared, hidden)
+    np.testing.assert_allclose(model.routed(scalings=once).bind().layers["fc"](x), want, rtol=1e-12)
+    with pytest.raises(ConfigError, match="XLoraConfig: holds no experts"):
+        experts_in(Adapter.load(tmp_path / "x"))
 
 
 def test_experts_refuse_other_scalings() -> None:
