@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -31,6 +31,17 @@ def leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from leaves(value, (*path, i))
     elif tree is not None:
         yield path, tree
+
+
+def without(sites: Mapping[str, Mapping[str, Any]], names: Collection[str]) -> dict[str, Any]:
+    """Leave arrays out of every site, by their names.
+
+    Examples
+    --------
+    >>> without({"fc": {"a": 1, "b": 2}}, {"b"})
+    {'fc': {'a': 1}}
+    """
+    return {site: {k: a for k, a in p.items() if k not in names} for site, p in sites.items()}
 
 
 def first(tree: Tree) -> Any:

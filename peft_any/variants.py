@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from peft_any import alora, starts
+from peft_any._tree import without
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.blocks import block_diagonal, block_linear
@@ -334,5 +335,4 @@ def portable(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, P
     """
     if config.kasa_config is None:
         return starts.folded(config, sites)
-    own = {s: {k: v for k, v in p.items() if k not in starts.FROZEN[0]} for s, p in sites.items()}
-    return config, own
+    return config, without(sites, starts.FROZEN[0])

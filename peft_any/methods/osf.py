@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Self
 
+from peft_any._tree import without
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import detach, namespace, summed, to_numpy
 from peft_any.errors import ConfigError, ShapeError
@@ -92,9 +93,7 @@ class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Leave out what W says."""
-        return self, {
-            site: {k: v for k, v in p.items() if k not in self.frozen} for site, p in sites.items()
-        }
+        return self, without(sites, self.frozen)
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Merge, for calls."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from peft_any._tree import without
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace, summed
 from peft_any.checks import check_fields, refuse
@@ -102,11 +103,7 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Leave the places out, with `save_precomputed_indices` false."""
-        if self.save_precomputed_indices:
-            return self, dict(sites)
-        return self, {
-            site: {k: v for k, v in p.items() if k not in self.frozen} for site, p in sites.items()
-        }
+        return self, without(sites, () if self.save_precomputed_indices else self.frozen)
 
     def _sparse(self, p: Params, site: Site) -> Array:
         """The values at their places (n_out, n_in)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from peft_any._tree import without
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
 from peft_any.checks import check_fields, refuse
@@ -123,7 +124,7 @@ class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Leave out what the file does not hold."""
         less = {"tinylora_group"} if self.save_projection else {"tinylora_group", "tinylora_P"}
-        return self, {n: {k: a for k, a in p.items() if k not in less} for n, p in sites.items()}
+        return self, without(sites, less)
 
     def _middle(self, p: Params) -> Array:
         """R (r, r)."""
