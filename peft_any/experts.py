@@ -13,13 +13,14 @@ from peft_any.algebra import lowrank
 from peft_any.backend import Backend, astype, dtype_name, namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.extras import is_trained
 from peft_any.io._atomic import StrPath
 from peft_any.layer import Kind, Site, linear
 from peft_any.methods.lora import LoraConfig
 from peft_any.mixtures import largest_shares
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
-from peft_any.starts import has_start
+from peft_any.starts import EMBEDDING, has_start
 
 _A, _B, _ROUTER = "arrow_A.weight", "arrow_B.weight", "arrow_router.weight"
 _VARIANTS = (
@@ -200,8 +201,8 @@ def load_arrow(
     )
 
 
-def suitable(label: str, adapter: Adapter) -> None:
-    """Refuse what cannot be an expert: all but a plain LoRA of linear layers.
+def suitable(label: str, adapter: Adapter, *, tables: bool = False) -> None:
+    """Refuse what cannot be an expert: all but a plain LoRA of linear layers, or of embeddings too.
 
     Raises
     ------
@@ -212,11 +213,14 @@ def suitable(label: str, adapter: Adapter) -> None:
         raise ConfigError(f"{label}: {config.peft_type} cannot be an expert: give a LORA")
     odd = [name for name in _VARIANTS if getattr(config, name)]
     odd += ["init_lora_weights"] if has_start(config.init_lora_weights) else []
-    if odd or adapter.extra or adapter.tokens:
+    # HF saves an adapted embedding's own table along
+    copies = [n for n in adapter.extra if not tables or is_trained(config, n)]
+    if odd or copies or adapter.tokens:
         what = ", ".join(odd) or "full copies or rows of tensors"
         raise ConfigError(f"{label}: cannot be an expert with {what}: give a plain LoRA")
+    known = [{"lora_A.weight", "lora_B.weight"}, {*EMBEDDING}][: 1 + tables]
     for name, p in adapter.sites.items():
-        if p.keys() != {"lora_A.weight", "lora_B.weight"} or len(p["lora_A.weight"].shape) != 2:
+        if p.keys() not in known or any(len(array.shape) != 2 for array in p.values()):
             shapes = {key: tuple(array.shape) for key, array in p.items()}
             raise ConfigError(f"{label}: {name}: is no linear layer, which experts need: {shapes}")
 

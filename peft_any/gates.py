@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_any._typing import Array
 from peft_any.activations import clipped
-from peft_any.backend import astype, dtype_name, namespace
+from peft_any.backend import astype, dtype_name, is_floating, namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Site, linear
 from peft_any.mixtures import largest_shares, softmax
@@ -22,7 +22,7 @@ def scaled_experts(
     ----------
     factors : array (E·r, n_in) and array (n_out, E·r)
         All Aₑ one below the other, and all Bₑ side by side.
-    x : array (…, n_in)
+    x : array (…, n_in), or of integers (…)
     scalings : array (…, E) or (…, layers, E)
     order : sequence of str
         The names of those layers.
@@ -35,17 +35,18 @@ def scaled_experts(
     """
     a, b = factors
     shape, count = tuple(scalings.shape), scalings.shape[-1]
-    if scalings.ndim == x.ndim + 1 and site.name in order:
+    lead = tuple(x.shape[:-1] if is_floating(x) else x.shape)
+    if scalings.ndim == len(lead) + 2 and site.name in order:
         scalings = scalings[..., order.index(site.name), :]
-    if tuple(scalings.shape) != (*x.shape[:-1], count) or a.shape[0] % count:
+    if tuple(scalings.shape) != (*lead, count) or a.shape[0] % count:
         raise ShapeError(
             f"{site.name}: scalings of shape {shape} for input of shape {tuple(x.shape)} and "
             f"factors of {a.shape[0]} ranks in all: give (rows, positions, experts), or with an "
             f"axis of {len(order)} layers before the last"
         )
-    xp, h = namespace(x, scalings, a), linear(x, a)
+    xp, h = namespace(scalings, a), linear(x, a)
     shares = xp.expand_dims(astype(scalings, dtype_name(h)), axis=-1)
-    parts = xp.reshape(h, (*x.shape[:-1], count, a.shape[0] // count)) * shares
+    parts = xp.reshape(h, (*lead, count, a.shape[0] // count)) * shares
     return linear(xp.reshape(parts, h.shape), b)
 
 

@@ -20,6 +20,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.xlora import A, B, XLoraConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
+from peft_any.starts import EMBEDDING
 
 _A, _B = "experts_A.weight", "experts_B.weight"
 
@@ -172,7 +173,8 @@ def xlora_of(
     gate : Adapter or XLoraConfig
         A gate that `Adapter.load` read, or a configuration, of which one is drawn.
     experts : sequence of Adapter
-        LoRAs of linear layers, of any ranks; what one does not adapt it leaves alone.
+        LoRAs of linear layers and embeddings, of any ranks; what one does not adapt it leaves
+        alone.
     order : sequence of str, optional
         With `layerwise_scalings`, names in the order of the model's modules, such as
         ``[name for name, _ in model.named_modules()]``: a file does not say which share is
@@ -278,28 +280,34 @@ def experts_in(adapter: Adapter) -> list[Adapter]:
 def _padded(experts: Sequence[Adapter]) -> tuple[dict[str, Params], int]:
     """Lay experts side by side, each with zeros up to the largest rank."""
     for i, one in enumerate(experts):
-        suitable(f"experts[{i}]", one)
-    names = dict.fromkeys(name for one in experts for name in one.sites)
-    ranks = [p["lora_A.weight"].shape[0] for one in experts for p in one.sites.values()]
-    r, out = max(ranks), {}
-    for name in names:
-        own = [one.sites.get(name) for one in experts]
-        like = next(p for p in own if p is not None)
-        n, m = like["lora_A.weight"].shape[1], like["lora_B.weight"].shape[0]
-        sizes = {(p["lora_A.weight"].shape[1], p["lora_B.weight"].shape[0]) for p in own if p}
+        suitable(f"experts[{i}]", one, tables=True)
+    found = [{name: _pair(p) for name, p in one.sites.items()} for one in experts]
+    r, out = max(a.shape[0] for pairs in found for a, _ in pairs.values()), {}
+    for name in dict.fromkeys(name for pairs in found for name in pairs):
+        here = [pairs[name] for pairs in found if name in pairs]
+        sizes = {(a.shape[1], b.shape[0]) for a, b in here}
         if len(sizes) != 1:
             raise ShapeError(
                 f"{name}: experts of {sorted(sizes)} inputs and outputs: give one base's"
             )
-        new = Fresh(0, backend_of(like["lora_A.weight"]), dtype=dtype_name(like["lora_A.weight"]))
-        xp, a, b = namespace(like["lora_A.weight"]), [], []
-        for one, p in zip(experts, own, strict=True):
-            k = 0 if p is None else p["lora_A.weight"].shape[0]
-            if p is not None:
-                a.append(p["lora_A.weight"])
-                b.append(scale_of(one, Site(name, n, m)) * p["lora_B.weight"])
-            if k < r:
-                a.append(new.zeros((r - k, n)))
-                b.append(new.zeros((m, r - k)))
-        out[name] = {A: xp.concat(a, axis=0), B: xp.concat(b, axis=1)}
+        ((n, m),) = sizes
+        new = Fresh(0, backend_of(here[0][0]), dtype=dtype_name(here[0][0]))
+        parts_a, parts_b = [], []
+        for one, pairs in zip(experts, found, strict=True):
+            rank = 0
+            if name in pairs:
+                a, b = pairs[name]
+                rank = a.shape[0]
+                parts_a.append(a)
+                parts_b.append(scale_of(one, Site(name, n, m)) * b)
+            if rank < r:
+                parts_a.append(new.zeros((r - rank, n)))
+                parts_b.append(new.zeros((m, r - rank)))
+        xp = namespace(*parts_a)
+        out[name] = {A: xp.concat(parts_a, axis=0), B: xp.concat(parts_b, axis=1)}
     return out, r
+
+
+def _pair(p: Params) -> tuple[Array, Array]:
+    a, b = EMBEDDING if EMBEDDING[0] in p else ("lora_A.weight", "lora_B.weight")
+    return p[a], p[b]

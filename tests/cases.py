@@ -920,6 +920,13 @@ ROUTED = [
         hf=WHOLE,
     ),
     RoutedCase(
+        "xlora-embedding",
+        XLoraConfig(hidden_size=5, adapters={"0": "", "1": ""}, r=2, use_trainable_adapters=True),
+        WTE,
+        routing={"hidden": HIDDEN},
+        hf=WHOLE,
+    ),
+    RoutedCase(
         "xlora-layerwise",
         XLoraConfig(
             hidden_size=5,

@@ -209,6 +209,30 @@ def test_a_gate_and_its_experts_are_trained_and_saved(tmp_path) -> None:
         experts_in(Adapter.load(tmp_path / "x"))
 
 
+def test_a_gate_refuses_what_does_not_fit_together() -> None:
+    tasks, wide = experts(2), experts(1, n_in=7)
+    gate = XLoraConfig(adapters={"0": "", "1": ""})
+    rows: list[tuple[type[Exception], str, Any]] = [
+        (ShapeError, r"fc: experts of \[\(6, 5\), \(7, 5\)\] inputs", [tasks[0], *wide]),
+        (ConfigError, "names 2 experts, and 3 are given", [*tasks, *wide]),
+        (ConfigError, r"experts\[1\]: IA3 cannot be", [tasks[0], Adapter(IA3Config(), {})]),
+    ]
+    for error, words, given in rows:
+        with pytest.raises(error, match=words):
+            xlora_of(gate, given)
+    for fields, words in (
+        ({"top_k_lora": 3}, "top_k_lora=3 must be at least 1 and at most the 2 adapters"),
+        ({"softmax_temperature": 0}, "softmax_temperature=0 must be above 0"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+        ({"xlora_depth": 0}, "xlora_depth=0 must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            XLoraConfig(adapters={"0": "", "1": ""}, **fields)
+    numbered = XLoraConfig(adapters={str(i): f"e{i}" for i in (0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9)})
+    assert numbered.experts == [f"e{i}" for i in range(11)]
+    assert XLoraConfig(adapters={"b": "y", "a": "x"}).experts == ["y", "x"]
+
+
 def test_experts_refuse_other_scalings() -> None:
     model, x = PeftModel({"fc.weight": np.ones((5, 6))}), np.ones((2, 3, 6))
     model.add("mixed", experts_of(experts(2)))

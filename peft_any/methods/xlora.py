@@ -34,7 +34,7 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
     xlora_size: the net's width. use_trainable_adapters: experts are trained, too.
     """
 
-    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Embedding"})
     why: ClassVar[str] = "every token has shares of its own of the experts"
     grouped: ClassVar[frozenset[str]] = frozenset({GATE})
     unsaid: ClassVar[frozenset[str]] = frozenset(

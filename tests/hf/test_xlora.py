@@ -153,7 +153,7 @@ def test_experts_of_other_ranks_and_layers_stand_side_by_side(tmp_path: Path) ->
     for i, fields in enumerate(
         (
             {"r": 3, "target_modules": ["q_proj"], "use_rslora": True},
-            {"r": 1, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+            {"r": 1, "target_modules": ["q_proj", "v_proj", "embed_tokens"]},
         )
     ):
         with quietly():
@@ -172,7 +172,7 @@ def test_experts_of_other_ranks_and_layers_stand_side_by_side(tmp_path: Path) ->
     compare({"y": logits(adapter)}, {"y": want}, ROUNDING["float32"])
     with pytest.raises(ConfigError, match=r"layerwise_scalings has shares .*order="):
         logits(load_xlora(tmp_path / "x", backend="torch"))
-    with pytest.raises(ConfigError, match=r"order: lacks .*down_proj among 6 layers"):
+    with pytest.raises(ConfigError, match=r"order: lacks .*embed_tokens among 7 layers"):
         load_xlora(tmp_path / "x", order=[])
     with pytest.raises(ConfigError, match="names 3 experts, and 1 are given"):
         load_xlora(tmp_path / "x", paths[:1])
