@@ -140,6 +140,11 @@ class Layer(Protocol):
         ...
 
     @property
+    def adapted(self) -> bool:
+        """Whether the layer already carries an adapter."""
+        ...
+
+    @property
     def original(self) -> Array:
         """The weight before any adapter: what DoRA measures when adapters are stacked."""
         ...
@@ -189,6 +194,11 @@ class Dense:
     site: Site
     unadapted: Array | None = None
     unadapted_bias: Array | None = None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter was merged into this layer."""
+        return self.unadapted is not None
 
     @property
     def original(self) -> Array:

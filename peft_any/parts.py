@@ -247,6 +247,11 @@ class Adapted:
         return self.base.site
 
     @property
+    def adapted(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def original(self) -> Array:
         """The weight below all adapters."""
         return self.base.original
@@ -284,6 +289,7 @@ class Once:
         self._last = known
         self.site, self.weight, self.bias = base.site, base.weight, base.bias
         self.original, self.original_bias = base.original, base.original_bias
+        self.adapted = base.adapted
 
     def __call__(self, x: Array) -> Array:
         """Apply the layer, or remember what it gave for this `x`."""

@@ -132,7 +132,7 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
         if merged is not None:
             return merged(x)
         y: Array = self._applied(p, x, base.site)
-        if not isinstance(base, Dense) or base.unadapted is not None:
+        if base.adapted:
             return base(x) + (y - linear(x, base.original))
         return y if base.bias is None else y + base.bias
 

@@ -25,7 +25,7 @@ class _Unread:
     """A layer of which only the site is known."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.bias, self.original_bias = site, None, None
+        self.site, self.bias, self.original_bias, self.adapted = site, None, None, False
 
     @property
     def weight(self) -> Host:

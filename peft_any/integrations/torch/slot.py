@@ -207,6 +207,11 @@ class Held:
         return self._wide
 
     @property
+    def adapted(self) -> bool:
+        """It is the lowest."""
+        return False
+
+    @property
     def original(self) -> Any:
         """The weight below all adapters, which this one is."""
         return self.weight
