@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import cleandoc
 from pathlib import Path
@@ -64,7 +64,7 @@ def parse(cls: type[Config]) -> Doc:
     prose: list[str] = []
     notes: dict[str, str] = {}
     open_items: list[str] = []
-    for line in cleandoc(cls.__doc__ or "").splitlines():
+    for line in apart(cleandoc(cls.__doc__ or "").splitlines(), known):
         names, colon, rest = line.partition(":")
         named = [n.strip() for n in names.split(",")]
         if colon and known.issuperset(named):
@@ -76,6 +76,20 @@ def parse(cls: type[Config]) -> Doc:
             open_items = []
             prose.append(line)
     return Doc(linked("\n".join(prose).strip()), {k: linked(v) for k, v in notes.items()})
+
+
+def apart(lines: Iterable[str], known: Collection[str]) -> Iterator[str]:
+    """Give items that share a line, ``field: what it does. field: …``, a line each."""
+    inside = False
+    for line in lines:
+        start, inside = 0, inside and line.startswith(" ")
+        for found in re.finditer(r"(?:^|(?<=\.) )((?:\w+, )*\w+):", line):
+            first = found.start() == 0
+            if (first or inside) and set(known).issuperset(found[1].split(", ")):
+                if not first:
+                    yield line[start : found.start()]
+                start, inside = found.start(1), True
+        yield line[start:]
 
 
 def linked(text: str) -> str:

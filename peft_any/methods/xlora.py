@@ -28,7 +28,8 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
     holds the Aₑ of all experts one below the other, `xlora_B.weight` (n_out, E·r) the scaled Bₑ
     side by side. A file has the net alone, and the experts' paths: `load_xlora` reads all.
 
-    adapters: the experts by name; numbers say the order. global_scaling_weight: g.
+    hidden_size: null is 4096. adapters: paths by name; numbers say the order.
+    global_scaling_weight: g. scaling_pass_value: `scalings` of the pass that gives `hidden`.
     enable_softmax, softmax_temperature: p = softmax(net/T). top_k_lora: the largest p alone.
     enable_softmax_topk: softmax after that. layerwise_scalings: p for each layer, in `order`.
     xlora_size: the net's width. use_trainable_adapters: experts are trained, too.
