@@ -32,6 +32,8 @@ from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.model import PeftModel
 from peft_any.testing.strategies import hostile_files
+from tests.test_adapter_files import FILES as GOLDEN
+from tests.test_adapter_files import NAMES, base_of
 
 PATIENCE = 5.0
 """Seconds of computing after which a command hangs; a refusal takes milliseconds."""
@@ -78,6 +80,12 @@ def make_world(root: Path) -> None:
         "vera": VeraConfig(r=3, target_modules=targets, projection_prng_key=1),
     }.items():
         model.add(name, config_, seed=1).save(root / name)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Read the configuration of a golden file."""
+    raw: dict[str, Any] = json.loads((GOLDEN / name / CONFIG).read_text())
+    return raw
 
 
 FILES = [
@@ -341,6 +349,29 @@ class TestByDesign:
         name = f"lora/{CONFIG}"
         (world.root / name).write_bytes(CONFIGS[case])
         assert "error: " in world.merge(name)
+
+    @pytest.mark.parametrize(
+        "name", {config_of(name)["peft_type"]: name for name in NAMES}.values()
+    )
+    def test_numbers_beyond_all_measure(self, world: World, name: str) -> None:
+        """What a configuration announces is compared with the file, not made."""
+        folder = world.root / "huge"
+        shutil.copytree(GOLDEN / name, folder)
+        base = {k: np.ones(v.shape, "float32") for k, v in base_of(name).items()}
+        write_safetensors(folder / "base.safetensors", base)
+        raw = config_of(name)
+        numbers = [k for k, v in raw.items() if isinstance(v, int) and not isinstance(v, bool)]
+        merge = ["merge", "--base", folder / "base.safetensors", "--adapter", folder, "--dry-run"]
+        tracemalloc.start()
+        try:
+            for change in ({}, *({field: 10**12} for field in numbers)):
+                (folder / CONFIG).write_text(json.dumps(raw | change))
+                world.attack("inspect", folder)
+                world.attack(*merge)
+            assert tracemalloc.get_traced_memory()[1] < 50_000_000
+        finally:
+            tracemalloc.stop()
+            shutil.rmtree(folder)
 
     @pytest.mark.parametrize("case", INDICES)
     def test_indices(self, world: World, case: str) -> None:

@@ -77,7 +77,9 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
 
     def kept(self, name: str) -> list[bool]:
         """Give the mask (init_r,) of the triplets kept at a site: all, where none is given."""
-        mask = (self.rank_pattern or {}).get(f"{name}.lora_E", [True] * self.init_r)
+        mask = (self.rank_pattern or {}).get(f"{name}.lora_E")
+        if mask is None:
+            return [True] * self.init_r
         if len(mask) != self.init_r:
             raise ConfigError(
                 f"{name}: a rank_pattern of {len(mask)} entries cannot mask init_r={self.init_r} "
@@ -90,7 +92,8 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
         if site.groups > 1:
             many = f"{site.name}: ADALORA cannot adapt a convolution of {site.groups} groups"
             raise ConfigError(f"{many}: its A reads all channels; name it in exclude_modules")
-        return replace(self, r=sum(map(bool, self.kept(site.name))))
+        masked = f"{site.name}.lora_E" in (self.rank_pattern or {})
+        return replace(self, r=sum(map(bool, self.kept(site.name))) if masked else self.init_r)
 
     @property
     def scaling(self) -> float:

@@ -13,6 +13,8 @@ from peft_any.layer import Dense, Kind, Site, linear
 from peft_any.method import Tuner
 from peft_any.rng import Fresh
 
+_DEEPEST = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
@@ -42,7 +44,7 @@ class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
         check_fields(self, "r")
         refuse(
             self,
-            depth=(self.depth >= 0, "0 or more"),
+            depth=(0 <= self.depth <= _DEEPEST, f"0 to {_DEEPEST}"),
             act_fn=(self.act_fn in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
         )
 

@@ -16,6 +16,7 @@ from peft_any.routed import Routed
 
 A, B = "xlora_A.weight", "xlora_B.weight"
 GATE = "internal_xlora_classifier"
+_DEEPEST = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
             self,
             hidden_size=(self.hidden_size is None or self.hidden_size >= 1, "at least 1"),
             softmax_temperature=(self.softmax_temperature > 0, "above 0"),
+            xlora_depth=(self.xlora_depth <= _DEEPEST, f"at most {_DEEPEST}"),
             top_k_lora=(fits, f"at least 1 and at most the {count} adapters"),
         )
 

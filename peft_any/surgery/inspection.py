@@ -227,7 +227,7 @@ def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
     config: Any = adapter.config
     known: dict[Any, list[Site]] = {}
     for name, params in adapter.sites.items():
-        found = site_of(config, name, params, known)
+        found = site_of(config, name, params, known) if isinstance(config, Tuner) else None
         rank = getattr(config if found is None else found[0], "r", None)
         yield SiteReport(
             name,
