@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, backend_of, dtype_name, namespace
 from peft_any.checks import check_fields
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ConfigError, ShapeError, StorageError
 from peft_any.experts import scale_of, stacked, suitable
 from peft_any.gates import scaled_experts
 from peft_any.gates import xlora_scalings as xlora_scalings
@@ -155,6 +156,12 @@ def load_xlora(
     if not isinstance(config, XLoraConfig):
         raise ConfigError(f"{path}: {config.peft_type} is no X-LoRA: give Adapter.load the path")
     given = config.experts if experts is None else experts
+    lost = [one for one in given if not (isinstance(one, Adapter) or Path(one).exists())]
+    if lost:
+        raise StorageError(
+            f"{path}: {len(lost)} of its experts are not here, {str(lost[0])!r} among them: give "
+            "experts=, their directories or adapters in this order"
+        )
     read = [one if isinstance(one, Adapter) else Adapter.load(one, backend) for one in given]
     return xlora_of(gate, read, order=order)
 

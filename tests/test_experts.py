@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from peft_any import Adapter, ConfigError, PeftModel, ShapeError, Site, move, value_and_grad
+from peft_any import (
+    Adapter,
+    ConfigError,
+    PeftModel,
+    ShapeError,
+    Site,
+    StorageError,
+    move,
+    value_and_grad,
+)
 from peft_any.experts import ArrowConfig, arrow_of
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
@@ -205,6 +215,9 @@ def test_a_gate_and_its_experts_are_trained_and_saved(tmp_path) -> None:
     np.testing.assert_array_equal(got, want)
     once = model["x"].config.scalings(model["x"].shared, hidden)
     np.testing.assert_allclose(model.routed(scalings=once).bind().layers["fc"](x), want, rtol=1e-12)
+    shutil.rmtree(paths["1"])
+    with pytest.raises(StorageError, match=r"1 of its experts are not here, '.*1' among them"):
+        load_xlora(tmp_path / "x")
     with pytest.raises(ConfigError, match="XLoraConfig: holds no experts"):
         experts_in(Adapter.load(tmp_path / "x"))
 

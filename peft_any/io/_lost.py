@@ -36,8 +36,15 @@ def lost_layers(
     Raises
     ------
     FormatError
-        If a layer is nowhere, or does not have its sizes.
+        If a layer is nowhere; if the file is that of an expert beside a gate, which lacks layers
+        of the model, and has layers of the base.
     """
+    if any(key.startswith("base_model.lora_model.") for key in keys):
+        raise FormatError(
+            f"{tensors}: an expert that was saved along with its X-LoRA gate cannot be loaded: "
+            "Hugging Face PEFT leaves out its layers that have another expert's number: load it "
+            "from its own directory, which adapters in the gate's configuration names"
+        )
     found: dict[str, npt.NDArray[np.generic]] = {}
     lost: list[str] = []
     if config.peft_type != "XLORA":

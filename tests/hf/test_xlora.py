@@ -142,6 +142,8 @@ def test_a_gate_that_hf_cut_down_needs_the_directories_beside_it(tmp_path: Path)
     theirs = gated(saved(tmp_path, 3), xlora_depth=2)
     with quietly():
         theirs.save_pretrained(tmp_path / "x")
+    with pytest.raises(FormatError, match=r"expert that was saved along .*from its own directory"):
+        Adapter.load(tmp_path / "x" / "1")
     for i in range(3):
         shutil.rmtree(tmp_path / "x" / str(i))
     with pytest.raises(FormatError, match=r"layers\.0: Hugging Face PEFT left .*selected_adapters"):
