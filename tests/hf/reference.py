@@ -272,15 +272,19 @@ def attach(case: Case, base: Dense, model: nn.Module) -> Any:
         return peft.get_peft_model(model, config_of(config, **given)).eval()
 
 
-def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Result:
-    """Let Hugging Face PEFT attach, fill, save, apply and merge a row's adapter."""
+def adapted(case: Case, dtype: str, seed: int) -> tuple[Dense, dict[str, np.ndarray], Any]:
+    """Give a row's base, its state dict, and a model of it with a fresh adapter."""
     narrow = case.config.peft_type in DECOMPOSED_NARROW
     base = case.base(seed, dtype="float32" if narrow else dtype)
     plain = model_of(base)
     state = {k: v.astype(dtype) for k, v in state_of(plain).items()}
     model = attach(case, base, plain)
-    if narrow:
-        model = model.to(getattr(torch, dtype))
+    return base, state, model.to(getattr(torch, dtype)) if narrow else model
+
+
+def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Result:
+    """Let Hugging Face PEFT attach, fill, save, apply and merge a row's adapter."""
+    base, state, model = adapted(case, dtype, seed)
     result = Result(folder / "adapter", None, state)
     starts = takes_from_base(case, base)
     if starts:

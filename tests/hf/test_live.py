@@ -17,9 +17,14 @@ import pytest
 
 peft = pytest.importorskip("peft")
 
+import torch  # noqa: E402
+
 from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.autodiff import value_and_grad  # noqa: E402
+from peft_any.backend import namespace  # noqa: E402
 from peft_any.errors import ConfigError  # noqa: E402
 from peft_any.io.config import CONFIG_NAME  # noqa: E402
+from peft_any.layer import Dense  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests.cases import CASES, PROMPTS, Case, PromptCase  # noqa: E402
 from tests.hf import reference  # noqa: E402
@@ -169,6 +174,35 @@ def test_hfs_file_is_refused_where_it_lacks_what_its_writer_told(
     ((_, why),) = case.config.marks.items()
     with pytest.raises(ConfigError, match=re.escape(why)):
         Adapter.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("case", [c for c in LIVE if c.config.marks], ids=lambda case: case.name)
+def test_gradients_beside_frozen_arrays_are_hfs(case: Case, tmp_path: Path) -> None:
+    base, state, model = reference.adapted(case, "float64", 5)
+    reference.load(model, reference.trained(model, case, base, "float64"))
+    base = Dense(state[case.site.weight], state.get(case.site.bias_name), case.site)
+    with reference.quietly():
+        model.save_pretrained(tmp_path / "a")
+    reference.complete(tmp_path / "a", model)
+    adapter = Adapter.load(tmp_path / "a")
+    config, p = case.config.at(case.site), adapter.sites[case.site.name]
+    x, start = reference.inputs(case, "float64"), f"{reference.PREFIX}{case.site.name}."
+    model.base_model.model.get_submodule(case.site.name)(torch.tensor(x)).square().sum().backward()
+    theirs = {
+        name.replace(".default", "").removeprefix(start): reference.host(weight.grad)
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+    def loss(trained: dict[str, Any]) -> Any:
+        y = config.forward(config.prepare({**p, **trained}, base), x, base)
+        return namespace(y).sum(y * y)
+
+    trained = {name: a for name, a in p.items() if name not in config.frozen}
+    _, ours = value_and_grad(loss)(trained)
+    for name in [name for name, a in trained.items() if not a.size]:  # a rotation of one direction
+        assert ours.pop(name).shape == theirs.pop(name).shape
+    compare(ours, theirs, 1e-10)
 
 
 def test_few_rows_make_hf_warn_of_its_own_files() -> None:
