@@ -275,6 +275,8 @@ def _memory(x: Any) -> Any:
 def scatter(g: Any, key: Any, shape: tuple[int, ...], onto: Any = None) -> Any:
     """Add `g` to zeros of a shape, or to a copy of an array, at a key, repeated places too.
 
+    Places in an array are counted from its start.
+
     Examples
     --------
     >>> import numpy as np
@@ -292,19 +294,25 @@ def scatter(g: Any, key: Any, shape: tuple[int, ...], onto: Any = None) -> Any:
     if onto is None and all(k is None or isinstance(k, int | slice | type(...)) for k in parts):
         zeros[key] = g
     elif name == "torch":
-        zeros = _torch_add(zeros, parts, g)
+        zeros = _torch_add(zeros, parts, g, held=onto is not None)
     else:
         module = np if name == "numpy" else LIBRARIES["cupy"].module
         module.add.at(zeros, key, g)
     return zeros
 
 
-def _torch_add(zeros: Any, key: tuple[Any, ...], g: Any) -> Any:
-    torch = LIBRARIES["torch"].module
+def _torch_add(zeros: Any, key: tuple[Any, ...], g: Any, *, held: bool) -> Any:
+    torch, size = LIBRARIES["torch"].module, zeros.numel()
     if zeros.ndim == len(key) == 1 and not isinstance(key[0], slice):
-        return zeros.index_add(0, torch.remainder(key[0].reshape(-1), len(zeros)), g.reshape(-1))
-    places = torch.arange(zeros.numel(), device=zeros.device).reshape(zeros.shape)[key]
-    return zeros.reshape(-1).index_add(0, places.reshape(-1), g.reshape(-1)).reshape(zeros.shape)
+        places = key[0] if held else torch.remainder(key[0], size)
+    else:
+        places = torch.arange(size, device=zeros.device).reshape(zeros.shape)[key]
+    flat, places, g = zeros.reshape(-1), places.reshape(-1), g.reshape(-1)
+    try:  # half as many passes as index_add, which copies twice
+        out = (flat.clone() if held else flat).index_add_(0, places, g)
+    except RuntimeError:  # under vmap
+        out = flat.index_add(0, places, g)
+    return out.reshape(zeros.shape)
 
 
 def own(g: Any) -> Any:

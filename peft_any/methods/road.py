@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import namespace, summed
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ShapeError
 from peft_any.layer import Dense, Kind, Layer, Site
@@ -74,50 +73,51 @@ class RoadConfig(Tuner, peft_type="ROAD", prefix="road_"):
         return True
 
     def terms(self, p: Params) -> tuple[Array, Array]:
-        """α·cos θ and α·sin θ, each (groups, 2 or 1, g/2)."""
+        """α·cos θ and ∓α·sin θ, each (groups, 2, g/2): R·(u, v) = (u, v) ⊙ one + (v, u) ⊙ other."""
+        if "own" in p:
+            return p["own"], p["other"]
         xp, half = namespace(p["road_theta"]), self.group_size // 2
         each = {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant]
         theta, alpha = (xp.reshape(p[k], (-1, each, half)) for k in ("road_theta", "road_alpha"))
-        if each < 4:
-            return alpha * xp.cos(theta), alpha * xp.sin(theta)
-        cos = alpha[:, :2, :] * xp.cos(theta[:, :2, :])
-        return cos, alpha[:, 2:, :] * xp.sin(theta[:, 2:, :])
+        last = 2 if each == 4 else 0  # of four, the last two are the sines'
+        first = each - last
+        cos = alpha[:, :first, :] * xp.cos(theta[:, :first, :])
+        sin = alpha[:, last:, :] * xp.sin(theta[:, last:, :])
+        own = xp.concat([cos[:, :1, :], cos[:, -1:, :]], axis=1)
+        return own, xp.concat([-sin[:, :1, :], sin[:, -1:, :]], axis=1)
 
-    def turned(self, p: Params, y: Array) -> Array:
-        """R·y for vectors y (..., n_out)."""
-        xp, (cos, sin), half = namespace(y), self.terms(p), self.group_size // 2
-        pairs = xp.reshape(y, (prod(y.shape[:-1]), -1, 2, half))
-        across = xp.concat([-pairs[:, :, 1:, :], pairs[:, :, :1, :]], axis=2)
-        turned: Array = xp.reshape(pairs * cos + across * sin, y.shape)
-        return turned
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Compute the terms once."""
+        own, other = self.terms(p)
+        return {**p, "own": own, "other": other}
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """R·base(x)."""
-        return self.turned(p, base(x))
+        y, (own, other) = base(x), self.terms(p)
+        xp = namespace(y, own)
+        pairs = xp.reshape(y, (prod(y.shape[:-1]), *own.shape))
+        turned: Array = xp.reshape(pairs * own + xp.flip(pairs, axis=2) * other, y.shape)
+        return turned
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """R·W and R·b."""
-        return self._mapped(base, lambda y: self.turned(p, y))
+        return _turned(base, *self.terms(p))
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """R⁻¹·W′ and R⁻¹·b′, by the inverse of each pair's 2 × 2 matrix; NaN where it has none."""
-        (cos, sin), xp = self.terms(p), namespace(merged.weight)
-        own, other = ((t[:, :1, :], t[:, -1:, :]) for t in (cos, sin))
-        # (u', v') = [[c0, -s0], [s1, c1]]·(u, v)
-        det = own[0] * own[1] + other[0] * other[1]
+        own, other = self.terms(p)
+        flip = namespace(own).flip
+        det = own[:, :1, :] * own[:, 1:, :] - other[:, :1, :] * other[:, 1:, :]
+        return _turned(merged, flip(own, axis=1) / det, -other / det)
 
-        def back(y: Array) -> Array:
-            pairs = xp.reshape(y, (prod(y.shape[:-1]), -1, 2, self.group_size // 2))
-            u, v = pairs[:, :, :1, :], pairs[:, :, 1:, :]
-            parts = [own[1] * u + other[0] * v, own[0] * v - other[1] * u]
-            found: Array = xp.reshape(xp.concat(parts, axis=2) / det, y.shape)
-            return found
 
-        return self._mapped(merged, back)
+def _turned(layer: Dense, own: Array, other: Array) -> Dense:
+    """Turn the rows of the weight, and the bias."""
+    xp = namespace(layer.weight, own)
 
-    @staticmethod
-    def _mapped(layer: Dense, f: Callable[[Array], Array]) -> Dense:
-        """Apply a map of output vectors to the columns of the weight, and to the bias."""
-        xp = namespace(layer.weight)
-        weight = xp.matrix_transpose(f(xp.matrix_transpose(layer.weight)))
-        return layer.replace(weight=weight, bias=None if layer.bias is None else f(layer.bias))
+    def turn(a: Array) -> Array:
+        pairs, one, two = (xp.reshape(t, (*own.shape, -1)) for t in (a, own, other))
+        return xp.reshape(summed(pairs * one, xp.flip(pairs, axis=1) * two, ()), a.shape)  # type: ignore[no-any-return]
+
+    bias = None if layer.bias is None else turn(layer.bias)
+    return layer.replace(weight=turn(layer.weight), bias=bias)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import namespace
+from peft_any.backend import astype, namespace
 from peft_any.checks import check_fields, refuse
 from peft_any.errors import ShapeError
 from peft_any.layer import Kind, Site
@@ -73,11 +73,11 @@ class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
         return added_at(weight, p["shira_weight"], self._places(p, site), minus=minus)
 
     def _places(self, p: Params, site: Site) -> Array:
-        """The flat places."""
+        """The flat places, of a type that indexes on every library."""
         places = p["shira_indices"]
-        xp = namespace(places)
-        rows, columns = (xp.astype(places[i, :], xp.int64) for i in (0, 1))
-        flat: Array = rows * site.n_in + columns
+        if site.n_out * site.n_in > 2**31:  # more than the file's int32 can count
+            places = astype(places, "int64")
+        flat: Array = astype(places[0, :] * site.n_in + places[1, :], "int64")
         return flat
 
     # One product with the merged weight costs less than two.
