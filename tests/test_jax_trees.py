@@ -431,19 +431,102 @@ class TestRefusals:
             attach_tree(net, RANDOM)
 
     def test_layers_that_are_stacked_or_of_other_classes(self) -> None:
-        keys = jax.random.split(jax.random.key(0), 3)
+        keys, rngs = jax.random.split(jax.random.key(0), 3), nnx.Rngs(0)
+        scanned = nnx.Linear(2, 2, rngs=rngs)
+        scanned.kernel = nnx.Param(jnp.ones((3, 2, 2)))
         net = {
             "stack": eqx.filter_vmap(lambda k: eqx.nn.Linear(2, 2, key=k))(keys),
             "table": eqx.filter_vmap(lambda k: eqx.nn.Embedding(2, 2, key=k))(keys),
             "conv": eqx.filter_vmap(lambda k: eqx.nn.Conv1d(2, 2, 1, key=k))(keys),
+            "scanned": scanned,
             "norm": eqx.nn.LayerNorm((2, 2)),
             "up": eqx.nn.ConvTranspose1d(2, 2, 1, key=keys[0]),
-            "flax": nnx.ConvTranspose(2, 2, (1,), rngs=nnx.Rngs(0)),
-            "batched": nnx.LinearGeneral(2, 2, batch_axis={0: 3}, rngs=nnx.Rngs(0)),
+            "flax": nnx.ConvTranspose(2, 2, (1,), rngs=rngs),
+            "wide": nnx.Conv(2, 2, (1, 1, 1, 1), rngs=rngs),
+            "batched": nnx.LinearGeneral(2, 2, batch_axis={0: 3}, rngs=rngs),
+            "free": nnx.Einsum("ab,b...->a...", (2, 2), rngs=rngs),
+            "diagonal": nnx.Einsum("ab,bc->abc", (2, 2), rngs=rngs),
+            "turned": nnx.Einsum("a,abc->cb", (2, 2, 3), (3, 2), rngs=rngs),
             "fc": eqx.nn.Linear(2, 2, key=keys[0]),
         }
-        task = attach_tree(net, LoraConfig(r=1, target_modules="all-linear"))
-        assert [*task.params["default"]] == ["fc"]
+        reasons = {
+            "stack": r"shape \(3, 2, 2\) holds several layers",
+            "table": "several layers",
+            "conv": "several layers",
+            "scanned": "several layers",
+            "up": "it is a ConvTranspose1d, which no adapter knows: leave it out",
+            "flax": "it is a ConvTranspose,",
+            "wide": "it is a Conv,",
+            "batched": "LinearGeneral with a batch_axis",
+            "free": "Einsum whose einsum_str does not name",
+            "diagonal": "Einsum whose kernel has axes that are neither",
+            "turned": "Einsum whose bias lies otherwise",
+        }
+        for name, why in reasons.items():
+            for config in (
+                LoraConfig(r=1, target_modules=["fc", name]),
+                LoraConfig(r=1, target_modules=f"fc|{name}"),
+                Adapter(LoraConfig(r=1), {name: {}}),
+            ):
+                with pytest.raises(TargetError, match=f"^{name}: cannot be adapted: .*{why}"):
+                    attach_tree(net, config)
+        everywhere = LoraConfig(r=1, target_modules="all-linear")
+        with pytest.raises(TargetError, match=r"^scanned: .*; stack: "):
+            attach_tree(net, everywhere)
+        without = {k: v for k, v in net.items() if k not in ("stack", "scanned")}
+        assert [*attach_tree(without, everywhere).params["default"]] == ["fc"]
+        assert [*attach_tree(net, LoraConfig(r=1, target_modules=["fc"])).params["default"]] == [
+            "fc"
+        ]
+
+    def test_the_way_out_of_stacked_layers(self) -> None:
+        """One layer is attached to, and each turn of the scan binds its own."""
+        keys = jax.random.split(jax.random.key(0), 3)
+        stack = eqx.filter_vmap(lambda k: eqx.nn.MLP(6, 6, 5, 1, key=k, dtype=jnp.float32))(keys)
+        each, rest = eqx.partition(stack, eqx.is_array)
+        blocks = [
+            eqx.combine(jax.tree.map(lambda a, i=i: a[i], each), rest) for i in range(len(keys))
+        ]
+        tasks = [attach_tree(block, RANDOM, seed=i) for i, block in enumerate(blocks)]
+        params = jax.tree.map(lambda *a: jnp.stack(a), *(task.params for task in tasks))
+
+        def turn(x: Any, given: Any) -> Any:
+            p, arrays = given
+            return jax.vmap(tasks[0].bind(p, eqx.combine(arrays, rest)))(x), None
+
+        got = jax.jit(lambda p, x: jax.lax.scan(turn, x, (p, each))[0])(params, X)
+        want = X
+        for task in tasks:
+            want = jax.vmap(merge_tree(task))(want)
+        close(got, want, 1e-5)
+
+    @pytest.mark.parametrize(
+        ("rule", "kernel", "bias", "shape"),
+        [
+            ("btd,dnh->btnh", (6, 2, 4), (2, 4), (3, 2, 6)),
+            ("btd,ndh->btnh", (2, 6, 4), None, (3, 2, 6)),
+            ("btnh,nhd->btd", (2, 3, 8), (8,), (3, 2, 2, 3)),
+            ("...d,ckdh->c...kh", (2, 2, 6, 2), None, (3, 6)),
+        ],
+    )
+    def test_einsums(self, rule: str, kernel: Any, bias: Any, shape: Any) -> None:
+        rngs = nnx.Rngs(0)
+        net = {"sum": nnx.Einsum(rule, kernel, bias, rngs=rngs)}
+        config = LoraConfig(r=2, target_modules=["sum"], init_lora_weights=False)
+        task = attach_tree(net, config)
+        p = task.params["default"]["sum"]
+        assert (p["lora_A.weight"].shape, p["lora_B.weight"].shape) == ((2, 6), (8, 2))
+        x = jax.random.normal(jax.random.key(1), shape, "float32")
+        change = (4.0 * p["lora_B.weight"] @ p["lora_A.weight"]).astype("float32")
+        own = rule.partition(",")[2].partition("->")[0]
+        kept = [i for i, axis in enumerate(own) if axis in rule.partition("->")[2]]
+        order = [*kept, *(i for i in range(len(own)) if i not in kept)]
+        turned = change.reshape([kernel[i] for i in order]).transpose(np.argsort(order))
+        want = net["sum"](x) + jnp.einsum(rule, x, turned)
+        close(task.bind()["sum"](x), want, 1e-5)
+        close(merge_tree(task)["sum"](x), want, 1e-5)
+        slopes = jax.grad(lambda p: (task.bind(p)["sum"](x) ** 2).sum())(task.params)
+        assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(slopes))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ _NN, _NNX = "equinox.nn", "flax.nnx"
 class Layout:
     """How an array lies: the checkpoint's is it, reshaped to `split`, its axes in `order`.
 
+    Where `flat` is given, it is then reshaped to that.
+
     Examples
     --------
     >>> kernel = Layout((2, 3), (1, 0))
@@ -31,6 +33,7 @@ class Layout:
 
     split: Shape
     order: tuple[int, ...]
+    flat: Shape | None = None
 
     @property
     def straight(self) -> bool:
@@ -40,15 +43,21 @@ class Layout:
     @property
     def shape(self) -> Shape:
         """The checkpoint's shape."""
+        return self.turned if self.flat is None else self.flat
+
+    @property
+    def turned(self) -> Shape:
+        """Sizes of the axes in their order."""
         return tuple(self.split[i] for i in self.order)
 
     def stored(self, array: Any) -> Any:
         """Give the array as a checkpoint has it."""
         array = _shaped(jnp.asarray(array), self.split)
-        return array if self.straight else jnp.transpose(array, self.order)
+        return _shaped(array if self.straight else jnp.transpose(array, self.order), self.shape)
 
     def own(self, stored: Any, shape: Shape) -> Any:
         """Give a checkpoint's array as the tree has it, in the tree's shape."""
+        stored = _shaped(stored, self.turned)
         if not self.straight:
             back = sorted(range(len(self.order)), key=self.order.__getitem__)
             stored = jnp.transpose(stored, back)
@@ -95,14 +104,24 @@ class Described:
         Without a name; None where shapes tell enough.
     lazy : bool
         Whether the layer takes a stand-in of its weight.
+    refused : str
+        Why it cannot be adapted, and the way out, where its class is known and it cannot.
     """
 
     arrays: Arrays
     site: Site | None = None
     lazy: bool = False
+    refused: str = ""
 
 
-NOTHING = Described({})
+def stacked(shape: Shape, kind: Kind = "Linear") -> Described:
+    """Describe layers of one shape in one array."""
+    return Described(
+        {},
+        Site("", 1, 1, kind, (1,) if kind in CONVOLUTIONS else ()),
+        refused=f"its array of shape {tuple(shape)} holds several layers of one shape, stacked for "
+        "a scan or vmap: attach to a tree of one of them, and bind(params, tree) within the scan",
+    )
 
 
 def value(x: Any) -> Any:
@@ -164,8 +183,8 @@ def _with_bias(weight: tuple[str, Layout], bias: Any) -> Arrays:
 def _equinox_matrix(layer: Any) -> Described:
     table = isinstance(layer, sys.modules[_NN].Embedding)
     w, b = _named(layer, "weight", None if table else "bias")
-    if w.ndim != 2:  # layers of one shape, stacked for a scan
-        return NOTHING
+    if w.ndim != 2:
+        return stacked(w.shape, "Embedding" if table else "Linear")
     n, m = w.shape
     site = Site("", n, m, "Embedding", bias=False) if table else Site("", m, n, bias=b is not None)
     lazy = _is_just(layer, _NN, "Linear", "Embedding")
@@ -174,8 +193,10 @@ def _equinox_matrix(layer: Any) -> Described:
 
 def _equinox_convolution(layer: Any) -> Described:
     w, b = _named(layer, "weight")
-    if w.ndim != 2 + layer.num_spatial_dims or layer.num_spatial_dims not in _OF_DIMENSIONS:
-        return NOTHING
+    if layer.num_spatial_dims not in _OF_DIMENSIONS:
+        return _unknown(layer)
+    if w.ndim != 2 + layer.num_spatial_dims:
+        return stacked(w.shape, _OF_DIMENSIONS[layer.num_spatial_dims])
     n_in, groups = w.shape[1] * layer.groups, layer.groups
     site = convolution(n_in, w.shape[0], w.shape[2:], groups, bias=b is not None)
     return Described(_with_bias(("weight", as_is(w)), b), site)
@@ -183,15 +204,21 @@ def _equinox_convolution(layer: Any) -> Described:
 
 def _equinox_norm(layer: Any) -> Described:
     w, b = _named(layer, "weight")
-    return Described(_with_bias(("weight", as_is(w)), b)) if getattr(w, "ndim", 0) == 1 else NOTHING
+    return (
+        Described(_with_bias(("weight", as_is(w)), b))
+        if getattr(w, "ndim", 0) == 1
+        else Described({})
+    )
 
 
 def _flax_matrix(layer: Any) -> Described:
     w, b = _named(layer, "kernel")
     general = isinstance(layer, sys.modules[_NNX].LinearGeneral)
     ends = (len(layer.in_features), len(layer.out_features)) if general else (1, 1)
-    if (general and layer.batch_axis) or w.ndim != sum(ends):
-        return NOTHING
+    if general and layer.batch_axis:
+        return _unknown(layer, " with a batch_axis")
+    if w.ndim != sum(ends):
+        return stacked(w.shape)
     n_in, n_out = prod(w.shape[: ends[0]]), prod(w.shape[ends[0] :])
     site = Site("", n_in, n_out, bias=b is not None)
     lazy = _is_just(layer, _NNX, "Linear", "LinearGeneral") and is_usual(layer)
@@ -201,22 +228,48 @@ def _flax_matrix(layer: Any) -> Described:
 def _flax_table(layer: Any) -> Described:
     w, _ = _named(layer, "embedding", None)
     if w.ndim != 2:
-        return NOTHING
+        return stacked(w.shape, "Embedding")
     site = Site("", w.shape[0], w.shape[1], "Embedding", bias=False)
     return Described({"weight": ("embedding", as_is(w))}, site)
 
 
 def _flax_convolution(layer: Any) -> Described:
     w, b = _named(layer, "kernel")
-    if w.ndim != len(layer.kernel_size) + 2 or w.ndim - 2 not in _OF_DIMENSIONS:
-        return NOTHING
+    if len(layer.kernel_size) not in _OF_DIMENSIONS:
+        return _unknown(layer)
+    if w.ndim != len(layer.kernel_size) + 2:
+        return stacked(w.shape, _OF_DIMENSIONS[len(layer.kernel_size)])
     groups = layer.feature_group_count
     site = convolution(w.shape[-2] * groups, w.shape[-1], w.shape[:-2], groups, bias=b is not None)
     return Described(_with_bias(("kernel", as_convolution(w)), b), site)
 
 
-def _unknown(_: Any) -> Described:
-    return NOTHING
+def _flax_einsum(layer: Any) -> Described:
+    """Read which of the kernel's axes go into the sum, and which come out of it."""
+    w, b = _named(layer, "kernel")
+    left, _, out = (layer.einsum_str or "").partition("->")
+    given, _, own = left.partition(",")
+    if not own or "." in own or len({*own}) != len(own):
+        return _unknown(layer, " whose einsum_str does not name every axis of its kernel once")
+    summed = [i for i, axis in enumerate(own) if axis in given and axis not in out]
+    kept = [i for i, axis in enumerate(own) if axis in out and axis not in given]
+    if len(summed) + len(kept) != len(own) or not summed or not kept:
+        return _unknown(layer, " whose kernel has axes that are neither summed over nor new")
+    if w.ndim != len(own):
+        return stacked(w.shape)
+    n_in, n_out = (prod(w.shape[i] for i in axes) for axes in (summed, kept))
+    layout = Layout(tuple(w.shape), (*kept, *summed), (n_out, n_in))
+    in_place = b is not None and b.size == n_out and [own[i] for i in kept] == [
+        axis for axis in out if axis in own
+    ]  # fmt: skip
+    if b is not None and not in_place:
+        return _unknown(layer, " whose bias lies otherwise than the kernel's axes")
+    return Described(_with_bias(("kernel", layout), b), Site("", n_in, n_out, bias=b is not None))
+
+
+def _unknown(layer: Any, how: str = "") -> Described:
+    why = f"it is a {type(layer).__name__}{how}, which no adapter knows: leave it out"
+    return Described({}, Site("", 1, 1, "Conv1d", (1,)), refused=why)
 
 
 _READERS: dict[str, dict[str, Callable[[Any], Described]]] = {
@@ -235,7 +288,7 @@ _READERS: dict[str, dict[str, Callable[[Any], Described]]] = {
         "Embed": _flax_table,
         "Conv": _flax_convolution,
         "ConvTranspose": _unknown,
-        "Einsum": _unknown,
+        "Einsum": _flax_einsum,
     },
 }
 """What describes a layer, by its framework and its class."""

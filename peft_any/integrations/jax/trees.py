@@ -66,6 +66,8 @@ class Tree:
         Of its arrays of floats, by their names in a checkpoint.
     sites : dict of str to Site
         The layers of which class or name tells what they are.
+    refused : dict of str to (Site, str)
+        Layers of a known class that cannot be adapted: of what kind they pass for, and why.
     """
 
     def __init__(self, tree: Any, kinds: Kinds | None = None) -> None:
@@ -74,6 +76,7 @@ class Tree:
         self.nodes = [node for _, node in pairs]
         self.places: dict[str, Place] = {}
         self.sites: dict[str, Site] = {}
+        self.refused: dict[str, tuple[Site, str]] = {}
         self._kinds = dict(kinds or {})
         loose: dict[str, tuple[int, Any, bool]] = {}
         for i, (path, node) in enumerate(pairs):
@@ -83,7 +86,9 @@ class Tree:
                 for last, (attribute, layout) in found.arrays.items():
                     shape = tuple(value(getattr(node, attribute)).shape)
                     self._put(_joined(name, last), Place(i, attribute, layout, shape, found.lazy))
-                if found.site is not None:
+                if found.refused and found.site is not None:
+                    self.refused[name] = replace(found.site, name=name), found.refused
+                elif found.site is not None:
                     self.sites[name] = replace(found.site, name=name)
             elif is_weight(node):
                 self._refuse_twice(name, loose)
