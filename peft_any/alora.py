@@ -76,12 +76,12 @@ def check(config: Any) -> None:
     ConfigError
     """
     tokens = config.alora_invocation_tokens
-    if tokens is None:
+    if not tokens:  # an empty list is none in HF, too
         return
-    if not tokens or min(tokens) < 0:
+    if min(tokens) < 0:
         raise ConfigError(
             f"{config.where}: alora_invocation_tokens={tokens!r} cannot be found in a sequence: "
-            "give at least one token number"
+            "give token numbers"
         )
     others = ("use_dora", "use_bdlora", "kasa_config", "target_parameters")
     clash = [name for name in others if getattr(config, name)]
@@ -125,7 +125,7 @@ def invoked(config: Any, p: Params, y: Array, site: Site) -> Array:
     ConfigError, ShapeError
         If there are no offsets, or offsets for other rows.
     """
-    if config.alora_invocation_tokens is None:
+    if not config.alora_invocation_tokens:
         return y
     if "alora_offsets" not in p:
         raise ConfigError(

@@ -447,7 +447,7 @@ def test_null_for_a_flag_is_false(field: str) -> None:
             {"use_qalora": True, "qalora_group_size": 4},
             "use_qalora=.* cannot be used: QALoRA needs",
         ),
-        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens=\[\] cannot be found"),
+        ({"alora_invocation_tokens": [-1]}, r"alora_invocation_tokens=\[-1\] cannot be found"),
         (
             {"arrow_config": {"top_k": "1"}},
             r"Expected `int`, got `str` - at `\$.arrow_config.top_k`",

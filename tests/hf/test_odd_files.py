@@ -37,10 +37,18 @@ def null(config: dict[str, Any]) -> dict[str, Any]:
     return {k: None if v is False else v for k, v in config.items()}
 
 
+def empty(config: dict[str, Any]) -> dict[str, Any]:
+    """Write empty lists and mappings for null."""
+    fields = ("alora_invocation_tokens", "exclude_modules", "modules_to_save", "target_parameters")
+    mappings = ("corda_config", "eva_config", "loftq_config", "megatron_config")
+    return config | {k: [] for k in fields} | {k: {} for k in mappings} | {"layers_pattern": ""}
+
+
 Row = tuple[str, str, dict[str, Any], str, Callable[[dict[str, Any]], dict[str, Any]]]
 ROWS: dict[str, Row] = {
     "old": ("llama", "LORA", LORA, "default", old),
     "null": ("llama", "LORA", LORA, "default", null),
+    "empty": ("llama", "LORA", LORA, "default", empty),
     "null-ia3": ("llama", "IA3", {"target_modules": ["k_proj"], "feedforward_modules": []},
                  "default", null),
     "null-lokr": ("llama", "LOKR", {"r": 2, "target_modules": ["q_proj"]}, "default", null),
