@@ -125,13 +125,29 @@ CASES = [
         "lora-experts",
         LoraConfig(r=2, target_parameters=["experts.up"]),
         Site("m.experts.up", 12, 20, "Experts", groups=4, bias=False),
-        hf=WHOLE,
+    ),
+    Case(
+        "lora-experts-pattern",
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            init_lora_weights=False,
+            rank_pattern={"experts.up": 1},
+            alpha_pattern={"experts.up": 3},
+            target_parameters=["experts.up"],
+        ),
+        Site("m.experts.up", 6, 9, "Experts", groups=3, bias=False),
+        identity=RANDOM,
+    ),
+    Case(
+        "lora-parameter",
+        LoraConfig(r=3, use_rslora=True, target_parameters=["fc.weight"]),
+        Site("a.fc", 13, 7),
     ),
     Case(
         "lora-experts-transposed",
         LoraConfig(r=3, use_rslora=True, target_parameters=["experts.up"]),
         Site("m.experts.up", 12, 8, "TransposedExperts", groups=2, bias=False),
-        hf=WHOLE,
     ),
     Case(
         "bdlora-a",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_any.checks import OURS, alike
 from peft_any.clusters import grouped
 from peft_any.io.config import CONFIG_NAME, TENSORS
-from peft_any.layer import Dense, Site
+from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.registry import Config, method_for
 from tests.cases import AttendedCase, Case, PromptCase, RoutedCase
 from tests.hf.models import make, quietly
@@ -73,22 +74,44 @@ if STANDS_IN:
         vars(sys.modules[name]).update(more, __spec__=ModuleSpec(name, None))
 
 
+class Stack(nn.Module):
+    """A stack of experts, each applied to its part of the input."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.at = site.name.rpartition(".")[2]
+        self.is_transposed = site.kind == "TransposedExperts"
+        self.register_parameter(self.at, nn.Parameter(torch.empty(site.stored_shape)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = getattr(self, self.at)
+        parts = x.reshape(*x.shape[:-1], len(w), -1)
+        return torch.einsum(
+            f"...ei,{'eio' if self.is_transposed else 'eoi'}->...eo", parts, w
+        ).flatten(-2)
+
+
+def module_of(site: Site) -> str:
+    """Name the module that holds a layer's weight: a stack of experts is a parameter of another."""
+    return site.name.rpartition(".")[0] if site.kind in EXPERTS else site.name
+
+
 def layer_module(site: Site) -> Any:
     """Make the torch module that a site describes."""
     n, m, bias = site.n_in, site.n_out, site.bias
-    if site.kind == "Linear":
-        return nn.Linear(n, m, bias=bias)
-    if site.kind == "Norm":
-        return nn.LayerNorm(n, bias=bias)
-    if site.kind == "Conv1D":
-        assert bias, "transformers' Conv1D always has a bias"
-        return Conv1D(m, n)
-    if site.kind == "Embedding":
-        return nn.Embedding(n, m)
-    if site.kind == "MultiheadAttention":
-        return nn.MultiheadAttention(n, 1, bias=bias)
-    conv: Any = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}[site.kind]
-    return conv(n, m, site.kernel, groups=site.groups, bias=bias)
+    if site.is_conv:
+        return getattr(nn, site.kind)(n, m, site.kernel, groups=site.groups, bias=bias)
+    assert bias or site.kind != "Conv1D", "transformers' Conv1D always has a bias"
+    make: dict[str, Callable[[], nn.Module]] = {
+        "Linear": lambda: nn.Linear(n, m, bias=bias),
+        "Norm": lambda: nn.LayerNorm(n, bias=bias),
+        "Conv1D": lambda: Conv1D(m, n),
+        "Embedding": lambda: nn.Embedding(n, m),
+        "MultiheadAttention": lambda: nn.MultiheadAttention(n, 1, bias=bias),
+        "Experts": lambda: Stack(site),
+        "TransposedExperts": lambda: Stack(site),
+    }
+    return make[site.kind]()
 
 
 def module_at(name: str, leaf: nn.Module) -> nn.Module:
@@ -105,7 +128,7 @@ def model_of(base: Dense) -> nn.Module:
     torch.manual_seed(0)
     site = base.site
     leaf = layer_module(site)
-    model = module_at(site.name, leaf).to(getattr(torch, str(base.weight.dtype)))
+    model = module_at(module_of(site), leaf).to(getattr(torch, str(base.weight.dtype)))
     numbers = {site.weight: torch.tensor(np.ascontiguousarray(base.stored()))}
     if base.bias is not None:
         numbers[site.bias_name] = torch.tensor(base.bias)
@@ -172,11 +195,11 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
     if not saved:
         shared = {k: shape for k, shape in shared.items() if not config.is_frozen(k)}
     copies = {
-        f"{PREFIX}{case.site.name}.{k}": np.asarray(params[k])
+        f"{PREFIX}{module_of(case.site)}.{k}": np.asarray(params[k])
         for k in (case.config.copied if saved else ())
     }
     return copies | {
-        (f"{PREFIX}{case.site.name}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
+        (f"{PREFIX}{module_of(case.site)}.{k}" if k in own else f"base_model.{k}"): np.asarray(v)
         for k, v in params.items()
         if k in own or k in shared
     }
@@ -184,6 +207,8 @@ def file_keys(case: Case, params: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def targets_of(case: Case) -> list[str] | str:
     """Say how a row's layer is named: IA³ wants feed-forward names among those of a list."""
+    if getattr(case.config, "target_parameters", None):
+        return []
     named: list[str] | str = case.config.target_modules or [case.site.name]
     return case.site.name if getattr(case.config, "feedforward_modules", None) else named
 
@@ -308,7 +333,7 @@ def run(case: Case, folder: Path, dtype: str = "float32", seed: int = 0) -> Resu
             complete(result.folder, model)
     if not case.site.is_conv and case.site.kind != "MultiheadAttention":
         result.x = inputs(case, dtype)
-        leaf = model.base_model.model.get_submodule(case.site.name)
+        leaf = model.base_model.model.get_submodule(module_of(case.site))
         with quietly(), torch.no_grad():
             result.y = host(leaf(torch.tensor(result.x), **routing_of(case)))
         if case.site.kind == "Norm":  # what is adapted comes after the normalisation

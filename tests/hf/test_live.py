@@ -212,6 +212,7 @@ def test_few_rows_make_hf_warn_of_its_own_files() -> None:
     reasons = (
         "Invalid `",  # OFT's sizes that do not divide, adjusted alike
         "rank_pattern keys did not match",  # AdaLoRA's masks, taken for LoRA's patterns
+        "alpha_pattern keys did not match",  # of parameters, to which it applies them
         "`r` is not used in AdaLora",  # the row sets it
         "NOT be performed when r is odd",  # HRA's start; the row's rank is
         "Unsupported layer type",  # norms, which it asks for their features
