@@ -10,7 +10,7 @@ from typing import Any
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import CONVOLUTIONS, EXPERTS, KINDS, Kind, Site
-from peft_any.patterns import expression
+from peft_any.patterns import expression, is_parameter
 
 _EMBEDDING = re.compile(
     r"wte|wpe|shared|relative_attention_bias|embed_(in|tokens|positions|languages|types)"
@@ -137,17 +137,6 @@ def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
     if kind in ("Conv1D", "Embedding"):
         return Site(module, shape[0], shape[1], kind)
     return Site(module, shape[1] * groups, shape[0], kind, shape[2:], groups)
-
-
-def is_parameter(tensor: str, targets: tuple[str, ...]) -> bool:
-    """Whether `target_parameters` names a tensor, in full or by its last parts.
-
-    Examples
-    --------
-    >>> is_parameter("layers.0.experts.down_proj", ("experts.down_proj",))
-    True
-    """
-    return any(tensor == target or tensor.endswith(f".{target}") for target in targets)
 
 
 def _expert_kind(tensor: str, shapes: Mapping[str, Shape]) -> Kind:

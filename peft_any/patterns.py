@@ -101,6 +101,17 @@ def matching_end(pattern: Mapping[str, Any] | None, name: str, default: Any) -> 
     return keys.get(name, default)
 
 
+def is_parameter(tensor: str, targets: Iterable[str]) -> bool:
+    """Whether `target_parameters` names a tensor, in full or by its last parts.
+
+    Examples
+    --------
+    >>> is_parameter("layers.0.experts.down_proj", ("experts.down_proj",))
+    True
+    """
+    return any(tensor == target or tensor.endswith(f".{target}") for target in targets)
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Sort names as their layers follow one another: numbers in them by value.
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import EXPERTS, Site
-from peft_any.layout import OUTPUT, is_parameter
+from peft_any.layout import OUTPUT
 from peft_any.method import Tuner
-from peft_any.patterns import expression
+from peft_any.patterns import expression, is_parameter
 from peft_any.registry import Config
 
 _HEADS = {

@@ -230,7 +230,7 @@ def _sizes(name: str, shapes: Mapping[str, Shape]) -> Iterator[Site]:
     kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
     if any("embedding" in suffix for suffix in shapes):
         kind = "Embedding"
-    sizes = {n for shape in shapes.values() for n in shape[:2]}
+    sizes = {n for shape in shapes.values() for n in shape[:2] if n}
     sizes |= {m * n for m, n in product(sizes, sizes)}
     for n_in, n_out in product(sorted(sizes), sorted(sizes)):
         yield Site(name, n_in, n_out, kind, kernel)

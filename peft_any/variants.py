@@ -16,7 +16,7 @@ from peft_any.errors import ConfigError
 from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes, paired
 from peft_any.layer import EXPERTS, Layer, Site, flat, linear, widen
 from peft_any.linalg import orthogonality, row_norms
-from peft_any.patterns import matching
+from peft_any.patterns import is_parameter, matching
 from peft_any.rng import Fresh
 
 C = TypeVar("C", bound=Any)
@@ -144,8 +144,10 @@ def checked(config: C, site: Site) -> C:
     ------
     ConfigError
     """
-    r = matching(config.rank_pattern, site.name, config.r)
-    alpha = matching(config.alpha_pattern, site.name, config.lora_alpha)
+    apart = is_parameter(site.weight, config.target_parameters or ())
+    name = site.weight if apart else site.name
+    r = matching(config.rank_pattern, name, config.r)
+    alpha = matching(config.alpha_pattern, name, config.lora_alpha)
     if (r, alpha) != (config.r, config.lora_alpha):
         config = replace(config, r=r, lora_alpha=alpha)
     starts.check_site(config, site)

@@ -24,6 +24,8 @@ from tests.cases import CASES, FC, Case
 
 ROWS = [c for c in CASES if c.site.groups == 1 and c.site.kind != "MultiheadAttention"]
 """A LoRA has neither: of groups, and of a packed projection alone."""
+TOLD = [c for c in ROWS if not c.site.kernel and (c.config.peft_type != "ADAMSS" or c.site.bias)]
+"""Kernels are flat in some files, and AdaMSS's bias looks like an input: the base alone tells."""
 
 
 def model_of(case: Case) -> tuple[PeftModel, dict[str, Any]]:
@@ -55,6 +57,30 @@ def test_every_method_becomes_a_lora(case: Case) -> None:
     for name, want in model.merge().items():
         bound = 1e-11 * float(np.max(np.abs(want)))
         np.testing.assert_allclose(merged[name], want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("case", TOLD, ids=lambda case: case.name)
+def test_without_the_base_it_is_the_same_or_asks_for_it(case: Case) -> None:
+    model, weights = model_of(case)
+    try:
+        made, record = convert(model["a"], dtype="float64")
+    except (ConfigError, TargetError) as error:
+        assert re.search("give base=|rederive=True", str(error))  # noqa: PT017 - not all raise
+        return
+    assert record.error is None or record.error < 1e-12
+    other = PeftModel(weights)
+    other.add("lora", made)
+    for name, want in model.merge().items():
+        bound = 1e-11 * float(np.max(np.abs(want)))
+        np.testing.assert_allclose(other.merge()[name], want, rtol=0, atol=bound)
+
+
+def test_a_file_that_names_no_layers_needs_the_base(tmp_path: Path) -> None:
+    model, _ = model_of(next(c for c in ROWS if c.config.peft_type == "UNILORA"))
+    model["a"].save(tmp_path)
+    assert not Adapter.load(tmp_path).sites
+    with pytest.raises(TargetError, match=r"UNILORA's file names no layers: give base="):
+        convert(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ class NoBase:
         )
 
     weight = bias = original = original_bias = unadapted = property(_read)
+    stored = replace = property(_read)
 
 
 @contextmanager
@@ -174,6 +175,8 @@ def _alone(given: Given) -> Placed:
             lost.append(name)
         else:
             found[name] = hit[1]
+    if not given.adapter.sites and given.adapter.shared:
+        raise TargetError(f"{config.peft_type}'s file names no layers: give base= (--base)")
     if lost:
         raise TargetError(
             f"{', '.join(lost)}: {config.peft_type}'s arrays do not tell the size of the layer: "

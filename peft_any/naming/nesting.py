@@ -13,7 +13,8 @@ from typing import Any
 from peft_any._typing import Params
 from peft_any.errors import PeftError, TargetError
 from peft_any.layer import EXPERTS, Kind, Site
-from peft_any.layout import is_parameter, layout
+from peft_any.layout import layout
+from peft_any.patterns import is_parameter
 from peft_any.targets import check_params, orientations_of
 
 _INNER = "base_layer"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from peft_any.errors import UsageError
 from peft_any.extras import token_indices, within
 from peft_any.method import Tuner
-from peft_any.patterns import expression, matching
+from peft_any.patterns import expression, is_parameter, matching
 from peft_any.selection import out_projection, saved_whole
 
 A = TypeVar("A")
@@ -88,9 +88,12 @@ class Numbers:
             self.mask = own.kept(name)
         elif hasattr(own, "rank_pattern"):
             alpha = next(field for field in _ALPHA if hasattr(own, field))
+            weight = f"{name}.weight"
+            apart = is_parameter(weight, getattr(own, "target_parameters", None) or ())
+            key = weight if apart else name
             self.values = {
-                "r": matching(own.rank_pattern, name, own.r),
-                alpha: matching(own.alpha_pattern, name, getattr(own, alpha)),
+                "r": matching(own.rank_pattern, key, own.r),
+                alpha: matching(own.alpha_pattern, key, getattr(own, alpha)),
             }
         feeds = getattr(own, "feedforward_modules", None)
         if isinstance(feeds, str):
@@ -115,6 +118,9 @@ def with_numbers(config: Tuner, numbers: Mapping[str, Numbers]) -> Tuner:
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(config, field):
             changes[field] = None
+    if parameters := getattr(config, "target_parameters", None):
+        stacks = [entry for entry in parameters if not entry.endswith(".weight")]
+        changes["target_parameters"] = stacks or None  # matrices are named as modules
     for field, pattern in (("r", "rank_pattern"), *((a, "alpha_pattern") for a in _ALPHA)):
         found = {name: own.values[field] for name, own in numbers.items() if field in own.values}
         if found:

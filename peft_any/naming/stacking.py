@@ -17,11 +17,11 @@ from peft_any.backend import astype, compute_dtype, creation_device, namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.factors import expert_factors
 from peft_any.layer import Site
-from peft_any.layout import is_parameter
 from peft_any.method import Tuner
 from peft_any.naming import nesting
 from peft_any.naming.fusing import Own, Pieces, fuse, own
 from peft_any.naming.renaming import Numbers, with_numbers
+from peft_any.patterns import is_parameter
 
 A, B = "lora_A.weight", "lora_B.weight"
 

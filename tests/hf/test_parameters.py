@@ -28,6 +28,12 @@ CASES: dict[str, dict[str, Any]] = {
     "with-modules": {"target_parameters": BOTH[:1], "target_modules": ["q_proj", "o_proj"]},
     "rank-pattern": {"target_parameters": BOTH, "rank_pattern": {"experts.down_proj": 1}},
     "weight": {"target_parameters": ["q_proj.weight", BOTH[0]]},
+    # of a parameter the patterns name the tensor, not its module
+    "weight-pattern": {
+        "target_parameters": ["q_proj.weight", "v_proj.weight", BOTH[0]],
+        "rank_pattern": {"q_proj.weight": 3, "v_proj": 5, "weight": 1},
+        "alpha_pattern": {r"0\.self_attn\.q_proj": 11, r"1\.self_attn\.v_proj\.weight": 7},
+    },
 }
 cases = pytest.mark.parametrize("case", CASES)
 models = pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
@@ -152,6 +158,20 @@ def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> Non
         PeftModel(base).add("a", adapter)
     names = {"m.experts.base_layer": "m.experts.w1", "m.experts": "m.experts.w2"}
     PeftModel(base).add("a", adapter.renamed(lambda name: names[name]))
+
+
+def test_renamed_matrices_keep_their_numbers() -> None:
+    base = {f"{i}.{n}.weight": np.ones((5, 4)) for i in (0, 1) for n in "qk"}
+    given: dict[str, Any] = {"target_parameters": ["q.weight"], "rank_pattern": {"q.weight": 3}}
+    pattern = {"0.q.weight": 9, "1.q": 5}
+    config = peft_any.LoraConfig(r=2, lora_alpha=4, alpha_pattern=pattern, **given)
+    model, other = PeftModel(base), PeftModel({f"m.{k}": v for k, v in base.items()})
+    fresh = model.add("fresh", config)
+    sites = {n: {k: v + 0.5 for k, v in p.items()} for n, p in fresh.sites.items()}
+    model.add("a", fresh.replace(sites=sites))
+    other.add("a", model["a"].renamed(lambda name: f"m.{name}"))
+    model.activate("a")
+    same(other.merge(), {f"m.{k}": v for k, v in model.merge().items()})
 
 
 def test_a_parameter_that_is_not_there_is_named() -> None:
