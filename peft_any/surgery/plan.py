@@ -276,6 +276,8 @@ def _beyond(given: Given, placed: Placed) -> Iterator[str]:
         return
     rules = Rules.of(config)
     wanted = {name for name, site in placed.sites.items() if rules.wants(name, site)}
+    if getattr(config, "ensure_weight_tying", False):  # the file has the tied twin too
+        wanted |= {n for n in placed.sites if looks_like_embedding(n)}
     beyond = [n for n in placed.sites if not {n, in_projection(n)} & wanted]
     if beyond:
         yield (
