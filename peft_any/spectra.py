@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_any._engines import scatter
 from peft_any._typing import Array
 from peft_any.backend import (
     astype,
@@ -84,8 +83,8 @@ def added_at(weight: Array, values: Array, places: Array, *, minus: bool = False
     array([[1., 6., 1.]])
     """
     xp, values, size = namespace(weight, values), -values if minus else values, prod(weight.shape)
-    if can_put(values) and not hasattr(xp, "records"):
-        flat = scatter(values, (places,), (size,), xp.reshape(weight, (size,)))
+    if can_put(values):
+        flat = put(xp, values, (places,), (size,), xp.reshape(weight, (size,)))
         return xp.reshape(flat, weight.shape)  # type: ignore[no-any-return]
     return weight + xp.reshape(scattered(values, places, size), weight.shape)  # type: ignore[no-any-return]
 

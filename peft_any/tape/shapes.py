@@ -336,12 +336,14 @@ def can_put(x: Any) -> bool:
     return can_scatter(x)
 
 
-def put(xp: Any, g: Any, key: Any, shape: tuple[int, ...]) -> Any:
-    """Add a cotangent to zeros of a shape at a key: the adjoint of indexing."""
+def put(xp: Any, g: Any, key: Any, shape: tuple[int, ...], onto: Any = None) -> Any:
+    """Add a cotangent to zeros of a shape, or to an array, at a key: the adjoint of indexing."""
     own = getattr(xp, "_put", None)  # a tape's, which records it
-    return scatter(g, key, shape) if own is None else own(g, deep(xp.kind, key), shape)
+    if own is None:
+        return scatter(g, key, shape, onto)
+    return own(g, deep(xp.kind, key), shape, *(() if onto is None else (onto,)))
 
 
 @rule("_put")
-def _(xp: Any, y: Any, g: Any, key: Any, shape: Any) -> Any:
-    return (lambda h: h[key],)
+def _(xp: Any, y: Any, g: Any, key: Any, *rest: Any) -> Any:
+    return (lambda h: h[key]), None, None, (lambda h: h)
