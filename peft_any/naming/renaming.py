@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from peft_any.errors import UsageError
 from peft_any.extras import token_indices, within
+from peft_any.layer import Site
 from peft_any.method import Tuner
 from peft_any.patterns import expression, is_parameter, matching
 from peft_any.selection import out_projection, saved_whole
@@ -50,16 +51,35 @@ def renamed(adapter: A, rename: Callable[[str], str]) -> A:
     sites = _moved(given.sites, new)
     if isinstance(config, Tuner) and sites:
         config = with_numbers(config, {new[n]: Numbers(config, n) for n in given.sites})
+    shared = _regrouped(given, new) if isinstance(config, Tuner) else given.shared
     tensors = {n: f"{new[_module(n)]}.{n.rpartition('.')[2]}".lstrip(".") for n in given.extra}
     changed = given.replace(
         config=config,
         sites=sites,
+        shared=shared,
         extra=_moved(given.extra, tensors),
         tokens=_moved(given.tokens, {name: new[name] for name in given.tokens}),
         spare={},
     )
     done: A = changed.replace(config=_with_copies(given, changed, rename))
     return done
+
+
+def _regrouped(adapter: Any, new: Mapping[str, str]) -> dict[str, Any]:
+    """Name what groups of sites share after the sites' new names, where it is told by these."""
+    config, shared = adapter.config, adapter.shared
+    moved: dict[str, Any] = {}
+    left = dict(shared)
+    for name in adapter.sites if config.grouped else ():
+        here, there = (config.shared_shapes([Site(n, 1, 1)]) for n in (name, new[name]))
+        for old, key in zip(here, there, strict=True):
+            left.pop(old, None)
+            if old in shared and moved.setdefault(key, shared[old]) is not shared[old]:
+                raise UsageError(
+                    f"renamed: {new[name]}: would share {key} with sites that have another: names "
+                    f"tell who shares it in {config.peft_type}, and {name} had {old}"
+                )
+    return {**left, **moved}
 
 
 def _moved(values: Mapping[str, Any], new: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from peft.tuners.frod.model import _category_from_key
 from torch import nn
 
 from peft_any import Adapter, ConfigError, FrodConfig, PeftModel, ShapeError
+from peft_any.errors import UsageError
 from peft_any.joint import role_of
 from tests.hf import reference
 from tests.hf.whole import compare, fill
@@ -152,3 +153,22 @@ def test_layers_of_one_role_have_the_same_inputs(tmp_path: Path) -> None:
     shared = {k: a for k, a in adapter.shared.items() if k != "frod_V.q"}
     with pytest.raises(ShapeError, match=r"frod_V\.q: missing, of shape \(6, 6\)"):
         PeftModel(reference.state_of(net_of("float32"))).add("a", adapter.replace(shared=shared))
+
+
+def test_another_name_may_give_another_role(tmp_path: Path) -> None:
+    net = net_of("float32")
+    weights = reference.state_of(net)
+    theirs = written(tmp_path / "a", net)
+    adapter = Adapter.load(tmp_path / "a").renamed(lambda name: name.replace(".q", ".attn.wq"))
+    assert "frod_V.attn_wq" in adapter.shared
+    ours = PeftModel({name.replace(".q.", ".attn.wq."): w for name, w in weights.items()})
+    ours.add("a", adapter)
+    with reference.quietly():
+        want = reference.state_of(theirs.merge_and_unload())
+    compare(ours.merge(), {name.replace(".q.", ".attn.wq."): w for name, w in want.items()})
+
+    def one_role(name: str) -> str:
+        return name.replace("attention.output.dense", "0.dense").replace("output.dense", "1.dense")
+
+    with pytest.raises(UsageError, match=r"would share frod_V\.dense with sites that have another"):
+        Adapter.load(tmp_path / "a").renamed(one_role)
