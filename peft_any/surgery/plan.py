@@ -147,7 +147,8 @@ def make_plan(
     for one in given:
         notes = dict.fromkeys((*one.adapter.notes, *one.lost))
         plan.warnings.extend(f"{one.label}: {note}" for note in notes)
-    plan.warnings.extend(note for one in zip(given, placed, strict=True) for note in _beyond(*one))
+    for one, there in zip(given, placed, strict=True):
+        plan.warnings.extend(_beyond(one, there, base.tied))
     _check_bases(plan)
     _check_grown(plan)
     _check_origins(plan, fit.any_base)
@@ -269,16 +270,17 @@ def _check_origins(plan: Plan, any_base: bool) -> None:
     plan.warnings.extend(faults)
 
 
-def _beyond(given: Given, placed: Placed) -> Iterator[str]:
+def _beyond(given: Given, placed: Placed, tied: tuple[tuple[str, ...], ...]) -> Iterator[str]:
     """Say which layers have tensors though the configuration does not target them."""
     config = placed.adapter.config
     if not isinstance(config, Tuner) or not config.target_modules:
         return
     rules = Rules.of(config)
-    wanted = {name for name, site in placed.sites.items() if rules.wants(name, site)}
-    if getattr(config, "ensure_weight_tying", False):  # the file has the tied twin too
-        wanted |= {n for n in placed.sites if looks_like_embedding(n)}
-    beyond = [n for n in placed.sites if not {n, in_projection(n)} & wanted]
+    sites = placed.sites
+    wanted = {name for name, site in sites.items() if rules.wants(name, site)}
+    twins = [{*group} for group in tied if {sites[n].weight for n in wanted} & {*group}]
+    beyond = [n for n in sites if not {n, in_projection(n)} & wanted]
+    beyond = [n for n in beyond if not any(sites[n].weight in group for group in twins)]
     if beyond:
         yield (
             f"{given.label}: layers that the configuration does not target are merged as the file "
