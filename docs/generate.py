@@ -18,7 +18,7 @@ from xml.etree import ElementTree as ET
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from peft_any.cli.report import WIDTH, merges, mode, parameters, trains  # noqa: E402 - from this tree
+from peft_any.cli.report import WIDTH, described, merges, mode, parameters, trains  # noqa: E402 - from this tree
 from peft_any.layer import MATRICES, Kind, Site  # noqa: E402
 from peft_any.method import Tuner  # noqa: E402
 from peft_any.prompt import Attended  # noqa: E402
@@ -27,6 +27,10 @@ from peft_any.registry import Config, method_for, method_names  # noqa: E402
 RESULTS = ROOT / "build" / "junit.xml"
 """What the last complete run of the tests found (``--junitxml=build/junit.xml``), if there is."""
 LIBRARIES = "numpy", "strict", "torch", "jax", "dask", "cupy"
+METHODS = """What each method does, what it trains, and with which layers, extensions of the array
+standard and files it works. [](../hf-parity.md) says what of Hugging Face PEFT's is read, merged
+and converted, and [](../tutorials/choosing.md) what a method can change for its parameters. Rows
+without a golden file are compared live, or have no like there: a method's own page says which."""
 COMMON = {f.name for f in fields(Config)} | {"target_modules"}
 
 
@@ -261,21 +265,26 @@ def status_page() -> str:
         page = f"[{cls.__name__}]({peft_type.lower()}.md)"
         kinds = cls.kinds if issubclass(cls, Tuner) else frozenset()
         undone = Counter(bool(getattr(r, "reverts", 0)) for r in rows)
+        told = described(peft_type)
         declared.append(
             (
                 page,
+                linked(told["equation"]),
                 layers(kinds),
                 trains(parameters(cls)),
                 mode(cls),
                 f"{undone[True]} of {len(rows)} rows" if merges(cls) else "–",
+                ", ".join(told["extensions"]) or "–",
+                told["files"],
                 sum(getattr(r, "hf", None) is None for r in rows),
                 len(rows),
             )
         )
         ran.append((page, *(tally(rows, library, counts) for library in LIBRARIES)))
     wide = f"trains, by default, of a layer {WIDTH} wide"
-    head = ("method", "layers", wide, "kind", "merge can be undone", "compared with PEFT", "rows")
-    parts = ["# Methods", table(head, declared)]
+    first = "method", "what it computes", "layers", wide, "kind", "merge can be undone"
+    head = *first, "needs", "files", "golden files of PEFT's", "rows"
+    parts = ["# Methods", METHODS, table(head, declared)]
     if counts:
         parts += [
             "## What ran",

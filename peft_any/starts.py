@@ -21,7 +21,10 @@ FOREIGN = {
 """Inits that cannot be computed from the base alone, and why."""
 
 
-VARIANTS = {"use_qalora": "QALoRA needs its quantised base"}
+VARIANTS = {
+    "use_qalora": "QALoRA needs its quantised base, layers of GPTQ, and Hugging Face PEFT neither "
+    "merges nor converts it: run it there, on that base"
+}
 """Fields of a LoRA file that change the maths and are not supported, and what they do."""
 
 

@@ -356,7 +356,11 @@ def test_methods_lists_all(shell: Shell) -> None:
     assert found["VERA"]["parameters"] == {"layer": 4096 + 256, "shared": 0}
     assert found["VBLORA"]["parameters"]["shared"] == 256 * 256
     assert found["LN_TUNING"]["parameters"]["layer"] == 2 * 4096
-    assert found["PROMPT_TUNING"]["parameters"] is None
+    assert found["PROMPT_TUNING"]["parameters"] is found["XLORA"]["parameters"] is None
+    assert found["ADALORA"]["parameters"]["layer"] == 12 * (2 * 4096 + 1)
+    assert found["LORA"]["files"] == "as Hugging Face PEFT's"
+    assert {name for name, row in found.items() if row["files"] == "ours"} == {"ADAMSS", "PSOFT"}
+    assert "NumPy, CuPy, PyTorch, JAX, Dask" in text
     assert "65,536" in text
     assert found["OFT"]["kind"] == "maps W"
     assert found["LILY"]["kind"] == "adds to W·x"

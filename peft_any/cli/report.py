@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ ROWS = 12
 """Tensors that a summary shows; the receipt has all."""
 WIDTH = 4096
 """Of the layer whose parameters are counted."""
+LIBRARIES = (
+    "Every method runs on any library of the array standard: NumPy, CuPy, PyTorch, JAX, Dask and "
+    "array-api-strict; `needs`: extensions of it."
+)
 _NUMBERS = {"parameters", "rank", "‖ΔW‖", "‖Δ‖/‖W‖", "kept", "error", "unmoved"}
 _NUMBERS |= {"ranks", "‖ΔW‖ of the sum", "left out", "off", "off the sum"}
 _NUMBERS |= {"CL error", "CD error", "trainable", "seconds", "‖Δ‖", "at best"}
@@ -195,6 +200,7 @@ def described(peft_type: str) -> dict[str, Any]:
         "merges": merges(cls),
         "reversible": issubclass(cls, Tuner) and cls.unmerge is not Tuner.unmerge,
         "extensions": list(needs) if isinstance(needs, tuple) else ["linalg"],
+        "files": "ours" if cls.marks else "as Hugging Face PEFT's",
     }
 
 
@@ -220,8 +226,12 @@ def parameters(cls: type[Config]) -> dict[str, int] | None:
     None where its defaults adapt no such layer, or the number depends on a model
     or on the base's values.
     """
+    # the one field without a default: it schedules training, and sizes nothing
+    steps: dict[str, Any] = (
+        {"total_step": 1} if any(f.name == "total_step" for f in fields(cls)) else {}
+    )
     try:
-        config: Any = cls()
+        config: Any = cls(**steps)
         if not isinstance(config, Tuner):
             return None
         norm = "Norm" in config.kinds
@@ -232,10 +242,11 @@ def parameters(cls: type[Config]) -> dict[str, int] | None:
         return None
     if any(size < 0 for k, s in own.items() for size in s if not config.is_frozen(k)):
         return None
-    return {
+    count = {
         "layer": sum(prod(s) for k, s in own.items() if not config.is_frozen(k)),
         "shared": sum(prod(s) for k, s in shared.items() if not config.is_frozen(k)),
     }
+    return count if any(count.values()) else None
 
 
 def trains(count: Mapping[str, int] | None) -> str:
@@ -254,12 +265,13 @@ def trains(count: Mapping[str, int] | None) -> str:
 
 def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Show the methods."""
-    made = table("method", "what it computes", "trains", "layers", "kind", "unmerges", "needs")
+    head = "method", "what it computes", "trains", "layers", "kind", "unmerges", "needs", "files"
+    made = table(*head)
     for row in rows:
         layers, needs = ", ".join(row["layers"]), ", ".join(row["extensions"])
         undone = "–" if not layers else "yes" if row["reversible"] else "no"
         first = row["peft_type"], row["equation"], trains(row["parameters"])
-        cells = *first, layers or "–", row["kind"], undone, needs or "–"
+        cells = *first, layers or "–", row["kind"], undone, needs or "–", row["files"]
         made.add(*cells)
     return made
 
@@ -267,7 +279,7 @@ def listing(rows: Sequence[Mapping[str, Any]]) -> Table:
 def remarks(others: Mapping[str, str], problems: Sequence[str]) -> list[str | Table]:
     """Say whose the methods of other distributions are, and which of them cannot be used."""
     lines = [f"{name} is of {owner}" for name, owner in others.items()]
-    return [*lines, *(f"warning: {line}" for line in problems)]
+    return [*lines, *(f"warning: {line}" for line in problems), LIBRARIES]
 
 
 def scores(

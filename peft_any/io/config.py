@@ -25,12 +25,20 @@ from peft_any.registry import Config, method_for, method_names
 PEFT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose semantics a written configuration follows."""
 
-_UNCONVERTED = {
+_CHANGED = {
     "corda": "the covariances of the layers' inputs, which the file does not hold",
     "lora_ga": "gradients, which the file does not hold",
-    "loftq": "the quantised base it was trained on",
     "pissa_niter": "a random decomposition, which cannot be repeated",
 }
+_UNCONVERTED = {
+    init: f"the base it belongs to was changed by {by}; save it with Hugging Face PEFT's "
+    "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+    for init, by in _CHANGED.items()
+} | {
+    "loftq": "it belongs to the base that LoftQ quantised; merge it with Hugging Face PEFT on that "
+    "base, or say true in adapter_config.json and give that base dequantised: it is its plain LoRA"
+}
+"""Initial values of LoRA that leave another base, which a file lacks; and the way out."""
 
 
 _IDLE = {
@@ -148,10 +156,7 @@ def _refuse(cls: type[Config], raw: Mapping[str, Any], where: str) -> None:
         if raw.get(field)
     ]
     if said:
-        raise ConfigError(
-            "\n".join(said) + "\nmerge such an adapter with Hugging Face PEFT, or convert it to a "
-            "plain one there (convert_to_lora)"
-        )
+        raise ConfigError("\n".join(said))
 
 
 def unheard(unknown: Mapping[str, Any], where: str) -> list[str]:
@@ -196,11 +201,7 @@ def refuse_unconverted(config: Config, where: str) -> None:
     init = getattr(config, "init_lora_weights", None) if config.peft_type == "LORA" else None
     why = _UNCONVERTED.get("pissa_niter" if str(init).startswith("pissa_niter") else str(init))
     if why:
-        raise ConfigError(
-            f"{where}: init_lora_weights={init!r} cannot be loaded: the base it belongs to was "
-            f"changed by {why}; save it with Hugging Face PEFT's "
-            "path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
+        raise ConfigError(f"{where}: init_lora_weights={init!r} cannot be loaded: {why}")
 
 
 def config_to_dict(config: Config, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
-        "target_parameters": "AdaLoRA adapts modules alone",
-        "use_dora": "AdaLoRA has no magnitude vector",
+        "target_parameters": "AdaLoRA adapts modules alone: name them in target_modules",
+        "use_dora": "AdaLoRA has no magnitude vector: leave it out",
     }
 
     target_r: int = 8
