@@ -14,15 +14,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from peft_any import extract  # noqa: E402
-from tests.hf import test_models as models  # noqa: E402
+from tests.hf.models import make  # noqa: E402
 
 KNOWN = "fan_in_fan_out is set to"
 
 
-def tuned(make: Any, seed: int) -> tuple[Any, Any]:
+def tuned(name: str, seed: int) -> tuple[Any, Any]:
     """Make a model and another one, of which every number differs."""
     torch.manual_seed(seed)
-    base, model = make(), make()
+    base, model = make(name), make(name)
     with torch.no_grad():
         for one, two in zip(base.parameters(), model.parameters(), strict=True):
             two.copy_(one + 0.1 * torch.randn_like(one))
@@ -31,11 +31,11 @@ def tuned(make: Any, seed: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("cut", [{"rank": 4}, {"energy": 0.9}], ids=["rank", "energy"])
 @pytest.mark.parametrize("embeddings", [False, True], ids=["copies", "factors"])
-@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_hugging_face_peft_gives_the_model_back(
-    make: Any, embeddings: bool, cut: dict[str, Any], tmp_path: Path
+    name: str, embeddings: bool, cut: dict[str, Any], tmp_path: Path
 ) -> None:
-    base, model = tuned(make, 0)
+    base, model = tuned(name, 0)
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "model")
     found = extract(
@@ -54,11 +54,11 @@ def test_hugging_face_peft_gives_the_model_back(
     residuals = {layer.tensor: layer.residual for layer in found.layers}
     assert residuals or "energy" in cut  # BERT's small layers of noise are saved whole
     seen = set()
-    for name, want in model.state_dict().items():
-        away = float(torch.linalg.norm(merged[name].double() - want.double()))
-        if name in residuals:
-            seen.add(name)
-            assert away == pytest.approx(residuals[name], rel=1e-3, abs=1e-6)
+    for key, want in model.state_dict().items():
+        away = float(torch.linalg.norm(merged[key].double() - want.double()))
+        if key in residuals:
+            seen.add(key)
+            assert away == pytest.approx(residuals[key], rel=1e-3, abs=1e-6)
         else:
-            np.testing.assert_array_equal(merged[name].numpy(), want.numpy(), name)
+            np.testing.assert_array_equal(merged[key].numpy(), want.numpy(), key)
     assert seen == residuals.keys()
