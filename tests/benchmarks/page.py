@@ -58,6 +58,12 @@ rounds: to copy the weight, since ours writes a new array and Hugging Face PEFT 
 OSF and RandLoRA, whose factors are of full rank, to multiply two matrices of {N}×{N}, which both
 sides do. Where the target lies above it, no way of computing the merge would reach it.
 
+Other work ran on the machine's two cores meanwhile (load averages from 5 to 9) and shared their
+caches: a figure near 1 moves by a tenth from run to run. What misses by more: FourierFT, where half
+of an inverse transform is left to do; unmerges of VB-LoRA and Uni-LoRA on NumPy, a product of rank
+4 that its OpenBLAS takes twice as long for as torch's MKL; and a step of LN tuning on NumPy, which
+trains all the weights of the layer, in passes of AdamW over arrays that torch fuses.
+
 Targets: no figure against Hugging Face PEFT below 1 (below {NOISE} is called a miss: equal calls
 vary by that much); in merges 10 for OFT and BOFT, and 5 for C3A, FourierFT, HRA, RandLoRA and
 WaveFT, where Hugging Face PEFT forms square matrices.
