@@ -38,11 +38,12 @@ def fill(model: Any, name: str, seed: int) -> None:
     torch.manual_seed(seed)
     with quietly():
         state = peft.get_peft_model_state_dict(model, adapter_name=name)
-    noise: dict[int, torch.Tensor] = {}
+    noise: dict[Any, torch.Tensor] = {}
     new = dict(state)
     for key, value in state.items():
         if value.is_floating_point() and not FROZEN & {*key.split(".")}:
-            moved = noise.setdefault(value.data_ptr(), 0.2 * torch.randn_like(value))
+            at = value.data_ptr(), value.shape
+            moved = noise.setdefault(at, 0.2 * torch.randn_like(value))
             new[key] = value + moved  # of tensors that layers share, alike
     load(model, new, name)
 

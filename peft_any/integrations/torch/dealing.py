@@ -48,10 +48,10 @@ def shares_of(root: nn.Module, name: str, placed: Placed) -> list[Share]:
     aliases = names_of(root)
     for table, rows in adapter.tokens.items():
         held = Arrays({"weight": rows}, ["weight"])
-        name = f"{table}.weight"
-        others = () if OUTPUT.fullmatch(table) else aliases[id(tensor(root, name))]
+        whole = f"{table}.weight"
+        others = () if OUTPUT.fullmatch(table) else aliases[id(tensor(root, whole))]
         own = {f"{other}.weight" for other in adapter.tokens}
-        for full in (name, *(twin for twin in others if twin not in own)):
+        for full in (whole, *(twin for twin in others if twin not in own)):
             share = of(full)
             share.rows, within = held, share.within(full)
             share.indices[within] = token_indices(config, table)
