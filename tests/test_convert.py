@@ -119,8 +119,22 @@ def test_a_gain_alone_becomes_a_lora_too() -> None:
     model, weights = model_of(Case("ia3", IA3Config(), FC))
     with pytest.raises(TargetError, match="give base="):
         convert(model["a"])
-    made, _ = convert(model["a"], base=weights)
+    made, record = convert(model["a"], base=weights)
     assert made.config.lora_bias
+    assert not any("no bias changes here" in note for note in record.warnings)
+
+
+def test_layers_without_a_bias_in_a_lora_with_biases_are_told() -> None:
+    weights = {"up.weight": np.ones((6, 4)), "up.bias": np.ones(6), "down.weight": np.ones((4, 6))}
+    config = IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])
+    gains = {"up": np.full((6, 1), 2.0), "down": np.full((1, 6), 2.0)}
+    adapter = Adapter(config, {name: {"ia3_l": gain} for name, gain in gains.items()})
+    made, record = convert(adapter, base=weights)
+    assert any("down: no bias changes here" in note for note in record.warnings)
+    x = np.arange(6.0).reshape(1, 6)
+    model = PeftModel(weights)
+    model.add("lora", made)
+    np.testing.assert_allclose(model.bind().layers["down"](x), 2 * x @ weights["down.weight"].T)
 
 
 def test_what_cannot_be_converted() -> None:

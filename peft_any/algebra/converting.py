@@ -11,7 +11,7 @@ from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord
 from peft_any.algebra.sums import Options
 from peft_any.algebra.terms import Base
-from peft_any.backend import Backend
+from peft_any.backend import Backend, namespace
 from peft_any.errors import ConfigError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.method import Prompt
@@ -122,6 +122,16 @@ class Converting(Job):
             note = (
                 f"{some}: the factors are no smaller than the layer, as in {len(large)} of "
                 f"{len(record.layers)} layers: give a rank or an energy for small ones"
+            )
+            record = replace(record, warnings=(*record.warnings, note))
+        biases = {name: p.get("lora_B.bias") for name, p in made.sites.items()}
+        idle = [n for n, b in biases.items() if b is not None and not namespace(b).any(b != 0)]
+        if idle:
+            some = ", ".join(idle[:3]) + (" …" if len(idle) > 3 else "")
+            note = (
+                f"{some}: no bias changes here, but lora_bias=true counts for every layer: "
+                "those without a bias cannot be merged with it, here or in Hugging Face PEFT; "
+                "apply the LoRA without merging, or merge the adapter as it was"
             )
             record = replace(record, warnings=(*record.warnings, note))
         return made, record
