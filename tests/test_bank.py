@@ -23,7 +23,7 @@ from peft_any import (
 )
 from peft_any.backend import namespace, to_numpy
 from peft_any.bank.data import StackedLayer
-from peft_any.bank.factors import factored, factors_of
+from peft_any.bank.factors import factored, factors_of, few
 from peft_any.bank.mixed import MixedLayer
 from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
@@ -63,7 +63,7 @@ def test_each_row_is_its_own_adapters(case: Case, lib: Lib) -> None:
     alone = mixed(case, p, q, base.weight, base.bias, path=None).layers
     want = np.stack([alone[k](x[i]) for i, k in enumerate(ROWS)])
     stackable = factored(config, case.site) and case.site.kind != "Embedding"
-    paths = ["grouped", "stacked"] if stackable else ["grouped"]
+    paths = ["grouped", "stacked", "joined"] if stackable else ["grouped"]
 
     def apply(p, q, weight, bias, x):
         return [mixed(case, p, q, weight, bias, path=path)(x) for path in paths]
@@ -140,7 +140,7 @@ def test_any_mixture_of_methods_and_ranks(data: st.DataObject, ranks: list[int])
     np.testing.assert_allclose(layer(x), np.stack(want), rtol=1e-10, atol=1e-12)
     lorarows = all(one is None or one.startswith(("lora", "__")) for one in rows)
     if lorarows and len(layer.layers) > 1:
-        for path in ("stacked", "grouped"):
+        for path in ("joined", "stacked", "grouped"):
             y = MixedLayer(layer.layers, layer.rows, path)(x)
             np.testing.assert_allclose(y, np.stack(want), rtol=1e-10, atol=1e-12)
 
@@ -178,6 +178,33 @@ def test_gradients_reach_each_rows_adapter_alone(library: str, names: list[str])
     _, want = value_and_grad(alone)({names[0]: params[names[0]]})
     for key, g in want[names[0]]["fc"].items():
         np.testing.assert_allclose(to_numpy(grads[names[0]]["fc"][key]), to_numpy(g), rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_row_is_not_harmed_by_another_adapter_s_numbers(value: float) -> None:
+    model = model_of([2, 3, 1])
+    broken = {k: np.full_like(v, value) for k, v in model.parameters["lora0"]["fc"].items()}
+    x, rows = np.random.default_rng(1).standard_normal((2, 6)), ["lora0", "lora1"]
+    want = model.bind(rows=rows).layers["fc"](x)
+    model.update({"lora0": {"fc": broken}})
+    with np.errstate(invalid="ignore"):
+        got = model.bind(rows=rows).layers["fc"](x)
+    assert not np.isfinite(got[0]).any()
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-12)
+
+
+def test_the_joined_path_is_taken_where_it_costs_little() -> None:
+    layer = model_of([2, 3, 1]).bind(rows=["lora0", "lora1", None]).layers["fc"]
+    layer(np.ones((3, 6)))
+    assert "_joined" in vars(layer)
+    assert "_stacked" not in vars(layer)
+    site = layer.base.site
+    assert few(128, replace(site, n_in=2048, n_out=2048), 64)
+    assert not few(128, replace(site, n_in=2048, n_out=2048), 65)
+    small = replace(site, n_in=64, n_out=64)
+    assert few(128, small, 1024)
+    assert not few(256, small, 1024)
+    assert few(128, replace(site, n_in=4096, n_out=4096), 1 << 20)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

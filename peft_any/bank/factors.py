@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
-from peft_any._typing import Array
-from peft_any.backend import creation_device, namespace
+import numpy as np
+
+from peft_any._typing import Array, Params
+from peft_any.backend import (
+    creation_device,
+    detach,
+    dtype_name,
+    from_numpy_like,
+    is_lazy,
+    is_traced,
+    namespace,
+)
 from peft_any.bound import BoundLayer
-from peft_any.layer import EXPERTS, Dense, Site
+from peft_any.layer import EXPERTS, Dense, Site, linear
 from peft_any.method import Additive, Tuner
 
 EACH, ALL = 1 << 18, 1 << 24
@@ -25,6 +35,35 @@ def small(layers: Sequence[BoundLayer], rows: int) -> bool:
     ranks = [p.config.rank(site) for one in layers for p in one.parts if factored(p.config, site)]
     size = max(ranks, default=1) * (site.n_out + site.width) * rows
     return size <= min(EACH * len(layers), ALL)
+
+
+JOINED = 1 << 25
+"""The most products of two numbers that all vectors with the factors of all adapters may be, for
+the joined path to be chosen; half as many where their ranks together are above a side's size."""
+
+
+def total_rank(layers: Sequence[BoundLayer]) -> int:
+    """Bound the rank of the factors of all adapters together; nothing is formed for it."""
+    site = layers[0].base.site
+    configs = [p.config for one in layers for p in one.parts]
+    return sum(config.rank(site) for config in configs if factored(config, site))
+
+
+def few(total: int, site: Site, vectors: int) -> bool:
+    """Whether so many vectors, multiplied by factors of all ranks together, cost little."""
+    each, side = total * (site.n_out + site.width), min(site.n_out, site.width)
+    return vectors * each <= (JOINED if total <= side else JOINED // 2) or 32 * total <= side
+
+
+def finite(*arrays: Array) -> bool:
+    """Whether arrays are known to hold no infinity: times 0 it would be none."""
+    values = [detach(array) for array in arrays]
+    if any(is_traced(array) or is_lazy(array) for array in values):
+        return False
+    try:
+        return all(bool(namespace(a).all(namespace(a).isfinite(a))) for a in values)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False  # no values: torch's meta device, or a transformation
 
 
 def factored(config: Tuner, site: Site) -> TypeGuard[Additive]:
@@ -95,15 +134,41 @@ def alike(found: Sequence[Mapping[str, Array]], base: Dense) -> list[dict[str, A
     return made
 
 
+def joined(found: Sequence[Mapping[str, Array]], base: Dense, rows: Sequence[int]) -> Params:
+    """Lay the factors of all adapters side by side, and say which of them are each row's.
+
+    Parameters
+    ----------
+    found : sequence of mappings
+        As `factors_of` gives them, one of them at least not empty.
+    base : Dense
+        In the compute dtype.
+    rows : sequence of int
+        Which of them each row takes.
+    """
+    kept = [f for f in found if f]
+    xp = namespace(base.weight, *(array for f in kept for array in f.values()))
+    a, b = (xp.concat([f[n] for f in kept], axis=i) for i, n in enumerate("ab"))
+    owner = np.asarray([i for i, f in enumerate(found) if f for _ in range(int(f["a"].shape[0]))])
+    mask = (np.asarray(rows)[:, None] == owner[None, :]).astype(dtype_name(base.weight))
+    made = {"a": a, "b": b, "mask": from_numpy_like(mask, base.weight)}
+    if any(len(f) > 2 for f in kept):
+        each = alike(found, base)
+        more = [name for name in ("gain", "shift") if name in each[0]]
+        made |= {name: xp.stack([each[i][name] for i in rows], axis=0) for name in more}
+    return made
+
+
 def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
-    """Apply a layer to rows of which each has factors of its own: two batched products.
+    """Apply a layer to rows of which each has factors of its own: two products, perhaps batched.
 
     Parameters
     ----------
     x : array (rows, …, width)
     base : Dense
     rows : mapping
-        a (rows, k, width), b (rows, n_out, k), and perhaps gain and shift (rows, n_out).
+        a (rows, k, width), b (rows, n_out, k); or a (k, width), b (n_out, k) of all adapters and
+        a mask (rows, k) of what is each row's; and perhaps gain and shift (rows, n_out).
 
     Returns
     -------
@@ -112,14 +177,18 @@ def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
     """
     xp = namespace(x, base.weight, rows["a"])
     n = x.shape[0]
-    y = base(x)
-    flat = xp.reshape(x, (n, -1, x.shape[-1])) if x.ndim != 3 else x
-    low = xp.matmul(flat, xp.matrix_transpose(rows["a"]))
-    y = y + xp.reshape(xp.matmul(low, xp.matrix_transpose(rows["b"])), y.shape)
-    lead = (n, *(1,) * (x.ndim - 2), base.weight.shape[0])
+    y, ones = base(x), (1,) * (x.ndim - 2)
+    if "mask" in rows:
+        low = linear(x, rows["a"]) * xp.reshape(rows["mask"], (n, *ones, -1))
+        y = y + linear(low, rows["b"])
+    else:
+        flat = xp.reshape(x, (n, -1, x.shape[-1])) if x.ndim != 3 else x
+        low = xp.matmul(flat, xp.matrix_transpose(rows["a"]))
+        y = y + xp.reshape(xp.matmul(low, xp.matrix_transpose(rows["b"])), y.shape)
+    lead = (n, *ones, base.weight.shape[0])
     if "shift" in rows:
         y = y + xp.reshape(rows["shift"], lead)
     if "gain" in rows:
         gain = xp.reshape(rows["gain"], lead)
         y = y * gain if base.bias is None else (y - base.bias) * gain + base.bias
-    return y  # type: ignore[no-any-return]
+    return y

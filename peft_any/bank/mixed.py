@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,17 @@ from peft_any.backend import (
     is_floating,
     namespace,
 )
-from peft_any.bank.factors import alike, applied, factored, factors_of, small
+from peft_any.bank.factors import (
+    alike,
+    applied,
+    factored,
+    factors_of,
+    few,
+    finite,
+    joined,
+    small,
+    total_rank,
+)
 from peft_any.bound import BoundLayer
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Site, check_input
@@ -67,8 +78,9 @@ class MixedLayer:
         One for each adapter that some row has.
     rows : sequence of int
         Which of them each row of the batch takes.
-    path : {"stacked", "grouped"} or None
-        How: all rows at once, or the rows of each adapter together; by default by size.
+    path : {"joined", "stacked", "grouped"} or None
+        How: all rows with the factors of all adapters, of which each row keeps its own's, or each
+        with its own, or the rows of each adapter together; by default by size.
     """
 
     layers: Sequence[BoundLayer]
@@ -100,10 +112,10 @@ class MixedLayer:
         floating = is_floating(x)
         if len(self.layers) == 1:
             return self.layers[0](x)
-        ready = self._stacked if floating and self.path != "grouped" else None
-        if ready is None and self.path == "stacked":
+        ready = self._at_once(prod(x.shape[:-1])) if floating else None
+        if ready is None and self.path in ("joined", "stacked"):
             raise ConfigError(
-                f"{site.name}: these adapters cannot be stacked: each must add one product of "
+                f"{site.name}: these adapters cannot be {self.path}: each must add one product of "
                 "factors to the same base; take the grouped path"
             )
         if ready is None:
@@ -116,18 +128,49 @@ class MixedLayer:
     def _shared(self) -> Dense | None:
         return shared_base(self.layers)
 
+    def _at_once(self, vectors: int) -> tuple[Dense, dict[str, Array]] | None:
+        """The base and the factors of all rows, where that is possible and, by itself, quicker."""
+        site = self.base.site
+        if self.path == "joined" or (self.path is None and few(self._total, site, vectors)):
+            ready = self._joined
+            if ready is not None or self.path == "joined":
+                return ready
+        return None if self.path == "grouped" else self._stacked
+
     @cached_property
-    def _stacked(self) -> tuple[Dense, dict[str, Array]] | None:
-        """The factors of every row, where that is possible and, unless asked for, small."""
+    def _total(self) -> int:
+        return total_rank(self.layers)
+
+    @cached_property
+    def _factors(self) -> tuple[Dense, list[dict[str, Array]]] | None:
+        """The factors of every adapter, where each has some over the same base."""
         parts = [part for layer in self.layers for part in layer.ready[0]]
         if not all(factored(part.config, self.base.site) for part in parts):
             return None
-        if self.path is None and not small(self.layers, len(self.rows)):
-            return None
         base, found = self._shared, [factors_of(layer) for layer in self.layers]
         known = [f for f in found if f is not None]
-        if base is None or len(known) < len(found):
+        return None if base is None or len(known) < len(found) else (base, known)
+
+    @cached_property
+    def _joined(self) -> tuple[Dense, dict[str, Array]] | None:
+        """The factors of all adapters side by side; unless asked for, where none is infinite."""
+        if self._factors is None:
             return None
+        base, known = self._factors
+        if not any(known) or (
+            self.path is None and not finite(*(a for f in known for a in f.values()))
+        ):
+            return None
+        return base, joined(known, base, self.rows)
+
+    @cached_property
+    def _stacked(self) -> tuple[Dense, dict[str, Array]] | None:
+        """The factors of every row, where that is possible and, unless asked for, small."""
+        if self.path is None and not small(self.layers, len(self.rows)):
+            return None
+        if self._factors is None:
+            return None
+        base, known = self._factors
         each = alike(known, base)
         xp = namespace(base.weight, *(array for f in each for array in f.values()))
         return base, {n: xp.stack([each[i][n] for i in self.rows], axis=0) for n in each[0]}
