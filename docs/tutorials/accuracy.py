@@ -9,7 +9,7 @@ Some twenty minutes on two cores. ``--steps 5 --sizes 1`` shows that it runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple
@@ -90,9 +90,11 @@ class Point:
     cd_rel: float
 
 
-def configs(name: str, most: int | None) -> Iterator[tuple[str, Config]]:
+def configs(
+    name: str, most: int | None, families: Mapping[str, Family] = FAMILIES
+) -> Iterator[tuple[str, Config]]:
     """Give a method's first sizes, each with its configuration."""
-    family = FAMILIES[name]
+    family = families[name]
     make = method_for(family.peft_type or name.upper())
     for size in family.sizes[:most]:
         label = ", ".join(f"{value}" if field == "variant" else f"{field}={value}"

@@ -15,11 +15,19 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from accuracy import FAMILIES, configs
+from accuracy import EVERY, FAMILIES, Family, configs, of
 
 from peft_any import PeftModel
 
 SIDE = 64
+SHARING: dict[str, Family] = {
+    "frod": Family(EVERY, of("sparse_rate", 0.0, 0.01, 0.1)),
+    "tinylora": Family(EVERY, of("u", 2, 8, 16), {"r": 4}),
+    "unilora": Family(EVERY, of("theta_d_length", 16, 64, 256)),
+    "vblora": Family(EVERY, of("num_vectors", 8, 16, 64), {"vector_length": 16}),
+}
+"""Methods whose arrays many layers share, which one network of three layers shows little of."""
+ALL = FAMILIES | SHARING
 
 
 class Point(NamedTuple):
@@ -57,7 +65,7 @@ def change(name: str, config: object) -> tuple[int, np.ndarray]:
 def points(names: list[str]) -> Iterator[Point]:
     """Measure every configuration: the rank, and how evenly the singular values are spread."""
     for name in names:
-        for size, config in configs(name, None):
+        for size, config in configs(name, None, ALL):
             trained, delta = change(name, config)
             values = np.linalg.svd(delta, compute_uv=False)
             rank = int(np.sum(values > 1e-9 * max(values[0], 1e-30)))
@@ -91,7 +99,7 @@ def main() -> None:
     """Print the table, and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--figure", metavar="PATH")
-    parser.add_argument("--only", nargs="*", default=[*FAMILIES], choices=[*FAMILIES])
+    parser.add_argument("--only", nargs="*", default=[*ALL], choices=[*ALL])
     given = parser.parse_args()
     found = [*points(given.only)]
     print("| method | size | trained parameters | rank of ΔW | effective rank |")
