@@ -362,6 +362,9 @@ class TestWholeCopies:
         with torch.no_grad():
             twin.wte.weight[[5, 2]] += 1.0
         close(net(x), twin(x), 1e-6)
+        detach_adapter(net)
+        assert torch.equal(net(x), Tied()(x))
+        held = attach(net, held.adapter)
         merge_into(net)
         close(net(x), twin(x), 1e-6)
         assert held.adapter.tokens["wte"].shape == (2, 5)
