@@ -47,8 +47,9 @@ RTOL = 1e-10
 
 
 def net_of(case: Case, seed: int = 0) -> Net:
-    """Make a module of a row's layer, in float64."""
-    return Net(case.site.name, layer_of(case.base(seed, dtype="float64")))
+    """Make a module of a row's layer, in float64; of what draws in training, not in training."""
+    net = Net(case.site.name, layer_of(case.base(seed, dtype="float64")))
+    return net.train(not case.config.draws)
 
 
 def config_of(case: Case) -> Any:
