@@ -33,7 +33,7 @@ def attributes(root: str, sources: list[Path]) -> set[str]:
 
 
 EXTENSIONS = ("", ".linalg", ".fft")
-OWN = {"depth", "kind", "lift", "lower", "raw", "root", "wrap"}
+OWN = {"_linear", "depth", "kind", "lift", "lower", "raw", "root", "wrap"}
 """What the tape's namespace has beyond the standard."""
 NAMES = sorted(attributes("xp", SOURCES) - OWN)
 RECORDED = sorted(

@@ -294,7 +294,7 @@ def test_tokens_of_examples_are_trained_near_where_they_are(lib: Lib, tmp_path) 
     [
         ({"task_type": "SEQ_CLS"}, 'must be "CAUSAL_LM"'),
         ({"cpt_mask": [1]}, "one for each"),
-        ({"opt_weighted_loss_type": "best"}, "is unknown"),
+        ({"opt_weighted_loss_type": "best"}, 'must be "none" or "decay"'),
     ],
 )
 def test_prompts_of_examples_say_what_they_need(fields, message) -> None:

@@ -259,7 +259,7 @@ def test_a_poly_adapter_of_one_task_acts_in_torch_modules() -> None:
     model, x = poly()
     layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.float64)
     layer.weight.data = torch.tensor(model.weights["fc.weight"])
-    root = torch.nn.ModuleDict({"fc": layer})
+    root = torch.nn.ModuleDict({"fc": layer}).eval()  # in training Poly draws
     attach(root, model["a"])
     y = root["fc"](torch.tensor(x)).detach().numpy()
     np.testing.assert_allclose(y, model.bind().layers["fc"](x), rtol=1e-12)
@@ -370,7 +370,7 @@ def test_torch_modules_are_routed_within_a_block(kind: str) -> None:
     name, values = ("alora_offsets", OFFSETS) if kind == "alora" else ("task_ids", [2, 0, 1])
     layer = torch.nn.Linear(4, 6, bias=False, dtype=torch.float64)
     layer.weight.data = torch.tensor(model.weights["fc.weight"])
-    root = torch.nn.ModuleDict({"fc": layer})
+    root = torch.nn.ModuleDict({"fc": layer}).eval()  # in training Poly draws
     task = attach(root, model["a"])
     want = model.routed(**{name: values}).bind().layers["fc"](x)
     for routing in (values, torch.tensor(values)):

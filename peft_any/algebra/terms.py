@@ -15,7 +15,7 @@ from peft_any.completing import Placed, dense, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint
-from peft_any.layer import Dense, Site
+from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.linalg import as_product
 from peft_any.method import Additive, Tuner
 from peft_any.origin import KEY, other_base
@@ -104,6 +104,17 @@ def opened(base: Base, given: list[Given]) -> Iterator[Mapping[str, Any] | None]
         yield View(checkpoint, given)
 
 
+def _no_stacks(one: Placed) -> Placed:
+    """Refuse experts, of which each would need factors of its own."""
+    for name, site in one.sites.items():
+        if site.kind in EXPERTS:
+            raise ConfigError(
+                f"{name}: stacks of experts (target_parameters) cannot be combined or converted: "
+                "merge the adapters into the base, with their weights"
+            )
+    return one
+
+
 def placed(
     given: Sequence[Given],
     view: Mapping[str, Any] | None,
@@ -119,16 +130,11 @@ def placed(
     out, faults = [], []
     for one in given:
         try:
-            if getattr(one.adapter.config, "target_parameters", None):
-                raise ConfigError(
-                    "target_parameters: stacks of experts cannot be combined or converted: merge "
-                    "the adapters into the base, with their weights"
-                )
             if view is None:
                 out.append(_alone(one))
             else:
                 alone = len(given) == 1
-                out.append(fit_one(one, view, fit, alone=alone))
+                out.append(_no_stacks(fit_one(one, view, fit, alone=alone)))
         except PeftError as error:
             faults.append((one, error))
     if faults:
@@ -169,6 +175,11 @@ def _alone(given: Given) -> Placed:
     found: dict[str, Site] = {}
     known: dict[Any, list[Site]] = {}
     lost = []
+    if getattr(config, "target_parameters", None):
+        raise TargetError(
+            "target_parameters: names layers and stacks of experts, which factors alone do not "
+            "tell apart: give base= (--base)"
+        )
     for name, params in given.adapter.sites.items():
         hit = site_of(config, name, params, known)
         if hit is None:
