@@ -74,7 +74,9 @@ def tolerance(case: Case | PromptCase | AttendedCase, dtype: str) -> float:
     value (Wedin 1972): the factors of PiSSA, PSOFT and AdaMSS hold some, and OSF takes some out of
     the weight, of which torch's SVD is in float32.
     """
-    if isinstance(case, PromptCase | AttendedCase):
+    if isinstance(case, AttendedCase):
+        return 4 * TOLERANCE[dtype]  # of which each of attention's products takes a share
+    if isinstance(case, PromptCase):
         return TOLERANCE[dtype]
     config: Any = case.config.at(case.site)
     if (

@@ -67,8 +67,17 @@ def same(found: dict[str, Any], folder: Path) -> None:
         np.testing.assert_allclose(got, want, rtol=rtol, atol=0, err_msg=key)
 
 
+APART = {
+    "adamss": "it refuses a file of ours by name: tests.hf.test_live",
+    "psoft": "it refuses a file of ours by name: tests.hf.test_live",
+    "xlora": "its gate is loaded with its experts: tests.hf.test_xlora",
+}
+"""Files that Hugging Face PEFT does not load by themselves, and where that is held."""
+LOADED = [name for name in make_files.MADE if name not in APART]
+
+
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
-@pytest.mark.parametrize("name", [*make_files.MADE])
+@pytest.mark.parametrize("name", LOADED)
 def test_a_rewritten_file_is_loaded(name: str, adapter_name: str, tmp_path: Path) -> None:
     Adapter.load(FILES / name).save(tmp_path / "a")
     model = load(make_files.MADE[name][0](), tmp_path / "a", adapter_name)
@@ -87,7 +96,7 @@ UNMERGED = (
     "prefix",
     "prompt",
 )
-LAYERED = [name for name in make_files.MADE if not name.startswith(UNMERGED)]
+LAYERED = [name for name in LOADED if not name.startswith(UNMERGED)]
 
 
 @pytest.mark.parametrize("name", LAYERED)

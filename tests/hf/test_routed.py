@@ -26,7 +26,9 @@ from tests.hf.models import base_of  # noqa: E402
 from tests.hf.test_live import ROUNDING, compare  # noqa: E402
 from tests.hf.whole import fill  # noqa: E402
 
-rows = pytest.mark.parametrize("case", ROUTED, ids=lambda case: case.name)
+LAYERS = [case for case in ROUTED if case.hf is None]
+"""Rows that a layer alone is; whole models are compared for X-LoRA: `tests.hf.test_xlora`."""
+rows = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
