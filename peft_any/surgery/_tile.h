@@ -27,12 +27,11 @@ typedef uint16_t NAME(bits16) __attribute__((vector_size(LANES)));
 #define bits32 NAME(bits32)
 #define singles NAME(singles)
 
-/* Adds what the lanes have summed to lanes of doubles, and clears them. */
-TARGET static inline void NAME(flush)(floats *lanes, doubles *sum)
+/* Adds what the lanes have summed to the doubles, and clears them. */
+TARGET static inline void NAME(flush)(floats *lanes, double *sum)
 {
-    singles half[2];
-    memcpy(half, lanes, sizeof half);
-    *sum += __builtin_convertvector(half[0], doubles) + __builtin_convertvector(half[1], doubles);
+    for (int i = 0; i < LANES; i++)
+        *sum += (double)(*lanes)[i];
     *lanes = (floats){0};
 }
 
@@ -45,7 +44,6 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     uint16_t *const out = s->out;
     const floats zero = {0}, half = zero + (scaled ? HALF_PLACE - SCALED : HALF_PLACE - SUM);
     floats base2 = zero, delta2 = zero, dot = zero, miss2 = zero;
-    doubles all_base2 = {0}, all_delta2 = {0}, all_dot = {0}, all_miss2 = {0};
     flags same = {0};
     ptrdiff_t doubtful[WAITING + 2 * ROWS * LANES];
     int count = 0;
@@ -106,17 +104,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                 settle_all(s, doubtful, &count, m);
         }
         if (j / PANEL % 8 == 7 || j + 2 * PANEL > n) {
-            NAME(flush)(&base2, &all_base2);
-            NAME(flush)(&delta2, &all_delta2);
-            NAME(flush)(&dot, &all_dot);
-            NAME(flush)(&miss2, &all_miss2);
+            NAME(flush)(&base2, &m->base2);
+            NAME(flush)(&delta2, &m->delta2);
+            NAME(flush)(&dot, &m->dot);
+            NAME(flush)(&miss2, &m->miss2);
         }
     }
     settle_all(s, doubtful, &count, m);
-    for (int l = 0; l < LANES / 2; l++) {
-        m->base2 += all_base2[l], m->delta2 += all_delta2[l];
-        m->dot += all_dot[l], m->miss2 += all_miss2[l];
-    }
     for (int l = 0; l < LANES; l++)
         m->same += same[l];
 }
