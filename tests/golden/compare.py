@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterable
 from math import inf
 from pathlib import Path
 
@@ -11,6 +13,29 @@ import safetensors.numpy
 
 WEIGHTS = "adapter_model.safetensors"
 TOLERANCE = {"float32": 2e-6, "float64": 1e-13}
+
+
+def written_or_compared(
+    folder: Path,
+    rows: Iterable[tuple[str, str]],
+    record: Callable[[str, str], tuple[dict[str, np.ndarray], dict[str, str]]],
+) -> int:
+    """Write a file for each row and dtype, or compare; return the number of files that differ."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check, wrong = parser.parse_args().check, 0
+    folder.mkdir(exist_ok=True)
+    for row, dtype in rows:
+        path = folder / f"{row}{'' if dtype == 'float32' else f'@{dtype}'}.safetensors"
+        tensors, texts = record(row, dtype)
+        if not check:
+            path.write_bytes(safetensors.numpy.save(tensors, texts))
+            continue
+        said = differences(path, tensors, texts, TOLERANCE[dtype])
+        for line in said:
+            print(f"{path.stem}: {line}")
+        wrong += bool(said)
+    return wrong
 
 
 def differences(

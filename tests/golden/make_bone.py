@@ -13,7 +13,6 @@ A file is laid out as those of `tests.golden.make`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import peft
-import safetensors.numpy
 import torch
 
-from tests.golden.compare import TOLERANCE, differences
+from tests.golden.compare import written_or_compared
 
 HERE = Path(__file__).parent / "bone"
 SHAPE = {"plain": (8, 12), "odd": (6, 10), "bat": (8, 12), "random": (8, 12), "bias": (8, 12)}
@@ -69,22 +67,8 @@ def record(row: str, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 def main() -> int:
     """Write all rows, two in float64 too, or compare; return the number of files that differ."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check, wrong = parser.parse_args().check, 0
-    HERE.mkdir(exist_ok=True)
-    for row in FIELDS:
-        for dtype in ("float32", "float64") if row in ("odd", "bat") else ("float32",):
-            path = HERE / f"{row}{'' if dtype == 'float32' else f'@{dtype}'}.safetensors"
-            tensors, texts = record(row, dtype)
-            if not check:
-                path.write_bytes(safetensors.numpy.save(tensors, texts))
-                continue
-            said = differences(path, tensors, texts, TOLERANCE[dtype])
-            for line in said:
-                print(f"{path.stem}: {line}")
-            wrong += bool(said)
-    return wrong
+    rows = [(row, "float32") for row in FIELDS] + [(row, "float64") for row in ("odd", "bat")]
+    return written_or_compared(HERE, rows, record)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ it, where that keeps experts apart.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import peft
 import safetensors.numpy
 import torch
 
-from tests.golden.compare import TOLERANCE, differences
+from tests.golden.compare import written_or_compared
 from tests.hf.models import make
 from tests.hf.reference import config_text
 
@@ -81,22 +80,8 @@ def record(row: str, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], dict[st
 
 def main() -> int:
     """Write all rows in float32 and float64, or compare; return the number of files that differ."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check, wrong = parser.parse_args().check, 0
-    HERE.mkdir(exist_ok=True)
-    for row in ROWS:
-        for dtype in ("float32", "float64"):
-            path = HERE / f"{row}{'' if dtype == 'float32' else f'@{dtype}'}.safetensors"
-            tensors, texts = record(row, getattr(torch, dtype))
-            if not check:
-                path.write_bytes(safetensors.numpy.save(tensors, texts))
-                continue
-            said = differences(path, tensors, texts, TOLERANCE[dtype])
-            for line in said:
-                print(f"{path.stem}: {line}")
-            wrong += bool(said)
-    return wrong
+    rows = [(row, dtype) for row in ROWS for dtype in ("float32", "float64")]
+    return written_or_compared(HERE, rows, lambda row, dtype: record(row, getattr(torch, dtype)))
 
 
 if __name__ == "__main__":
