@@ -18,7 +18,9 @@ settings.register_profile(
     max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     print_blob=True,
+    derandomize="CI" in os.environ,  # what a change breaks there, it breaks everywhere
 )
+settings.register_profile("deep", settings.get_profile("laws"), max_examples=2000)
 settings.load_profile("laws")
 
 ALONE = "PEFT_ANY_TESTED_ALONE"

@@ -199,7 +199,8 @@ def _copy(config: Config, parts: list[str], sites: Collection[str]) -> Place | s
     module, _, leaf = name.rpartition(".")
     above = [".".join(plain[:i]) for i in range(1, len(plain))]
     # HF wraps an embedding's twin too where `ensure_weight_tying` took its name off the list
-    twin = looks_like_embedding(module) and (saved != parts or "original_module" in parts)
+    wrapped = saved != parts or "original_module" in parts
+    twin = wrapped and leaf in _LEAVES and looks_like_embedding(module)
     listed = twin or any(m.endswith(tuple(saved_whole(config))) for m in above)
     if listed and "original_module" in parts:
         return Place("spare", "original_module", name)
