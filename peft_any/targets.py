@@ -194,8 +194,9 @@ def site_of(
     Returns
     -------
     (Tuner, Site) or None
-        The configuration at the site, and the site, a `Linear` for what may be a `Conv1D`; None
-        where several sizes, or none, have parameters of these shapes.
+        The configuration at the site, and the site, a `Linear` for what may be a `Conv1D`, or,
+        unless its name says so, a convolution that the method flattens; None where several
+        sizes, or none, have parameters of these shapes.
 
     Examples
     --------
@@ -207,9 +208,10 @@ def site_of(
     (5, 3)
     """
     shapes = {k: tuple(a.shape) for k, a in p.items()}
-    key = tuple(sorted(shapes.items()))
+    conv = "conv" in name.rpartition(".")[2].lower()
+    key = conv, tuple(sorted(shapes.items()))
     hits = []
-    for site in known[key] if key in known else _sizes(name, shapes):
+    for site in known[key] if key in known else _sizes(name, shapes, conv):
         here = replace(site, name=name)
         try:
             own = config.at(here)
@@ -224,16 +226,22 @@ def site_of(
     return hits[0] if len(hits) == 1 else None
 
 
-def _sizes(name: str, shapes: Mapping[str, Shape]) -> Iterator[Site]:
+def _sizes(name: str, shapes: Mapping[str, Shape], conv: bool) -> Iterator[Site]:
     """Make layers of all sizes that parameters of these shapes may belong to."""
     kernel = max((shape[2:] for shape in shapes.values()), key=prod, default=())
     kind: Kind = next((k for k, n in CONVOLUTIONS.items() if n == len(kernel)), "Linear")
     if any("embedding" in suffix for suffix in shapes):
         kind = "Embedding"
+    kinds: list[tuple[Kind, Shape]] = [(kind, kernel)]
+    if kind == "Linear" and conv:
+        kinds.append(("Conv2d", (1, 1)))
+    if kernel[1:] == (1,):  # some methods' Conv1d has four axes too
+        kinds.append(("Conv1d", kernel[:1]))
     sizes = {n for shape in shapes.values() for n in shape[:2] if n}
     sizes |= {m * n for m, n in product(sizes, sizes)}
     for n_in, n_out in product(sorted(sizes), sorted(sizes)):
-        yield Site(name, n_in, n_out, kind, kernel)
+        for kind, kernel in kinds:
+            yield Site(name, n_in, n_out, kind, kernel)
 
 
 def _holds(shape: Shape, needed: Shape) -> bool:

@@ -26,6 +26,12 @@ ROWS = [c for c in CASES if c.site.groups == 1 and c.site.kind != "MultiheadAtte
 """A LoRA has neither: of groups, and of a packed projection alone."""
 TOLD = [c for c in ROWS if not c.site.kernel and (c.config.peft_type != "ADAMSS" or c.site.bias)]
 """Kernels are flat in some files, and AdaMSS's bias looks like an input: the base alone tells."""
+CONVS = [
+    replace(c, site=replace(c.site, name="block.conv1"))
+    for c in ROWS
+    if c.site.kernel and not getattr(c.config, "feedforward_modules", None)
+]
+"""With names that tell what the arrays do not."""
 
 
 def model_of(case: Case) -> tuple[PeftModel, dict[str, Any]]:
@@ -59,7 +65,7 @@ def test_every_method_becomes_a_lora(case: Case) -> None:
         np.testing.assert_allclose(merged[name], want, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("case", TOLD, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*TOLD, *CONVS], ids=lambda case: case.name)
 def test_without_the_base_it_is_the_same_or_asks_for_it(case: Case) -> None:
     model, weights = model_of(case)
     try:

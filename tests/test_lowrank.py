@@ -20,7 +20,7 @@ from peft_any.algebra.lowrank import (
     widest,
 )
 from peft_any.backend import to_numpy
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ShapeError, UsageError
 from peft_any.testing import Lib
 
 sizes = st.integers(1, 12)
@@ -210,7 +210,7 @@ def test_single_precision_where_a_library_has_no_double() -> None:
     ],
 )
 def test_impossible_cuts_are_refused(numbers: dict[str, float], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(UsageError, match=says):
         Cut(**numbers)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_any._typing import Array
 from peft_any.backend import creation_device, namespace, qr, to_numpy, widest
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ShapeError, UsageError
 
 Factors: TypeAlias = tuple[Array, Array]
 _DECIMAL = 2.0**-52
@@ -38,7 +38,7 @@ class Cut:
 
     Raises
     ------
-    ConfigError
+    UsageError
         If a number is out of its range, or two selectors are given.
 
     Examples
@@ -55,16 +55,16 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise ConfigError(f"rank={self.rank!r}: cannot be a rank: give at least 1")
+            raise UsageError(f"rank={self.rank!r}: cannot be a rank: give at least 1")
         given = {k: v for k, v in vars(self).items() if k != "rank" and v is not None}
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)}: cannot both choose the rank: give one")
+            raise UsageError(f"{' and '.join(given)}: cannot both choose the rank: give one")
         for name, value in given.items():
             if name == "sv_ratio":
                 if not (isfinite(value) and value >= 1):
-                    raise ConfigError(f"sv_ratio={value}: cannot be a ratio s₁/s: give at least 1")
+                    raise UsageError(f"sv_ratio={value}: cannot be a ratio s₁/s: give at least 1")
             elif not 0 < value <= 1:
-                raise ConfigError(f"{name}={value}: cannot be a share: give one in (0, 1]")
+                raise UsageError(f"{name}={value}: cannot be a share: give one in (0, 1]")
 
     @property
     def selector(self) -> str | None:

@@ -28,6 +28,7 @@ from peft_any.surgery.ties import settle_ties
 _ALIASES = {
     "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16",
     "f16": "float16", "bf16": "bfloat16", "fp64": "float64", "f64": "float64", "double": "float64",
+    "fp8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2",
 }  # fmt: skip
 
 
@@ -210,7 +211,7 @@ def storage_dtype(name: str) -> str:
         close = nearest(name, [*floats, *_ALIASES])
         raise UsageError(
             f"dtype {name!r}: weights cannot be stored as that{close}: choose float32, bfloat16, "
-            "float16 or float64"
+            "float16, float64, float8_e4m3fn (fp8) or float8_e5m2"
         )
     return found
 
