@@ -726,7 +726,8 @@ class TestRefusals:
         self.refused(UsageError, "cannot be stored", model, tuned, dtype=name)
 
     def test_dtypes_have_short_names(self) -> None:
-        assert [storage_dtype(n) for n in ("float", "fp16", "BF16", "fp32", "fp8", "float8_e5m2")] == [
+        names = "float", "fp16", "BF16", "fp32", "fp8", "float8_e5m2"
+        assert [*map(storage_dtype, names)] == [
             "float32", "float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2",
         ]  # fmt: skip
 
