@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from peft_any.errors import FormatError, PeftError, StorageError, UsageError
 from peft_any.io._atomic import refuse_overlap
+from peft_any.io._fingerprint import checksum
 from peft_any.io._json import parse_object, read_json
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile, read_safetensors, write_safetensors
@@ -444,6 +445,38 @@ class TestTies:
     def test_nothing_is_known_without_config(self, tmp_path: Path) -> None:
         (single(tmp_path) / "config.json").unlink()
         assert Checkpoint(tmp_path).tied == ()
+
+
+class TestChecksum:
+    """A finished shard is known by all its bytes."""
+
+    @given(data=st.data())
+    def test_any_damage_shows(self, tmp_path_factory: Any, data: st.DataObject) -> None:
+        size = data.draw(st.integers(1, 20_000))
+        raw = bytearray(np.random.default_rng(size).bytes(size))
+        path = tmp_path_factory.getbasetemp() / "checksum"
+        path.write_bytes(raw)
+        before = checksum(path)
+        assert checksum(path) == before
+        at = data.draw(st.integers(0, size - 1))
+        how = data.draw(st.sampled_from(["a bit", "cut", "longer", "zeros", "turned"]))
+        if how == "a bit":
+            raw[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif how == "cut":
+            del raw[at:]
+        elif how == "longer":
+            raw += bytes(at + 1)
+        elif how == "zeros":
+            raw[at:] = bytes(size - at)
+        else:  # pages in another order
+            raw[:] = raw[4096:8192] + raw[:4096] + raw[8192:]
+        same = path.read_bytes() == raw
+        path.write_bytes(raw)
+        assert (checksum(path) == before) == same
+
+    def test_what_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="nowhere"):
+            checksum(tmp_path / "nowhere")
 
 
 class TestFingerprint:

@@ -23,7 +23,7 @@ from peft_any import cli, merge_checkpoint
 from peft_any.adapter import Adapter
 from peft_any.errors import StorageError, VerifyError
 from peft_any.io.checkpoint import Checkpoint, fingerprint
-from peft_any.io.safetensors import write_safetensors
+from peft_any.io.safetensors import SafetensorsFile, write_safetensors
 from peft_any.methods.lora import LoraConfig
 from peft_any.model import PeftModel
 from tests.killing import Killer, killer
@@ -486,7 +486,9 @@ class TestResume:
             k: v for k, v in left.items() if k != str(home)
         }
 
-    @pytest.mark.parametrize("damage", ["cut", "bytes", "gone", "journal cut", "other file"])
+    @pytest.mark.parametrize(
+        "damage", ["cut", "bytes", "between samples", "gone", "journal cut", "other file"]
+    )
     def test_damaged_parts_are_made_again(
         self, inputs: tuple[Path, Path], undisturbed: dict[str, Any], tmp_path: Path, damage: str
     ) -> None:
@@ -500,6 +502,15 @@ class TestResume:
             data = bytearray(shard.read_bytes())
             data[-5] ^= 1
             shard.write_bytes(data)
+        elif damage == "between samples":
+            with SafetensorsFile(shard) as file:
+                before, first = fingerprint(file), file.info(next(iter(file)))
+            assert first.nbytes > 40_000
+            with shard.open("r+b") as written:
+                written.seek(first.start + 5000)
+                written.write(b"!")
+            with SafetensorsFile(shard) as file:
+                assert fingerprint(file) == before
         elif damage == "gone":
             shard.unlink()
         elif damage == "other file":

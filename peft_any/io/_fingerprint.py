@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._header import TensorInfo
 
 _PAGE = 4096
 _PAGES = 8
 _CHUNK = 1 << 24
+CHECKSUM = "sums-sha256:"
+"""How checksums begin."""
 
 
 class Stored(Protocol):
@@ -70,3 +77,39 @@ def fingerprint(checkpoint: Stored, *, full: bool = False) -> str:
             start = page * (len(raw) - _PAGE) // (_PAGES - 1)
             digest.update(raw[start : start + _PAGE])
     return f"{'' if full else 'sampled-'}sha256:{digest.hexdigest()}"
+
+
+def checksum(path: StrPath) -> str:
+    """A digest that tells whether any byte of a file was damaged, at the pace of memory.
+
+    SHA-256 over the size, the sum modulo 2⁶⁴ of every page's words, and what fills no page: no
+    accident leaves it as it is, though a forger could.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "x")
+    ...     _ = file.write_bytes(bytes(9000))
+    ...     one = checksum(file)
+    ...     _ = file.write_bytes(bytes(5000) + b"1" + bytes(3999))
+    ...     one == checksum(file), one[:12]
+    (False, 'sums-sha256:')
+    """
+    with reporting(path, "be read"), reading(path) as file:
+        size = file.seek(0, 2)
+        digest = hashlib.sha256(str(size).encode())
+        if size:
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as raw:
+                whole = size // _PAGE * _PAGE
+                for start in range(0, whole, _CHUNK):
+                    count = min(_CHUNK, whole - start) // 8
+                    digest.update(_sums(np.frombuffer(raw, "<u8", count, start)))
+                digest.update(raw[whole:])
+    return f"{CHECKSUM}{digest.hexdigest()}"
+
+
+def _sums(words: npt.NDArray[np.uint64]) -> bytes:
+    pages = words.reshape(-1, _PAGE // 8)
+    return bytes(np.add.reduce(pages, axis=1, dtype=np.uint64).astype("<u8"))

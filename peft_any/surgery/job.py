@@ -250,7 +250,8 @@ class Job:
             return done
         directory = output_directory(self.out, overwrite, inputs=inputs, resume=self.resume)
         with directory as folder:
-            journal = Journal(folder, task_of(made, self.plan, self.kinds), str(self.out))
+            task = task_of(made, self.plan, self.kinds)
+            journal = Journal(folder, task, str(self.out), whole=self.resume)
             self.plan.warnings.extend(journal.notes)
             self.run(folder, journal=journal)
             self._side_files(folder)
