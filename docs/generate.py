@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import UnionType
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +114,18 @@ def code(value: object) -> str:
     return f"`{value}`"
 
 
+def kind(hint: Any) -> str:
+    """Write a field's type as its file has it."""
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(map(kind, get_args(hint)))
+    plain = isinstance(hint, type) and not get_args(hint)
+    return (
+        hint.__name__.removeprefix("NoneType") or "None"
+        if plain
+        else str(hint).replace("typing.", "")
+    )
+
+
 def default(field: Field[Any]) -> str:
     """Give a field's default as Python writes it."""
     value = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -183,7 +196,7 @@ def method_page(peft_type: str) -> str:
     name, _, rest = title[0].partition(":")
     source = " ".join([rest.strip(), *title[1:]]).strip()
     notes = SHARED_NOTES | doc.notes
-    own = [f for f in fields(cls) if f.name not in COMMON]
+    own, types = [f for f in fields(cls) if f.name not in COMMON], get_type_hints(cls)
     parts = [
         f"# {name.rstrip('.')}",
         linked(source[:1].upper() + source[1:]).replace("\n", " "),
@@ -193,7 +206,10 @@ def method_page(peft_type: str) -> str:
         "Names and defaults are those of Hugging Face PEFT's `adapter_config.json`.",
         table(
             ("field", "type", "default", "what it does"),
-            [(code(f.name), code(f.type), default(f), notes.get(f.name, "")) for f in own],
+            [
+                (code(f.name), code(kind(types[f.name])), default(f), notes.get(f.name, ""))
+                for f in own
+            ],
         ),
     ]
     if issubclass(cls, Tuner):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,7 +32,6 @@ _VARIANTS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ArrowConfig(Routed, peft_type="ARROW", prefix="arrow_"):
     """y = W·x + b + Σₑ pₑ·Bₑ·Aₑ·x, with p the softmax of the `top_k` largest abs(vₑ·x)/T.
 

@@ -23,7 +23,6 @@ from peft_any.registry import method_for as method_for
 from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class Tuner(Config):
     """A method that maps a dense layer to a dense layer.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
@@ -13,7 +12,6 @@ from peft_any.registry import Config
 from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class Attended(Config):
     """A method that acts within attention: its sites are attention modules, not layers.
 
@@ -54,7 +52,6 @@ class Attended(Config):
         """Compute what a module gains before its output projection, (batch, tokens, heads·c)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Prompt(Config):
     """A method that makes virtual tokens: it adapts no layer and has one table of vectors.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError, nearest
@@ -36,12 +36,13 @@ def absent() -> dict[str, tuple[str, str]]:
     return {name: said for name, said in _ABSENT.items() if name not in method_names()}
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 @dataclass(frozen=True, kw_only=True)
 class Config(abc.ABC):
     """What every method's configuration holds: Hugging Face PEFT's common fields.
 
-    A subclass is a frozen dataclass that names its `peft_type`; its fields are exactly those of
-    `adapter_config.json` under their own names.
+    Every subclass is made a frozen dataclass with keywords alone, and needs no decorator. It names
+    its `peft_type`; its fields are exactly those of `adapter_config.json` under their own names.
     """
 
     peft_type: ClassVar[str]
@@ -68,6 +69,7 @@ class Config(abc.ABC):
 
     def __init_subclass__(cls, *, peft_type: str = "", prefix: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        dataclass(frozen=True, kw_only=True)(cls)
         peft_type = peft_type or cls.__dict__.get("peft_type", "")
         prefix = prefix or cls.__dict__.get("prefix", cls.prefix)
         if peft_type:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,7 +26,6 @@ from peft_any.starts import EMBEDDING
 _A, _B = "experts_A.weight", "experts_B.weight"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(Routed, peft_type="EXPERTS", prefix="experts_"):
     """y = W·x + b + Σₑ pₑ·Bₑ·Aₑ·x, with the p of each token given to the call as `scalings`.
 

@@ -12,12 +12,9 @@ ROOT = Path(__file__).parent.parent
 METHOD = '''
 """Row scaling, of nobody: written for a test."""
 
-from dataclasses import dataclass
-
 from peft_any import Tuner
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowsConfig(Tuner, peft_type="ROWS", prefix="rows_"):
     """W' = diag(1 + v) W, with v (n_out,)."""
 

@@ -279,7 +279,6 @@ def test_what_any_key_is_read_as_is_written_so(keys: set[str], method: str) -> N
 
 
 def test_a_users_own_method_has_the_same_files(tmp_path: Path) -> None:
-    @dataclasses.dataclass(frozen=True, kw_only=True)
     class ShiftConfig(Tuner, peft_type="TEST_SHIFT", prefix="shift_"):
         size: float = 1.0
 

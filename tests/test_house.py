@@ -47,6 +47,7 @@ LAYERS = [
     {"encoders", "prefixes"},
     {"method"},
     {"routed"},
+    {"contract"},
     {"methods", "layout", "selection", "targets", "extras", "io"},
     {"naming"},
     {"adapter"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def scaling(peft_type: str, **functions: Any) -> Any:
 
     for name, f in functions.items():
         setattr(Scale, name, f)
-    return dataclass(frozen=True, kw_only=True)(Scale)()
+    return Scale()
 
 
 def complaint(config: Any, **options: Any) -> str:
@@ -333,7 +332,6 @@ def test_settling_on_the_host_is_caught(row: str) -> None:
 
 
 def test_names_of_parameters_that_files_lose_are_caught() -> None:
-    @dataclass(frozen=True, kw_only=True)
     class LostConfig(Additive, peft_type="LOST", prefix="lost_"):
         def shapes(self, site):
             return {"d": (site.n_out, site.width)}
@@ -377,8 +375,7 @@ def prompting(peft_type: str, **functions: Any) -> Any:
 
     for name, f in functions.items():
         setattr(Tokens, name, f)
-    made = dataclass(frozen=True, kw_only=True)(Tokens)
-    return made(num_virtual_tokens=3, token_dim=4)
+    return Tokens(num_virtual_tokens=3, token_dim=4)
 
 
 def broken(config: Any, **options: Any) -> dict[str, str]:
@@ -519,7 +516,6 @@ def test_methods_that_depend_on_the_input_are_applied() -> None:
     found = check_method(PolyConfig(r=2, n_tasks=2), FC, routing={"task_ids": [1, 0]}, **HOST)
     assert "fc: a merge is refused" not in found.passed
 
-    @dataclass(frozen=True, kw_only=True)
     class SquaredConfig(Routed, peft_type="SQUARED", prefix="squared_"):
         why = "it squares the input"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -382,7 +382,6 @@ def test_a_convolution_is_merged_but_not_called() -> None:
         _ = model.bind().layers["mlp.fc"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShiftConfig(Additive, peft_type="SHIFT", prefix="shift_"):
     """ΔW = t·1, with t (n_out, 1): a method from outside the package."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,7 +189,6 @@ class Basis(Additive):
         return (p["basis_c"][:, None, None] * every).sum(axis=0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BasisConfig(Basis):
     """The names stand in the class, and the shared array's begins with the prefix too."""
 
@@ -198,17 +196,14 @@ class BasisConfig(Basis):
     prefix: ClassVar[str] = "basis_"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Nameless(Basis):
     """Has no `peft_type`."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class OddNames(Basis, peft_type="TEST_ODD", prefix="odd_"):
     """Names its parameters otherwise than it says."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class OddShapes(BasisConfig, peft_type="TEST_SHAPES"):
     """Draws other shapes than it announces."""
 
@@ -216,7 +211,6 @@ class OddShapes(BasisConfig, peft_type="TEST_SHAPES"):
         return {"basis_c": new.normal((1, 3))}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Shift(Tuner, peft_type="TEST_MOVE", prefix="shift_"):
     """b′ = b + t; `honest` says that merging changes the bias."""
 

@@ -6,7 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -124,9 +126,9 @@ def config_from_dict(
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     _refuse(cls, raw, where)
-    known = {f.name: f for f in fields(cls)}
+    known, flags = {f.name: f for f in fields(cls)}, _flags(cls)
     given = {
-        k: False if v is None and _is_flag(known[k]) else v
+        k: False if v is None and k in flags else v
         for k, v in raw.items()
         # a null mapping is an old way to write an empty one
         if k in known and not (v is None and known[k].default_factory is dict)
@@ -142,10 +144,11 @@ def config_from_dict(
     return config, unknown
 
 
-def _is_flag(field: Field[Any]) -> bool:
-    """Whether null, which Hugging Face PEFT takes for false, is written for false here."""
-    kinds = str(field.type).split(" | ")
-    return "bool" in kinds and "None" not in kinds
+@cache
+def _flags(cls: type[Config]) -> frozenset[str]:
+    """Name the fields where null, which Hugging Face PEFT takes for false, stands for false."""
+    kinds = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(cls).items()}
+    return frozenset(k for k, of in kinds.items() if bool in of and NoneType not in of)
 
 
 def _refuse(cls: type[Config], raw: Mapping[str, Any], where: str) -> None:

@@ -1,22 +1,16 @@
 """AdaLoRA: adaptive budget allocation. Zhang et al. 2023, https://arxiv.org/abs/2303.10512."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ConfigError
-from peft_any.layer import Kind, Site
 from peft_any.linalg import orthogonality
-from peft_any.method import Additive
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
     """ΔW = s·B·diag(E)·A, with A (r, width), B (n_out, r), E (r, 1) and s = α/(init_r + 10⁻⁵).
 

@@ -1,24 +1,18 @@
 """AdaMSS: adaptive multi-subspaces. Zheng et al. 2025, https://openreview.net/forum?id=8ZdWmpYxT0."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace, to_numpy
 from peft_any.blocks import diagonal
 from peft_any.checks import OURS, check_fields, refuse, refuse_restart
 from peft_any.clusters import grouped
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Layer, Site, widen
-from peft_any.method import Additive
-from peft_any.rng import Fresh
+from peft_any.layer import widen
 from peft_any.starts import seeded_svd
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
     """[ΔW Δb] = Bᵢ·Aᵢ·V in the rows of segment i, where V holds directions of the base's [W b].
 

@@ -1,21 +1,15 @@
 """LLaMA-Adapter: gated prompts within attention. Zhang et al. 2023, https://arxiv.org/abs/2303.16199."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import refuse
+from peft_any.contract import Array, Attended, Fresh, Params, Shape
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.mixtures import softmax
-from peft_any.prompt import Attended
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class AdaptionPromptConfig(Attended, peft_type="ADAPTION_PROMPT", prefix="adaption_"):
     """y = attention(x) + W_o·(g·softmax(q·K(P)ᵀ/√c)·V(P)), in the last `adapter_layers` blocks.
 

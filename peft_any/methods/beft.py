@@ -1,18 +1,11 @@
 """BEFT: bias-efficient fine-tuning. Lv et al. 2025, https://arxiv.org/abs/2509.15974."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Additive
-from peft_any.rng import Fresh
+from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
 
 
-@dataclass(frozen=True, kw_only=True)
 class BeftConfig(Additive, peft_type="BEFT", prefix="beft_"):
     """b′ = b + β, with `beft_bias` β (1, n_out); merging needs a base with a bias.
 

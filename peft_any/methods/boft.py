@@ -3,22 +3,15 @@
 Liu et al. 2023, https://arxiv.org/abs/2311.06243.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import block_matmul, butterfly, cayley
-from peft_any.dropout import Noise
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
     """W′ = s ⊙ (W·Rᵀ), y = s ⊙ W·(x·R) + b, with R = B_m ⋯ B₁ and s (n_out, 1).
 

@@ -1,22 +1,16 @@
 """C3A: circular convolution adaptation. Chen et al. 2024, https://arxiv.org/abs/2407.19342."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod, sqrt
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive
 from peft_any.patterns import matching_end
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
     """ΔW is blocks (b, b), block (i, j)[κ, τ] = w[i, j, (τ − κ) mod b]/n_in: circulant matrices.
 

@@ -1,19 +1,13 @@
 """Cartridge: a trained key-value cache of a text. Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import detach, namespace
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.method import Prompt
 from peft_any.prefixes import check_heads, concat_to_kv, key_values, table_shape
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class CartridgeConfig(Prompt, peft_type="CARTRIDGE", prefix="prompt_"):
     """k′ = [K; k], v′ = [V; v] along the tokens, K and V (heads, T, d/heads) in each layer.
 

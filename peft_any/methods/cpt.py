@@ -1,20 +1,14 @@
 """CPT: a prompt of examples, trained near their tokens. Blau et al. 2024, https://arxiv.org/abs/2410.17222."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, detach, dtype_name, from_numpy_like, namespace
 from peft_any.checks import refuse
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.errors import ConfigError
-from peft_any.method import Prompt
 from peft_any.prompts import before, distinct_above, numbered, table_rows, token_losses
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
     """x′ = [E + D; x], as in prompt tuning, with E fixed and the rows of D within bounds.
 

@@ -4,21 +4,15 @@ Kumar et al. 2025, https://openreview.net/forum?id=WjWQAJdFeR;
 PaRa: Chen et al. 2024, https://arxiv.org/abs/2406.05641.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
-from peft_any.layer import Dense, Kind, Layer, Site, linear, widen
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
+from peft_any.layer import linear, widen
 
 
-@dataclass(frozen=True, kw_only=True)
 class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
     """W′ = W − Q·ρᵀ·W + s·Q·R, with `deft_P` P (n_out, r) and `deft_R` R (r, n_in).
 

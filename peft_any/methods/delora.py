@@ -1,24 +1,19 @@
 """DeLoRA: decoupled low-rank adaptation. Bini et al. 2025, https://arxiv.org/abs/2503.18225."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace
 from peft_any.checks import check_fields
-from peft_any.layer import Kind, Site, widen
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.layer import widen
 from peft_any.linalg import row_norms
-from peft_any.method import Additive
 from peft_any.patterns import matching
-from peft_any.rng import Fresh
 
 _LEAST = 1e-4
 """Norms below this count as this."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DeloraConfig(Additive, peft_type="DELORA", prefix="delora_"):
     """ΔW = (λ/r)·Σᵢ bᵢ·aᵢ/(‖bᵢ‖·‖aᵢ‖) ⊙ w, with the rows aᵢ of A (r, n_in), the columns bᵢ of B.
 

@@ -1,21 +1,15 @@
 """FourierFT: a sparse spectrum of the weight's change. Gao et al. 2024, https://arxiv.org/abs/2405.03003."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.checks import check_fields
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive, Tuner
 from peft_any.patterns import matching_end
-from peft_any.rng import Fresh
 from peft_any.spectra import random_places, real_inverse_transform
 
 
-@dataclass(frozen=True, kw_only=True)
 class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
     """ΔW = s·Re(F⁻¹), the inverse Fourier transform of F (n_out, n_in), zero but at K places.
 

@@ -1,24 +1,17 @@
 """FRoD: full rank by rotational degrees. Wan et al. 2026, https://doi.org/10.1609/aaai.v40i31.39813."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, is_differentiated, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.joint import by_role, joint_basis, off_diagonal_places, role_of, spread, with_diagonal
-from peft_any.layer import Dense, Kind, Layer, Site, linear
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.layer import linear
 
 _SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 
 
-@dataclass(frozen=True, kw_only=True)
 class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
     """W′ = U·(S + diag(λ))·Vᵀ, with `frod_lambda_l` λ (n_in,) and a sparse S (n_in, n_in).
 

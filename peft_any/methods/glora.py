@@ -1,19 +1,12 @@
 """GLoRA: generalised LoRA. Chavan et al. 2023, https://arxiv.org/abs/2306.07967."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Dense, Kind, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
 
 
-@dataclass(frozen=True, kw_only=True)
 class GloraConfig(Tuner, peft_type="GLORA", prefix="glora_"):
     """W′ = W + W ⊙ A + B, b′ = b + b ⊙ D + E + W·C; without a base's bias C, D and E fall away.
 

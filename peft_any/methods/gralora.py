@@ -1,21 +1,15 @@
 """GraLoRA: granular low-rank adaptation. Jung et al. 2025, https://arxiv.org/abs/2505.20355."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Site, linear
-from peft_any.method import Additive
-from peft_any.rng import Fresh
+from peft_any.layer import linear
 
 
-@dataclass(frozen=True, kw_only=True)
 class GraloraConfig(Additive, peft_type="GRALORA", prefix="gralora_"):
     """ΔW is k × k blocks, block (j, i) = s·(Aᵢ[:, part j]·Bⱼ[part i, :])ᵀ, with s = α/(r + h).
 

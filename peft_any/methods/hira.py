@@ -3,21 +3,15 @@
 Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site, flat, linear
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.layer import flat, linear
 
 
-@dataclass(frozen=True, kw_only=True)
 class HiraConfig(Tuner, peft_type="HIRA", prefix="hira_"):
     """W′ = W + W ⊙ (B·A), with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r).
 

@@ -1,21 +1,14 @@
 """HRA: Householder reflection adaptation. Yuan et al. 2024, https://arxiv.org/abs/2405.17484."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import inverse
 from peft_any.checks import check_fields
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class HRAConfig(Tuner, peft_type="HRA", prefix="hra_"):
     """W′ = W·H, y = W·(H·x) + b, with H = (I − 2·u₁u₁ᵀ) ⋯ (I − 2·u_r·u_rᵀ).
 

@@ -3,23 +3,17 @@
 Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Tuner
 from peft_any.patterns import expression
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
     """y = l ⊙ (W·x + b), with l (n_out, 1); in a feed-forward layer y = W·(l ⊙ x) + b, l (1, n_in).
 

@@ -1,22 +1,16 @@
 """Lily: low-rank interconnected adaptation. Zhong et al. 2024, https://arxiv.org/abs/2407.09946."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Kind, Site, linear
+from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
+from peft_any.layer import linear
 from peft_any.mixtures import softmax
 from peft_any.patterns import in_order
-from peft_any.rng import Fresh
-from peft_any.routed import Routed
 
 
-@dataclass(frozen=True, kw_only=True)
 class LilyConfig(Routed, peft_type="LILY", prefix="lily_"):
     """y = W·x + b + s·(Σₑ pₑ·Bₑ)ᵀ·h, h = A·x, with a mixture p of k = `num_B` factors Bₑ.
 

@@ -1,18 +1,12 @@
 """LN tuning: norms trained as they are. Zhao et al. 2023, https://arxiv.org/abs/2312.11420."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Params, Shape
 from peft_any.backend import astype
-from peft_any.layer import KINDS, Dense, Kind, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.contract import Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.layer import KINDS
 
 
-@dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(Tuner, peft_type="LN_TUNING", prefix="ln_tuning_"):
     """W′ = V, of the weight's shape, and b′ = c (n_out,): they start as W and b.
 

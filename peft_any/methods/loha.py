@@ -1,26 +1,21 @@
 """LoHa: low-rank Hadamard product (FedPara). Hyeon-Woo et al. 2022, https://arxiv.org/abs/2108.06098."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from struct import pack, unpack
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
-from peft_any.layer import Kind, Layer, Site, linear
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.layer import linear
 from peft_any.linalg import khatri_rao, tucker
-from peft_any.method import Additive
 from peft_any.patterns import matching
-from peft_any.rng import Fresh
 
 PASS = 24
 """What reading, multiplying and writing one entry costs, in multiply-adds of a matrix product."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     """ΔW = s·(w1_a·w1_b) ⊙ (w2_a·w2_b), w·_a (n_out, r), w·_b (r, width), s = α/r.
 

@@ -1,22 +1,17 @@
 """LoKr: low-rank Kronecker product (LyCORIS). Yeh et al. 2023, https://arxiv.org/abs/2309.14859."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace, summed
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Dense, Kind, Site, flat
+from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Params, Shape, Site
+from peft_any.layer import flat
 from peft_any.linalg import factored, factorize, kron_factors, linear_kron, tucker
-from peft_any.method import Additive
 from peft_any.patterns import matching
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
     """ΔW = s·w1 ⊗ w2, with w1 (l, p), w2 (k, q·kernel), n_out = l·k, n_in/groups = p·q, s = α/r.
 

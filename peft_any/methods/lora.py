@@ -1,21 +1,16 @@
 """LoRA: low-rank adaptation. Hu et al. 2021, https://arxiv.org/abs/2106.09685."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import sqrt
 from typing import ClassVar, Self
 
 from peft_any import alora, starts, variants
-from peft_any._typing import Array, Params, Shape
 from peft_any.arrow import ArrowRouter, alone
-from peft_any.layer import EXPERTS, MATRICES, Kind, Layer, Site
-from peft_any.method import Additive
-from peft_any.rng import Fresh
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.layer import EXPERTS, MATRICES
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     """ΔW = s·B·A, with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r), s = α/r.
 

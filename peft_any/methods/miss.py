@@ -1,23 +1,16 @@
 """MiSS: matrix shard sharing, once Bone, whose files are read too. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, inv, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site, merged_for_calls
+from peft_any.layer import merged_for_calls
 from peft_any.linalg import packed
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
     """W′ = W + Mᵀ·[I I …], that is ΔW[o, j] = M[j mod r, o], with `miss_block` M (r, n_out).
 

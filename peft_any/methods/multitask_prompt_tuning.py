@@ -3,24 +3,18 @@
 Wang et al. 2023, https://arxiv.org/abs/2303.02861.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import from_numpy_like, is_array, namespace
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.method import Prompt
 from peft_any.prompts import before
-from peft_any.rng import Fresh
 
 Tasks: TypeAlias = Array | Sequence[int]
 _SOURCES = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK"
 
 
-@dataclass(frozen=True, kw_only=True)
 class MultitaskPromptTuningConfig(Prompt, peft_type="MULTITASK_PROMPT_TUNING", prefix="prompt_"):
     """x′ = [P ⊙ (Cₜ·Rₜ); x]: the prompt of task t, before the embedded input x (..., tokens, d).
 

@@ -3,22 +3,16 @@
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280; v2: 2025, https://arxiv.org/abs/2506.19847.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
 from peft_any.checks import refuse
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
     """W′ = W·Rᵀ, y = W·(x·R) + b, with R = diag(R₁ … R_k) of rotations (b, b), k = n_in/b.
 

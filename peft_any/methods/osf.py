@@ -1,26 +1,21 @@
 """OSF: orthogonal subspace fine-tuning. Nayak et al. 2025, https://arxiv.org/abs/2504.07097."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import ClassVar, Self
 
 from peft_any._tree import without
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import detach, namespace, summed, to_numpy
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site, linear, merged_for_calls, widen
-from peft_any.method import Tuner
+from peft_any.layer import linear, merged_for_calls, widen
 from peft_any.patterns import expression
-from peft_any.rng import Fresh
 
 _KNOWN = ("osf_high_U", "osf_high_V", "osf_low_U", "osf_low_V")
 """What W says for good: the vectors of its h largest singular values, and L as two factors."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
     """W′ = W − L + U·diag(S)·V, where L holds all but the h largest singular values of W.
 

@@ -1,19 +1,13 @@
 """P-tuning: virtual tokens out of a small net. Liu et al. 2021, https://arxiv.org/abs/2103.10385."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from itertools import pairwise
 
-from peft_any._typing import Array, Params, Shape
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.encoders import draw_linear, draw_lstm, lstm, perceptron
 from peft_any.errors import ConfigError
-from peft_any.method import Prompt
 from peft_any.prompts import before
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class PromptEncoderConfig(Prompt, peft_type="P_TUNING", prefix="prompt_"):
     """x′ = [P; x], as in prompt tuning, where P = f(E) and the net f is what is trained.
 

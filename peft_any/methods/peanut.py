@@ -1,22 +1,16 @@
 """PEANuT: weight-aware neural tweakers. Zhong et al. 2024, https://arxiv.org/abs/2410.01870."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.activations import ACTIVATIONS, activation
 from peft_any.backend import namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Dense, Kind, Site, linear
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.layer import linear
 
 _DEEPEST = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
 class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
     """W′ = W + s·(h(Wᵀ)·Bᵀ)ᵀ, where a small net h maps every column of the weight to r numbers.
 

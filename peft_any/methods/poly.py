@@ -1,23 +1,17 @@
 """Poly and MHR: a mixture of LoRAs for each task. Ponti et al. 2022, https://arxiv.org/abs/2202.13914."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.activations import sigmoid
 from peft_any.backend import from_numpy_like, is_array, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Kind, Layer, Site, linear
-from peft_any.method import Additive
-from peft_any.rng import Fresh
+from peft_any.layer import linear
 
 
-@dataclass(frozen=True, kw_only=True)
 class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
     """ΔW(t) = B(t)·A(t)/r for task t, of mixtures of k = `n_skills` factors in each of q splits.
 

@@ -3,21 +3,16 @@
 Li & Liang 2021, https://arxiv.org/abs/2101.00190.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 
-from peft_any._typing import Array, Params, Shape
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.encoders import draw_encoder, encode
 from peft_any.errors import ConfigError
-from peft_any.method import Prompt
 from peft_any.prefixes import check_heads, concat_to_kv, key_values, table_shape
 from peft_any.prompts import fresh
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
     """k′ = [K; k], v′ = [V; v] along the tokens, K and V (heads, T, d/heads) in each layer.
 
@@ -65,7 +60,9 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
         """Put a layer's prefix before its keys and values: see `prefixes.concat_to_kv`."""
         return concat_to_kv(self, self.portable(p)["prompt_embeddings"], k, v, layer)
 
-    def layer(self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32") -> PrefixLayer:
+    def layer(
+        self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32"
+    ) -> "PrefixLayer":
         """Make the prefix alone, without a model."""
         return PrefixLayer(self, self.init(fresh(seed, backend, dtype)))
 

@@ -3,21 +3,16 @@
 Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from peft_any._typing import Array, Params, Shape
+from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.method import Prompt
 from peft_any.prompts import before, fresh, table_rows
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
     """x′ = [P; x]: the rows of P stand before the embedded input x (..., tokens, d).
 
@@ -83,7 +78,7 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
         dtype: str = "float32",
         weight: Array | None = None,
         tokens: Sequence[int] | None = None,
-    ) -> PromptLayer:
+    ) -> "PromptLayer":
         """Make the prompt alone; `weight` (vocabulary, d) and `tokens` serve its initial values."""
         return PromptLayer(self, self.init(fresh(seed, backend, dtype, weight), tokens))
 

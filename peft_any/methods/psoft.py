@@ -1,25 +1,18 @@
 """PSOFT: orthogonal fine-tuning in the principal subspace. Wu et al. 2025, https://arxiv.org/abs/2505.11235."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.blocks import cayley, cayley_neumann, drawn_back, skew
 from peft_any.checks import OURS, check_fields, refuse, refuse_restart
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Layer, Site
-from peft_any.method import Additive
-from peft_any.rng import Fresh
 from peft_any.starts import host_weight, leading_svd, seeded_svd
 
 STARTS = "psoft_init", "pissa_init"
 
 
-@dataclass(frozen=True, kw_only=True)
 class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
     """ΔW = s·B·(R − I)·A, where R = diag(b)·Q·diag(a) turns r principal directions, s = α/r.
 

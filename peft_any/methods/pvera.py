@@ -1,22 +1,15 @@
 """PVeRA: probabilistic VeRA. Fillioux et al. 2025, https://arxiv.org/abs/2512.07703."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
-from peft_any.dropout import Noise
-from peft_any.layer import Kind, Layer, Site, linear
-from peft_any.method import Additive
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
+from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
     """ΔW = diag(b)·B·diag(d₁)·A₁, the mean of what training draws; trained are b (n_out,), d (2r,).
 

@@ -1,24 +1,18 @@
 """RandLoRA: full rank from random bases. Albert et al. 2025, https://arxiv.org/abs/2502.00987."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
+from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ConfigError
-from peft_any.layer import Dense, Kind, Layer, Site, linear, merged_for_calls
+from peft_any.layer import linear, merged_for_calls
 from peft_any.linalg import khatri_rao
-from peft_any.method import Additive
 from peft_any.projections import largest, random_bases
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
     """ΔW = s·B̂·Û, or its transpose where n_out < n_in, with s = α/r.
 

@@ -1,24 +1,17 @@
 """RoAd: 2D rotary adaptation. Liao & Monz 2024, https://arxiv.org/abs/2409.00119."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace, summed
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Dense, Kind, Layer, Site
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """Angles for each output."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RoadConfig(Tuner, peft_type="ROAD", prefix="road_"):
     """y′ = R·y: each pair of outputs (u, v) becomes α·(u·cos θ − v·sin θ, v·cos θ + u·sin θ).
 

@@ -1,21 +1,14 @@
 """SHiRA: sparse high-rank adapters. Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive, Tuner
-from peft_any.rng import Fresh
 from peft_any.spectra import added_at, scattered, sorted_places
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
     """ΔW[iₖ, jₖ] = vₖ, elsewhere 0, with `shira_weight` v (K,) and K = r·(n_in + n_out).
 

@@ -1,24 +1,17 @@
 """Super-Tuning: the largest weights, with Supra's low-rank part. https://arxiv.org/abs/2607.09287."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peft_any._tree import without
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, namespace, summed
 from peft_any.checks import check_fields, refuse
-from peft_any.dropout import Noise
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Layer, Site, linear
-from peft_any.method import Additive, Tuner
-from peft_any.rng import Fresh
+from peft_any.layer import linear
 from peft_any.spectra import added_at, extreme_places, scattered
 
 
-@dataclass(frozen=True, kw_only=True)
 class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"):
     """ΔW[iₖ] = vₖ at flat places iₖ, elsewhere 0; with `r`, ΔW += s·B·A and s = α/r ("Supra").
 

@@ -1,22 +1,15 @@
 """TinyLoRA: a few numbers for a layer, or for all. Morris et al. 2026, https://arxiv.org/abs/2602.04118."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from peft_any._tree import without
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.projections import leading_pair, normal_projection, place_of
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
     """ΔW = B·R·A with R = Σᵢ vᵢ·Pᵢ, of which the vector v (u,) alone is trained.
 

@@ -3,21 +3,16 @@
 Without a paper: https://huggingface.co/docs/peft/package_reference/trainable_tokens.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, from_numpy_like, is_floating, namespace
+from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError
 from peft_any.extras import INPUTS, check_rows, row_numbers, with_rows
-from peft_any.layer import Dense, Kind, Layer, Site, linear
-from peft_any.method import Tuner
-from peft_any.rng import Fresh
+from peft_any.layer import linear
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainable_tokens_"):
     """E′ is E (tokens, width) with the rows D (k, width) at `token_indices`, in their order.
 

@@ -1,22 +1,15 @@
 """Uni-LoRA: one vector for all factors. Li et al. 2025, https://arxiv.org/abs/2506.00799."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, namespace
 from peft_any.checks import check_fields, refuse
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.projections import even_places
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class UniLoraConfig(Additive, peft_type="UNILORA", prefix="unilora_"):
     """ΔW = B·A, each entry of A (r, n_in) and B (n_out, r) being θ[i]/√cᵢ.
 

@@ -1,22 +1,15 @@
 """VB-LoRA: factors out of one bank of vectors. Li et al. 2024, https://arxiv.org/abs/2405.15179."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive
 from peft_any.mixtures import largest, largest_shares, placed_shares
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class VBLoRAConfig(Additive, peft_type="VBLORA", prefix="vblora_"):
     """ΔW = B·A, whose rows and columns are pieces of length l, each a mixture of k vectors.
 

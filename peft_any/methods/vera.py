@@ -1,21 +1,15 @@
 """VeRA: vector-based random matrix adaptation. Kopiczko et al. 2024, https://arxiv.org/abs/2310.11454."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.checks import check_fields
-from peft_any.layer import Kind, Site, linear
-from peft_any.method import Additive
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
-from peft_any.rng import Fresh
 
 
-@dataclass(frozen=True, kw_only=True)
 class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
     """ΔW = diag(b)·B·diag(d)·A, with the trained vectors b (n_out,) and d (r,).
 

@@ -1,24 +1,18 @@
 """WaveFT: wavelet fine-tuning. Bilican et al. 2025, https://arxiv.org/abs/2505.12532."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
-from peft_any.layer import Kind, Site
-from peft_any.method import Additive, Tuner
 from peft_any.patterns import matching
-from peft_any.rng import Fresh
 from peft_any.spectra import placed_values, random_places
 from peft_any.tape.shapes import can_put
 from peft_any.wavelets import FILTERS, padded, synthesis, synthesis_of_few
 
 
-@dataclass(frozen=True, kw_only=True)
 class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
     """ΔW = s·D(C), a step of wavelet synthesis of C (n_out, n_in), which is zero but at K places.
 

@@ -1,25 +1,19 @@
 """X-LoRA: a gate over LoRA experts. Buehler and Buehler 2024, https://arxiv.org/abs/2402.07148."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
-from peft_any._typing import Array, Params, Shape
 from peft_any.checks import check_fields, refuse
+from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
 from peft_any.errors import ConfigError
 from peft_any.gates import gated, scaled_experts
-from peft_any.layer import Kind, Site
-from peft_any.rng import Fresh
-from peft_any.routed import Routed
 
 A, B = "xlora_A.weight", "xlora_B.weight"
 GATE = "internal_xlora_classifier"
 _DEEPEST = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
 class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
     """y = W·x + b + g·Σₑ pₑ·Bₑ·Aₑ·x, with p (…, E) of each token from a net on the base's output.
 
