@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.errors import ConfigError, PeftError, TargetError, nearest
 from peft_any.layer import EXPERTS, Site
 from peft_any.layout import OUTPUT
 from peft_any.method import Tuner
@@ -20,6 +21,7 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Modules that a task type saves whole without being told (Hugging Face PEFT)."""
+Refused: TypeAlias = Mapping[str, tuple[Site, str]]
 _LISTED = 12
 """How many candidates an error names."""
 
@@ -95,6 +97,36 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
             "are excluded, saved whole, or of other layers"
         )
     return _with_parts(config, chosen, sites)
+
+
+def refuse_named(
+    config: Any, held: Iterable[str], sites: Mapping[str, Site], refused: Refused
+) -> None:
+    """Refuse layers that are named and cannot be adapted.
+
+    Parameters
+    ----------
+    config : Config, optional
+        Of a fresh adapter: what it targets is named.
+    held : iterable of str
+        The layers that an adapter holds.
+    sites : mapping of str to Site
+    refused : mapping of str to (Site, str)
+        Layers that cannot be adapted: what each passes for, and why.
+
+    Raises
+    ------
+    TargetError
+        Saying why of all of them.
+    """
+    named = [*held]
+    if isinstance(config, Tuner) and refused:
+        passing = {name: site for name, (site, _) in refused.items()}
+        with suppress(PeftError):  # of the base alone it is said better
+            named = select(config, {**sites, **passing})
+    wrong = [f"{k}: cannot be adapted: {why}" for k, (_, why) in refused.items() if k in named]
+    if wrong:
+        raise TargetError("; ".join(wrong))
 
 
 def aims(config: Config) -> bool:

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.nn.utils.parametrizations import weight_norm  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.errors import ConfigError, TargetError  # noqa: E402
@@ -296,6 +297,48 @@ class TestSeveral:
         close(merge_into(net)(X), twin(X), 1e-6)
         assert not attached(net)
 
+    def test_a_module_within_has_its_own_of_the_same_name(self) -> None:
+        net, alone = nn.Sequential(mlp(), nn.Tanh()), nn.Sequential(mlp(), nn.Tanh())
+        plain = net(X)
+        inner = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        attach(net[0], inner, seed=1)
+        attach(net, replace(RANDOM, target_modules=["0.0", "0.2"]))
+        attach(alone[0], inner, seed=1)
+        both = net(X)
+        assert not torch.allclose(both, alone(X))
+        for module in (net, net[0]):
+            with pytest.raises(ConfigError, match=r"cannot be merged: .* acts there too"):
+                merge_into(module)
+        close(net(X), both, 0.0)
+        detach_adapter(net)
+        close(net(X), alone(X), 0.0)
+        assert not any(p.requires_grad for n, p in net.named_parameters() if "peft_any" not in n)
+        detach_adapter(net[0])
+        close(net(X), plain, 0.0)
+        assert all(p.requires_grad for p in net.parameters())
+
+    def test_a_merge_takes_no_layer_of_a_module_within(self) -> None:
+        net = nn.Sequential(mlp(), nn.Linear(4, 4))
+        attach(net[0], RANDOM)
+        attach(net, replace(RANDOM, target_modules=["1"]))
+        want = net(X)
+        close(merge_into(net)(X), want, 1e-6)
+        assert [*attached(net[0])] == ["default"]
+        close(merge_into(net[0])(X), net[0](X), 0.0)
+        close(net(X), want, 1e-6)
+
+    def test_one_that_is_off_is_not_merged(self) -> None:
+        net = mlp()
+        task = attach(net, RANDOM)
+        want = net(X)
+        with task.disabled():
+            with pytest.raises(ConfigError, match="'default': is switched off and cannot"):
+                merge_into(net)
+            with task.disabled():
+                pass
+            close(net(X), mlp()(X), 0.0)  # the outer block still holds
+        close(net(X), want, 0.0)
+
     def test_one_of_them_off(self) -> None:
         net, alone = mlp(), mlp()
         first = attach(net, RANDOM, "a")
@@ -406,6 +449,15 @@ class TestTorchs:
         attach(other, RANDOM)
         close(net(X), other(X), 1e-6)
 
+    def test_parameters_that_a_checkpoint_put_there_come_back_too(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        net.load_state_dict(mlp().state_dict(), assign=True)
+        assert not net[0].weight.requires_grad
+        net[2].bias = None
+        detach_adapter(net)
+        assert all(p.requires_grad for p in net.parameters())
+
     def test_moves_and_casts(self) -> None:
         net = mlp()
         held = attach(net, RANDOM)
@@ -480,6 +532,26 @@ class TestRefused:
         with pytest.raises(TargetError, match="'3' matches no layer"):
             attach(net, LoraConfig(target_modules=["3"]))
         assert not attached(net)
+
+    @pytest.mark.parametrize(
+        ("made", "said"),
+        [
+            (lambda: nn.ConvTranspose2d(6, 6, 3), "it is a ConvTranspose2d"),
+            (lambda: nn.Bilinear(6, 6, 3), "it is a Bilinear"),
+            (lambda: weight_norm(nn.Linear(6, 6)), "its weight is computed from others"),
+            (lambda: weight_norm(nn.Conv1d(6, 6, 3)), "its weight is computed from others"),
+        ],
+    )
+    def test_layers_of_other_kinds_are_refused_where_they_are_named(
+        self, made: Any, said: str
+    ) -> None:
+        net = nn.Sequential(made(), nn.Linear(6, 4))
+        for named in (["0", "1"], "0|1"):
+            config = LoraConfig(r=2, target_modules=named)
+            with pytest.raises(TargetError, match=f"^0: cannot be adapted: {said}"):
+                attach(net, config)
+        assert not attached(net)
+        attach(net, replace(config, target_modules=["1"]))
 
     def test_a_prompt(self) -> None:
         config = PromptTuningConfig(num_virtual_tokens=2, token_dim=4)
@@ -580,6 +652,13 @@ class TestPrompts:
         made = attach(Reader(), PrefixTuningConfig(num_virtual_tokens=3)).adapter.config
         sizes = made.num_layers, made.token_dim, made.num_attention_heads
         assert sizes == (2, 4, 2)
+
+    def test_a_prefix_does_not_train_without_the_cache(self) -> None:
+        net = Reader()
+        attach(net, PrefixTuningConfig(num_virtual_tokens=3))
+        net.is_gradient_checkpointing = True
+        with pytest.raises(ConfigError, match="cannot train with gradient checkpointing"):
+            net(self.ids)
 
     def test_what_is_refused(self) -> None:
         net = Reader()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,14 @@ import jax.numpy as jnp
 
 from peft_any.adapter import Adapter
 from peft_any.dropout import Seed, drops
-from peft_any.errors import ConfigError, PeftError, TargetError
+from peft_any.errors import ConfigError, TargetError
 from peft_any.integrations.jax.trees import Kinds, Tree
 from peft_any.io._atomic import StrPath
 from peft_any.layout import layout
 from peft_any.method import Tuner
 from peft_any.model import PeftModel
 from peft_any.registry import Config
-from peft_any.selection import select
+from peft_any.selection import refuse_named
 
 Params = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Trained arrays {adapter: {site: {name: array}}}: a pytree."""
@@ -197,7 +196,8 @@ def attach_tree(
                 "tree: holds no array of floats, so that nothing of it can be adapted"
             )
         model = PeftModel(read.arrays(), kinds=read.kinds)
-    _refuse(read, adapter)
+    held, fresh = ([*adapter.sites], None) if isinstance(adapter, Adapter) else ([], adapter)
+    refuse_named(fresh, held, layout(read.arrays(), read.kinds), read.refused)
     added = model.add(name, adapter, seed=seed, dtype=dtype, rederive=rederive)
     if not isinstance(added.config, Tuner):
         raise ConfigError(
@@ -206,19 +206,6 @@ def attach_tree(
         )
     model.activate(model.names)
     return AttachedTree(tree, read, model)
-
-
-def _refuse(read: Tree, adapter: Adapter | Config) -> None:
-    """Refuse layers that are named and cannot be adapted."""
-    named = [*adapter.sites] if isinstance(adapter, Adapter) else []
-    if isinstance(adapter, Tuner) and read.refused:
-        passing = {name: site for name, (site, _) in read.refused.items()}
-        with suppress(PeftError):  # of the tree alone it is said better
-            named = select(adapter, {**layout(read.arrays(), read.kinds), **passing})
-    wrong = [f"{name}: cannot be adapted: {read.refused[name][1]}" for name in read.refused
-             if name in named]  # fmt: skip
-    if wrong:
-        raise TargetError("; ".join(wrong))
 
 
 def detach_tree(attached: AttachedTree) -> Any:

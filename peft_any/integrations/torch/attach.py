@@ -14,10 +14,19 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.integrations.torch import prompting
 from peft_any.integrations.torch.dealing import refuse_conflicts, shares_of
 from peft_any.integrations.torch.handle import Attached
-from peft_any.integrations.torch.slot import close_slot, open_slot, slot_of, tensor
-from peft_any.integrations.torch.tensors import Arrays, modules, names_of, sites, tensors
+from peft_any.integrations.torch.slot import Slot, close_slot, open_slot, slot_of, tensor
+from peft_any.integrations.torch.tensors import (
+    Arrays,
+    modules,
+    names_of,
+    refused,
+    sites,
+    tensors,
+)
+from peft_any.layout import layout
 from peft_any.method import Prompt
 from peft_any.registry import Config
+from peft_any.selection import refuse_named
 
 RECORD = "_peft_any"
 """Attribute of a module with adapters that says which."""
@@ -25,10 +34,47 @@ RECORD = "_peft_any"
 
 @dataclass
 class _Record:
-    """What a module must know to become what it was."""
+    """What a module must know to become what it was.
+
+    A frozen parameter is told by its module and name: loading a state may put another one there.
+    """
 
     adapters: dict[str, Attached] = field(default_factory=dict)
-    frozen: list[nn.Parameter] = field(default_factory=list)
+    frozen: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def freeze(self, module: nn.Module) -> None:
+        """Freeze all of a module's parameters, and answer for those within, too."""
+        every = [
+            (inner, key, parameter)
+            for _, inner in modules(module)
+            for key, parameter in inner.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        self.frozen += [(inner, key) for inner, key, p in every if p.requires_grad]
+        for _, _, parameter in every:
+            parameter.requires_grad_(False)
+        for _, record in _within(module):
+            self.frozen += record.frozen
+            record.frozen = []
+
+    def thaw(self, module: nn.Module) -> None:
+        """Give the gradients back, but where adapters of modules within are still on."""
+        self._set(trained=True)
+        for root, record in _within(module):
+            below = {id(inner) for inner in root.modules()}
+            record.frozen += [(m, key) for m, key in self.frozen if id(m) in below]
+            self.frozen = [(m, key) for m, key in self.frozen if id(m) not in below]
+            record._set(trained=False)  # noqa: SLF001 - its own class
+
+    def _set(self, *, trained: bool) -> None:
+        for inner, key in self.frozen:
+            parameter = inner._parameters.get(key)  # noqa: SLF001 - get_parameter would raise
+            if parameter is not None:
+                parameter.requires_grad_(trained)
+
+
+def _within(module: nn.Module) -> list[tuple[nn.Module, _Record]]:
+    """Give the modules within that have adapters of their own, the outer ones first."""
+    return [(m, vars(m)[RECORD]) for m in module.modules() if m is not module and RECORD in vars(m)]
 
 
 def attach(
@@ -88,11 +134,15 @@ def attach(
     fresh = isinstance(adapter, Prompt)
     if isinstance(adapter, Prompt):
         adapter = prompting.sized(adapter, module)
+    weights, kinds = tensors(module), sites(module)
+    held, config = ([*adapter.sites], None) if isinstance(adapter, Adapter) else ([], adapter)
+    if unfit := refused(module):
+        refuse_named(config, held, layout(weights, kinds), unfit)
     placed = placing.attached(
         name,
         adapter,
-        tensors(module),
-        sites(module),
+        weights,
+        kinds,
         seed=seed,
         dtype=dtype,
         rederive=rederive,
@@ -108,14 +158,10 @@ def attach(
     for share in made:
         if share.prompt is None:
             open_slot(module.get_submodule(share.owner)).shares.append(share)
-    frozen = [p for _, m in modules(module) for p in m.parameters(recurse=False)]
-    new = [p for p in frozen if p.requires_grad]
-    for parameter in new:
-        parameter.requires_grad_(False)
+    record.freeze(module)
     shared = made[0].shared if made else Arrays({})
     result = Attached(module, name, placed, shared, made)
     record.adapters[name] = result
-    record.frozen += new
     vars(module)[RECORD] = record
     return result
 
@@ -140,19 +186,18 @@ def detach_adapter(module: nn.Module, name: str = "default") -> Adapter:
     adapter = there[name].adapter
     record: _Record = vars(module)[RECORD]
     prompting.close_prompt(module, name)
-    for owner in {share.owner: None for share in there[name]._shares}:  # noqa: SLF001
+    own = there[name]._shares  # noqa: SLF001 - its own class
+    gone = {*map(id, own)}
+    for owner in {share.owner: None for share in own}:
         inner = module.get_submodule(owner)
         slot = slot_of(inner)
         if slot is not None:
-            slot.shares = nn.ModuleList(
-                share for share in slot.shares if getattr(share, "adapter", None) != name
-            )
+            slot.shares = nn.ModuleList(share for share in slot.shares if id(share) not in gone)
             close_slot(inner)
     del record.adapters[name]
     if not record.adapters:
-        for parameter in record.frozen:
-            parameter.requires_grad_(True)
         del vars(module)[RECORD]
+        record.thaw(module)
     return adapter
 
 
@@ -171,7 +216,8 @@ def merge_into(module: nn.Module) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a method cannot be merged; nothing has changed then.
+        If a method cannot be merged, an adapter is switched off, or one of a module around or
+        within acts on the same layer; nothing has changed then.
 
     Examples
     --------
@@ -183,14 +229,10 @@ def merge_into(module: nn.Module) -> nn.Module:
     >>> torch.allclose(merge_into(net)(x), adapted, atol=1e-6)
     True
     """
-    for name, held in attached(module).items():
-        if isinstance(held._placed.adapter.config, Prompt):  # noqa: SLF001 - its own class
-            raise ConfigError(f"adapter {name!r}: a prompt is no weight and cannot be merged")
     merged: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for owner, inner in modules(module):
-            slot = slot_of(inner)
-            for name, value in {} if slot is None else slot.merged(inner).items():
+        for owner, slot in _slots(module).items():
+            for name, value in slot.merged(module.get_submodule(owner)).items():
                 merged[f"{owner}.{name}" if owner else name] = value
     for name in attached(module):
         detach_adapter(module, name)
@@ -209,3 +251,34 @@ def merge_into(module: nn.Module) -> nn.Module:
     if untied and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         module.config.tie_word_embeddings = False
     return module
+
+
+def _slots(module: nn.Module) -> dict[str, Slot]:
+    """Give, by the name of its owner, what a merge of all adapters on a module takes up.
+
+    Raises
+    ------
+    ConfigError
+        If an adapter is switched off or a prompt, or one of another module acts there too.
+    """
+    own: dict[int, str] = {}
+    for name, held in attached(module).items():
+        if isinstance(held._placed.adapter.config, Prompt):  # noqa: SLF001 - its own class
+            raise ConfigError(f"adapter {name!r}: a prompt is no weight and cannot be merged")
+        if not all(share.on for share in held._shares):  # noqa: SLF001
+            raise ConfigError(
+                f"adapter {name!r}: is switched off and cannot be merged: merge outside of its "
+                "disabled() block, or detach it first"
+            )
+        own |= {id(share): share.owner for share in held._shares}  # noqa: SLF001
+    slots = {}
+    for owner in dict.fromkeys(own.values()):
+        slot = slot_of(module.get_submodule(owner))
+        assert slot is not None  # noqa: S101 - its shares are in it
+        if any(id(share) not in own for share in slot.shares):
+            raise ConfigError(
+                f"{owner or 'the module'}: cannot be merged: an adapter that was attached to a "
+                "module around or within this one acts there too: merge or detach that first"
+            )
+        slots[owner] = slot
+    return slots

@@ -70,13 +70,14 @@ class Attached:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let it not act within the block."""
+        before = [share.on for share in self._shares]
         for share in self._shares:
             share.on = False
         try:
             yield
         finally:
-            for share in self._shares:
-                share.on = True
+            for share, old in zip(self._shares, before, strict=True):
+                share.on = old
 
     @contextmanager
     def routed(self, **routing: Any) -> Iterator[None]:

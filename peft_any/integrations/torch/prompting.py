@@ -147,6 +147,12 @@ def _prompted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given |= given.pop(key, {})
     call = _Call(module, config, share.params, more.get("task_ids"))
     if config.peft_type in _CACHED:
+        if module.training and getattr(module, "is_gradient_checkpointing", False):
+            raise ConfigError(
+                f"adapter {share.adapter!r}: {config.peft_type} cannot train with gradient "
+                "checkpointing, under which a model keeps no cache to hold it: call "
+                "gradient_checkpointing_disable(), or take a method that puts rows before the input"
+            )
         out = type(module).forward(module, **call.prefixed(given))
         if given.get("use_cache") is False and hasattr(out, "past_key_values"):
             out.past_key_values = None  # a loop would take it for one that holds what came before

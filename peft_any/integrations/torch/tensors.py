@@ -17,6 +17,8 @@ CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
     zip((nn.Conv1d, nn.Conv2d, nn.Conv3d), KINDS, strict=True)
 )
 """torch's classes of convolutions."""
+_UNKNOWN = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear
+"""Its classes whose weights only look like those of convolutions."""
 
 
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -56,7 +58,37 @@ def sites(root: nn.Module) -> dict[str, Site]:
     return {name: site for name, site in found if site is not None}
 
 
+def refused(root: nn.Module) -> dict[str, tuple[Site, str]]:
+    """Give the layers that cannot be adapted: what each passes for, and why."""
+    found = {}
+    for name, module in modules(root):
+        if isinstance(module, _UNKNOWN):
+            rank = getattr(module, "weight").ndim - 2  # noqa: B009 - a Tensor in all of them
+            passes = Site(name, 1, 1, (*KINDS,)[rank - 1], (1,) * rank)
+            why = f"it is a {type(module).__name__}, which no adapter knows: leave it out"
+            found[name] = passes, why
+        elif (site := _described(name, module)) is not None and not _holds_weight(module):
+            found[name] = (
+                site,
+                (
+                    "its weight is computed from others (a parametrisation, such as weight_norm): "
+                    "remove that first (torch.nn.utils.parametrize.remove_parametrizations, "
+                    "torch.nn.utils.remove_weight_norm), or leave the layer out"
+                ),
+            )
+    return found
+
+
+def _holds_weight(module: nn.Module) -> bool:
+    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    return name in module._parameters or name in module._buffers  # noqa: SLF001 - both are public state
+
+
 def _site(name: str, module: nn.Module) -> Site | None:
+    return _described(name, module) if _holds_weight(module) else None
+
+
+def _described(name: str, module: nn.Module) -> Site | None:
     bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
         return Site(name, module.in_features, module.out_features, bias=bias)
