@@ -66,7 +66,7 @@ def line(peft_type: str) -> tuple[str, ...]:
     converted = YES if issubclass(cls, Additive) else "given the base"
     if "Norm" in cls.kinds:
         converted += ", but for norms, which no LoRA adapts"
-    own = "by us alone" if cls.marks else YES
+    own = "by us alone" if cls.marks else "what is begun here, by us alone" if cls.begun else YES
     return name, "ours" if cls.marks else YES, YES, YES, back, YES, own, converted
 
 

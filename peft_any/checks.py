@@ -95,9 +95,9 @@ def finite_number(name: str, weight: Any) -> float:
 
 def refuse_restart(config: Any, name: str) -> None:
     """Refuse to start an adapter anew of a file's configuration that has its arrays for a start."""
-    for field in config.marks:
+    for field in filter(None, (*config.marks, config.begun)):
         if (value := getattr(config, field)) == OURS:
             raise ConfigError(
-                f"{name}: {field}={value!r} cannot start anew: it says that the file holds the "
+                f"{name}: {field}={value!r} cannot start anew: it says that a file holds the "
                 "frozen arrays; give another value"
             )

@@ -24,6 +24,20 @@ from peft_any.layer import Site
 from peft_any.rng import TorchGenerator
 from peft_any.spectra import scattered
 
+SHARED = "frod_V", "frod_s_indices", "frod_s_size"
+"""What layers of one role share."""
+
+
+def named(role: str) -> list[str]:
+    """Name what the layers of a role share.
+
+    Examples
+    --------
+    >>> named("fc")
+    ['frod_V.fc', 'frod_s_indices.fc', 'frod_s_size.fc']
+    """
+    return [f"{name}.{role}" for name in SHARED]
+
 
 def role_of(name: str) -> str:
     """Say whose basis a layer has, by its name: Hugging Face PEFT's rule.

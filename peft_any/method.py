@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, resolve, summed
-from peft_any.checks import OURS
+from peft_any.checks import OURS, refuse_restart
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.factors import paired
@@ -148,6 +148,7 @@ class Tuner(Config):
 
     def begin(self, site: Site, new: Fresh) -> Params:
         """Draw all that a single site needs: the shared arrays, and its own."""
+        refuse_restart(self, site.name)
         new.shared = self.init_shared([site], new)
         return {**new.shared, **self.init(site, new)}
 

@@ -8,6 +8,7 @@ from peft_any import attention
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
+from peft_any.checks import refuse_restart
 from peft_any.completing import (
     Placed,
     completed,
@@ -93,6 +94,7 @@ def fresh(
         )
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is neither a Tuner nor a Prompt")
+    refuse_restart(config, config.where)
     refuse_unrepeated(config, weights)
     config = with_experts(config, weights)
     every = layout(weights, kinds, config)

@@ -52,6 +52,9 @@ class Config(abc.ABC):
     marks: ClassVar[Mapping[str, str]] = {}
     """Fields that are "peft_any" in files which hold what Hugging Face PEFT's lack: what that is,
     and the way out."""
+    begun: ClassVar[str] = ""
+    """A field that is "peft_any" in files of adapters that were begun here, where there is one:
+    Hugging Face PEFT, which would take their arrays for others, refuses the value."""
     unsaid: ClassVar[frozenset[str]] = frozenset()
     """Common fields that Hugging Face PEFT's class does not have: files say them only if set."""
     grouped: ClassVar[frozenset[str]] = frozenset()

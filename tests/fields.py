@@ -414,7 +414,7 @@ TREATED: dict[str, Treatment | None] = {
 }  # fmt: skip
 APART: dict[str, Elsewhere] = {
     "ADAMSS": Elsewhere("test_adamss.py::test_a_fresh_adapter_is_hfs_up_to_signs"),
-    "FROD": Elsewhere("test_frod.py::test_hf_reads_ours_once_its_u_is_that_of_the_files_v"),
+    "FROD": Elsewhere("test_frod.py::test_hf_refuses_ours_since_it_would_pair_it_with_its_own_u"),
     "PSOFT": Elsewhere(
         "test_live.py::test_hf_refuses_our_file_where_it_would_take_arrays_of_its_own"),
     "XLORA": Elsewhere("test_xlora.py::test_what_hf_saves_is_read_and_what_we_save_hf_loads"),

@@ -359,7 +359,11 @@ def test_methods_lists_all(shell: Shell) -> None:
     assert found["PROMPT_TUNING"]["parameters"] is found["XLORA"]["parameters"] is None
     assert found["ADALORA"]["parameters"]["layer"] == 12 * (2 * 4096 + 1)
     assert found["LORA"]["files"] == "as Hugging Face PEFT's"
-    assert {name for name, row in found.items() if row["files"] == "ours"} == {"ADAMSS", "PSOFT"}
+    assert {name for name, row in found.items() if row["files"] == "ours"} == {
+        "ADAMSS",
+        "FROD",
+        "PSOFT",
+    }
     assert "NumPy, CuPy, PyTorch, JAX, Dask" in text
     assert "65,536" in text
     assert found["OFT"]["kind"] == "maps W"

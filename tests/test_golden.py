@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from peft_any.adapter import Adapter
+from peft_any.checks import OURS
 from peft_any.errors import ConfigError
 from peft_any.layer import linear
 from peft_any.model import PeftModel
@@ -192,9 +193,11 @@ def test_a_fresh_adapter_has_hfs_keys_shapes_and_fields(name: str, tmp_path: Pat
     theirs = safetensors.numpy.load(gold.tensors[TENSORS].tobytes())
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     fields = json.loads((tmp_path / "a" / CONFIG).read_text())
-    assert {k: hf.get(k, "absent") for k in fields if k != "auto_mapping"} == {
-        k: v for k, v in fields.items() if k != "auto_mapping"
+    own = {"auto_mapping", config.begun}
+    assert {k: hf.get(k, "absent") for k in fields if k not in own} == {
+        k: v for k, v in fields.items() if k not in own
     }
+    assert not config.begun or fields[config.begun] == OURS
 
 
 @unconverted

@@ -200,7 +200,7 @@ def described(peft_type: str) -> dict[str, Any]:
         "merges": merges(cls),
         "reversible": issubclass(cls, Tuner) and cls.unmerge is not Tuner.unmerge,
         "extensions": list(needs) if isinstance(needs, tuple) else ["linalg"],
-        "files": "ours" if cls.marks else "as Hugging Face PEFT's",
+        "files": "ours" if cls.marks or cls.begun else "as Hugging Face PEFT's",
     }
 
 

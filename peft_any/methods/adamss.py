@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from peft_any.backend import namespace, to_numpy
 from peft_any.blocks import diagonal
-from peft_any.checks import OURS, check_fields, refuse, refuse_restart
+from peft_any.checks import OURS, check_fields, refuse
 from peft_any.clusters import grouped
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
@@ -81,7 +81,6 @@ class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
 
     def init(self, site: Site, new: Fresh) -> Params:
         """Decompose the base and cluster its rows, on the host."""
-        refuse_restart(self, site.name)
         (_,), base = widen([{}], new.base_for(site.name, "adamss_newB"))
         w = to_numpy(base.weight)
         xp = namespace(w)

@@ -1,29 +1,30 @@
 """FRoD: full rank by rotational degrees. Wan et al. 2026, https://doi.org/10.1609/aaai.v40i31.39813."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import ClassVar, Self
 
+from peft_any import joint
+from peft_any._tree import without
 from peft_any.backend import astype, is_differentiated, namespace
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import OURS, check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
-from peft_any.joint import by_role, joint_basis, off_diagonal_places, role_of, spread, with_diagonal
 from peft_any.layer import linear
 
-_SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+_U = "frod_U", "frod_found_U"  # of an adapter begun here; found for the V of a file
 
 
 class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
     """W′ = U·(S + diag(λ))·Vᵀ, with `frod_lambda_l` λ (n_in,) and a sparse S (n_in, n_in).
 
     S has the k values `frod_lambda_s_values` (k,) at `frod_s_indices` (2, k), off the diagonal.
-    U (n_out, n_in) follows from the base: W = U·diag(λ)·Vᵀ with columns of length 1, and the λ
-    with which training begins. Layers of one role, which is the last two parts of their names,
-    share the frozen V (n_in, n_in) and the places: `frod_V.self_attn_q_proj`.
+    U (n_out, n_in), of columns of length 1, and the first λ follow from the base, W = U·diag(λ)·Vᵀ.
+    Layers of a role, the last two parts of their names, share V (n_in, n_in): `frod_V.self_query`.
 
-    sparse_rate: k = `sparse_rate`·n_in², rounded down, and at least 1 unless it is 0.
+    sparse_rate: k = `sparse_rate`·n_in² rounded down, at least 1 unless 0; "peft_any" in our files.
     projection_prng_key: seed of the places, drawn by torch's CPU generator.
     regularization_alpha: of the matrices that are inverted on the way to V.
-    save_projection: true; Hugging Face PEFT pairs the V that it loads with the U of another.
+    save_projection: true; Hugging Face PEFT pairs the V that it loads with the U of its own V.
     init_weights: true (S = 0), or false (S, and what λ gains, of deviation 0.1).
     progressbar, runtime_offload_base_weight: no effect.
     """
@@ -31,9 +32,10 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
     thins: ClassVar[str] = "frod_dropout"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
-    frozen: ClassVar[frozenset[str]] = frozenset({"frod_U", *_SHARED})
-    grouped: ClassVar[frozenset[str]] = frozenset(_SHARED)
+    frozen: ClassVar[frozenset[str]] = frozenset({*_U, *joint.SHARED})
+    grouped: ClassVar[frozenset[str]] = frozenset(joint.SHARED)
     certain: ClassVar[bool] = True
+    begun: ClassVar[str] = "sparse_rate"
 
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -43,7 +45,7 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
     init_weights: bool = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    sparse_rate: float = 0.01
+    sparse_rate: float | str = 0.01
     regularization_alpha: float = 1e-3
     progressbar: bool = True
     runtime_offload_base_weight: bool = False
@@ -52,12 +54,13 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
         check_fields(self, bias="frod")
         why = "true: without V, whose signs are its writer's, a file fits no other machine: merge"
         refuse(self, save_projection=(self.save_projection, f"{why} it there (merge_and_unload)"))
-        refuse(self, sparse_rate=(0 <= self.sparse_rate <= 1, "in [0, 1]"))
+        rate = 0 if self.sparse_rate == OURS else self.sparse_rate
+        refuse(self, sparse_rate=(not isinstance(rate, str) and 0 <= rate <= 1, "in [0, 1]"))
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """λ and S's values."""
-        n = site.n_in
-        k = min(max(int(n * n * self.sparse_rate), int(self.sparse_rate > 0)), n * (n - 1))
+        n, rate = site.n_in, self.sparse_rate
+        k = -1 if isinstance(rate, str) else min(max(int(n * n * rate), rate > 0), n * (n - 1))
         return {"frod_lambda_l": (n,), "frod_lambda_s_values": (k,)}
 
     def init(self, site: Site, new: Fresh) -> Params:
@@ -68,44 +71,46 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
         return {**p, "frod_lambda_l": p["frod_lambda_l"] + astype(scale, new.dtype), "frod_U": u}
 
     def _spread(self, site: Site, new: Fresh) -> tuple[Array, Array]:
-        v = new.shared[f"frod_V.{role_of(site.name)}"]
-        return spread(new.base_for(site.name, "FROD").weight, v)
+        v, *_ = joint.named(joint.role_of(site.name))
+        return joint.spread(new.base_for(site.name, "FROD").weight, new.shared[v])
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """V, places and their bounds, for each role."""
         found = dict[str, Shape]()
-        for role, (site, *_) in by_role(sites).items():
+        for role, (site, *_) in joint.by_role(sites).items():
             n, (k,) = self.shapes(site).values()
-            found |= _named(role, 2 * n, (2, k), (2,))
+            found |= zip(joint.named(role), (2 * n, (2, k), (2,)), strict=True)
         return found
 
     def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
         """Decompose the layers of each role jointly; draw the places, role by role."""
         stream, found = new.torch(self.projection_prng_key), dict[str, Array]()
-        for role, own in by_role(sites).items():
+        for role, own in joint.by_role(sites).items():
             weights = [new.base_for(site.name, "FROD").weight for site in own]
             (n,), (k,) = self.shapes(own[0]).values()
-            v = joint_basis(weights, self.regularization_alpha)
-            found |= _named(role, *map(new.array, (v, off_diagonal_places(stream, n, k), [n, n])))
+            v = joint.joint_basis(weights, self.regularization_alpha)
+            values = v, joint.off_diagonal_places(stream, n, k), [n, n]
+            found |= zip(joint.named(role), map(new.array, values), strict=True)
         return found
 
     def lacks(self, p: Params) -> str | None:
         """U, in every file."""
-        return None if "frod_U" in p else "U, which follows from the base's weight"
+        return None if any(name in p for name in _U) else "U, which follows from the base's weight"
 
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
         """Find U again."""
-        return {**p, "frod_U": self._spread(site, new)[0]}
+        return {**p, "frod_found_U": self._spread(site, new)[0]}
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
-        """Leave U out."""
-        return self, {n: {k: a for k, a in p.items() if k != "frod_U"} for n, p in sites.items()}
+        """Leave U out; say that the adapter was begun here: HF's U would be of another V."""
+        begun = any("frod_U" in p for p in sites.values())
+        return replace(self, sparse_rate=OURS) if begun else self, without(sites, _U)
 
     def _factors(self, p: Params, site: Site) -> tuple[Array, Array, Array]:
         """U (n_out, n_in), S + diag(λ) and Vᵀ (n_in, n_in)."""
-        v, places = (p[f"{name}.{role_of(site.name)}"] for name in _SHARED[:2])
-        middle = with_diagonal(p["frod_lambda_s_values"], places, p["frod_lambda_l"])
-        return p["frod_U"], middle, namespace(v).matrix_transpose(v)
+        v, places, _ = (p[name] for name in joint.named(joint.role_of(site.name)))
+        middle = joint.with_diagonal(p["frod_lambda_s_values"], places, p["frod_lambda_l"])
+        return next(p[name] for name in _U if name in p), middle, namespace(v).matrix_transpose(v)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """U·(S + diag(λ))·Vᵀ, and what other adapters have added to W."""
@@ -124,7 +129,7 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
         merged: Dense | None = p.get("merged")
         if merged is not None:
             return merged(x)
-        y: Array = self._applied(p, x, base.site)
+        y = self._applied(p, x, base.site)
         if base.adapted:
             return base(x) + (y - linear(x, base.original))
         return y if base.bias is None else y + base.bias
@@ -137,7 +142,3 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
     def _applied(self, p: Params, x: Array, site: Site) -> Array:
         u, middle, v = self._factors(p, site)
         return linear(linear(linear(x, v), middle), u)
-
-
-def _named(role: str, *values: Any) -> dict[str, Any]:
-    return {f"{name}.{role}": value for name, value in zip(_SHARED, values, strict=True)}

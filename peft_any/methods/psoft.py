@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 
 from peft_any.backend import namespace
 from peft_any.blocks import cayley, cayley_neumann, drawn_back, skew
-from peft_any.checks import OURS, check_fields, refuse, refuse_restart
+from peft_any.checks import OURS, check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
 from peft_any.starts import host_weight, leading_svd, seeded_svd
@@ -97,7 +97,6 @@ class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
 
     def init(self, site: Site, new: Fresh) -> Params:
         """Decompose the base, on the host; R = I, or near it."""
-        refuse_restart(self, site.name)
         w = host_weight(new, site, "ab_svd_init")
         if self.psoft_svd == "lowrank":
             u, s, v = seeded_svd(w, self.r, self.psoft_svd_lowrank_niter, self.random_seed, new)

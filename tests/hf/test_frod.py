@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft.tuners.frod.model import _category_from_key
 from torch import nn
 
-from peft_any import Adapter, ConfigError, FrodConfig, PeftModel, ShapeError
+from peft_any import Adapter, ConfigError, FrodConfig, PeftModel, ShapeError, convert
 from peft_any.errors import UsageError
 from peft_any.joint import role_of
 from tests.hf import reference
@@ -90,8 +91,8 @@ def test_in_double_precision_all_but_the_rounding_of_u_is_hfs(tmp_path: Path) ->
     sites = {}
     for name, module in layers_of(theirs).items():
         u = reference.host(module.frod_U["default"]).astype("float64")
-        np.testing.assert_allclose(adapter.sites[name]["frod_U"], u, rtol=0, atol=6e-8)
-        sites[name] = {**adapter.sites[name], "frod_U": u}
+        np.testing.assert_allclose(adapter.sites[name]["frod_found_U"], u, rtol=0, atol=6e-8)
+        sites[name] = {**adapter.sites[name], "frod_found_U": u}
     ours = PeftModel(weights)
     ours.add("a", adapter.replace(sites=sites))
     with reference.quietly():
@@ -101,18 +102,37 @@ def test_in_double_precision_all_but_the_rounding_of_u_is_hfs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_hf_reads_ours_once_its_u_is_that_of_the_files_v(dtype: str, tmp_path: Path) -> None:
+def test_hf_refuses_ours_since_it_would_pair_it_with_its_own_u(dtype: str, tmp_path: Path) -> None:
     net = net_of(dtype)
-    ours = PeftModel(reference.state_of(net))
+    weights = reference.state_of(net)
     rng = np.random.default_rng(3)
-    made = ours.add("a", FrodConfig(**FIELDS), dtype=dtype)
+    made = PeftModel(weights).add("a", FrodConfig(**FIELDS), dtype=dtype)
     sites = {
         name: {k: a if k == "frod_U" else a + 0.2 * rng.standard_normal(a.shape).astype(dtype)
                for k, a in p.items()}
         for name, p in made.sites.items()
     }  # fmt: skip
-    model = PeftModel(reference.state_of(net))
+    model = PeftModel(weights)
     model.add("a", made.replace(sites=sites)).save(tmp_path / "a")
+    with pytest.raises(TypeError, match="'<' not supported"):
+        peft.PeftModel.from_pretrained(net, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    said = json.loads(path.read_text())
+    assert said["sparse_rate"] == "peft_any"
+
+    again = PeftModel(weights)
+    adapter = again.add("a", Adapter.load(tmp_path / "a"))
+    compare(again.merge(), model.merge())
+    adapter.save(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / path.name).read_text()) == said
+    with pytest.raises(ConfigError, match=r"sparse_rate='peft_any' cannot start anew"):
+        PeftModel(weights).add("a", adapter.config)
+    convert(tmp_path / "a", tmp_path / "lora", base=weights)
+    with reference.quietly():
+        lora = peft.PeftModel.from_pretrained(net_of(dtype), tmp_path / "lora")
+        compare(reference.state_of(lora.merge_and_unload()), model.merge())
+
+    path.write_text(json.dumps({**said, "sparse_rate": FIELDS["sparse_rate"]}))
     with reference.quietly():
         theirs = peft.PeftModel.from_pretrained(net, tmp_path / "a").to(getattr(torch, dtype))
         fresh = peft.get_peft_model(net_of(dtype), peft.FrodConfig(progressbar=False, **FIELDS))
@@ -126,7 +146,7 @@ def test_hf_reads_ours_once_its_u_is_that_of_the_files_v(dtype: str, tmp_path: P
         reference.paired(theirs)
         y = reference.host(layers_of(theirs)["layer.0.q"](x))
     compare({"y": y}, {"y": want})
-    assert np.abs(stale - want).max() > 0.1  # the quirk that the documentation tells of
+    assert np.abs(stale - want).max() > 0.1  # why the mark is there
 
 
 @pytest.mark.parametrize(
