@@ -61,10 +61,28 @@ def check_fields(config: Any, *counts: str, bias: str = "") -> None:
         for name, rate in vars(config).items()
         if name.endswith("dropout")
     }
-    if bias:
-        options = "none", "all", f"{bias}_only"
-        rules["bias"] = config.bias in options, f'"none", "all" or "{bias}_only"'
     refuse(config, **rules)
+    if bias:
+        check_bias(config, bias)
+
+
+def check_bias(config: Any, prefix: str) -> None:
+    """Check the choice of biases: "none", "all" or "…_only".
+
+    Raises
+    ------
+    ConfigError
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> LoraConfig(bias="some")
+    Traceback (most recent call last):
+    peft_any.errors.ConfigError: LoraConfig: bias='some' must be "none", "all" or "lora_only"
+    """
+    options = "none", "all", f"{prefix}_only"
+    rule = f'"none", "all" or "{prefix}_only"'
+    refuse(config, bias=(config.bias in options, rule))
 
 
 def alike(found: Mapping[str, Shape], said: Mapping[str, Shape]) -> bool:

@@ -715,3 +715,13 @@ def test_every_method_has_a_file() -> None:
         config = Adapter.load(FILES / name).config
         assert config_to_dict(config)["peft_type"] == config.peft_type
         assert isinstance(config, Attended | Prompt | Tuner)
+
+
+BIASED = [name for name in method_names() if hasattr(method_for(name), "bias")]
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_that_no_method_has_is_refused(name: str) -> None:
+    raw = {"peft_type": name, "bias": "some"} | ({"total_step": 9} if name == "ADALORA" else {})
+    with pytest.raises(ConfigError, match=r"bias='some' must be \"none\", \"all\" or \"\w+_only\""):
+        config_from_dict(raw)

@@ -333,6 +333,14 @@ def test_inspect_tells_method_sites_ranks_and_norms(shell: Shell, adapter: Path)
     assert document["sites"][0]["delta_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_inspect_tells_the_rank_that_segments_have(shell: Shell) -> None:
+    files = Path(__file__).parent / "golden" / "files"
+    found = shell.json("inspect", str(files / "adamss"))
+    ranks = {site["name"]: site["rank"] for site in found["sites"]}
+    assert ranks["layers.0.fc1"] == 2 + 1
+    assert {*ranks.values()} == {3, 4}
+
+
 def test_inspect_predicts_what_a_base_would_keep(shell: Shell, base: Path, tmp_path: Path) -> None:
     write_safetensors(base / "model.safetensors", weights("bfloat16"), overwrite=True)
     make_adapter(tmp_path / "faint", 3, size=0.003)

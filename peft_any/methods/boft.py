@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import block_matmul, butterfly, cayley
+from peft_any.checks import check_bias
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
 
@@ -42,6 +43,7 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        check_bias(self, "boft")
         b, k, m = self.boft_block_size, self.boft_block_num, self.boft_n_butterfly_factor
         if min(b, k) < 0 or bool(b) == bool(k):
             raise ConfigError(

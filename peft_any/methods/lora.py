@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 from peft_any import alora, starts, variants
 from peft_any.arrow import ArrowRouter, alone
+from peft_any.checks import check_bias
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.layer import EXPERTS, MATRICES
 
@@ -56,6 +57,7 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     arrow_config: ArrowRouter | None = None
 
     def __post_init__(self) -> None:
+        check_bias(self, "lora")
         variants.check(self)
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
-from peft_any.checks import refuse
+from peft_any.checks import check_bias, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
 
@@ -49,6 +49,7 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self) -> None:
+        check_bias(self, "oft")
         if min(self.r, self.oft_block_size) < 0 or bool(self.r) == bool(self.oft_block_size):
             raise ConfigError(
                 f"{self.where}: r={self.r} and oft_block_size={self.oft_block_size} cannot size "

@@ -228,16 +228,25 @@ def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
     known: dict[Any, list[Site]] = {}
     for name, params in adapter.sites.items():
         found = site_of(config, name, params, known) if isinstance(config, Tuner) else None
-        rank = getattr(config if found is None else found[0], "r", None)
+        own, site = found or (config, None)
         yield SiteReport(
             name,
             sum(prod(a.shape) for k, a in params.items() if k not in config.frozen),
-            rank if isinstance(rank, int) and rank > 0 else None,
+            _rank(own, site, {**adapter.shared, **params}),
             {k: tuple(a.shape) for k, a in params.items()},
             {k: _norm(a) for k, a in params.items() if is_floating(a)},
             None if found is None else _delta_norm(*found, {**adapter.shared, **params}),
             _spectrum(*found, {**adapter.shared, **params}) if found and spectra else (),
         )
+
+
+def _rank(config: Any, site: Site | None, params: Params) -> int | None:
+    """Give r; of a method whose factors have another width, that; None if r says nothing of it."""
+    additive = isinstance(config, Additive)
+    if additive and type(config).rank is not Additive.rank:
+        return None if site is None else int(config.factors(params, site)[0].shape[1])
+    rank = getattr(config, "r", None) if not additive or config.order else None
+    return rank if isinstance(rank, int) and rank > 0 else None
 
 
 def _norm(array: Any) -> float:

@@ -125,6 +125,21 @@ def test_outputs_and_losses_are_hfs(model: str, method: str, tmp_path: Path) -> 
     assert got.logits.shape != before.shape or not torch.equal(got.logits, before)
 
 
+def test_a_call_says_its_tasks(tmp_path: Path) -> None:
+    theirs, given = (
+        theirs_of("gpt2", "MULTITASK_PROMPT_TUNING", tmp_path / "a"),
+        given_of("gpt2", ""),
+    )
+    with pytest.raises(ValueError, match="task_ids cannot be None"):
+        run(theirs, given)
+    ours = base_of("gpt2")
+    attach(ours, Adapter.load(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=r"cannot choose among 3 tasks: give it task_ids"):
+        run(ours, given)
+    with pytest.raises(ConfigError, match=r"cannot choose among 3 tasks: give it task_ids"):
+        ours.generate(input_ids=given["input_ids"], max_new_tokens=1, pad_token_id=0)
+
+
 DECODERS = [(m, k) for m, k in ROWS if TASKS[m] == "CAUSAL_LM"] + [r for r in ROWS if r[0] == "t5"]
 
 
