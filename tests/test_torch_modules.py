@@ -638,7 +638,7 @@ class TestPrompts:
         again = net(self.ids[:, -1:], mask, past_key_values=Cache(5))
         assert again.mask.shape == (2, 5)
         close(again.logits, net.head(net.wte(self.ids[:, -1:])), 1e-6)
-        labelled = net(self.ids, labels=self.ids)
+        labelled = net(self.ids, labels=self.ids, **tasks)
         if config.peft_type == "CPT":
             close(labelled.loss, config.loss(labelled.logits, self.ids), 1e-6)
         else:
