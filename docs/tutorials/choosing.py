@@ -27,7 +27,13 @@ SHARING: dict[str, Family] = {
     "vblora": Family(EVERY, of("num_vectors", 8, 16, 64), {"vector_length": 16}),
 }
 """Methods whose arrays many layers share, which one network of three layers shows little of."""
-ALL = FAMILIES | SHARING
+APART: dict[str, Family] = {
+    "ln_tuning": Family(EVERY, [{}]),
+    "osf": Family(EVERY, of("effective_rank", 62, 56, 32)),
+    "poly": Family(EVERY, of("r", 1, 2, 4, 8)),
+}
+"""Methods for networks of other kinds: with norms, with tasks to forget, with several tasks."""
+ALL = FAMILIES | SHARING | APART
 
 
 class Point(NamedTuple):
@@ -41,16 +47,17 @@ class Point(NamedTuple):
 
 
 def base() -> dict[str, np.ndarray]:
-    """Draw a layer."""
+    """Draw a layer, and the norm before it."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((SIDE, SIDE)) / SIDE**0.5
-    return {"fc.weight": weight, "fc.bias": np.zeros(SIDE)}
+    return {"fc.weight": weight, "fc.bias": np.zeros(SIDE), "norm.weight": np.ones(SIDE)}
 
 
 def change(name: str, config: object) -> tuple[int, np.ndarray]:
     """Give how many numbers an adapter trains, and ΔW at random ones of them."""
     rng, model = np.random.default_rng(1), PeftModel(base())
-    adapter = model.add(name, replace(config, target_modules=["fc"]), dtype="float64")
+    layer = "norm" if name == "ln_tuning" else "fc"
+    adapter = model.add(name, replace(config, target_modules=[layer]), dtype="float64")
     model.update(
         {
             name: {
@@ -59,7 +66,8 @@ def change(name: str, config: object) -> tuple[int, np.ndarray]:
             }
         }
     )
-    return adapter.num_parameters, model.merge()["fc.weight"] - base()["fc.weight"]
+    delta = model.merge()[f"{layer}.weight"] - base()[f"{layer}.weight"]
+    return adapter.num_parameters, np.diag(delta) if delta.ndim == 1 else delta
 
 
 def points(names: list[str]) -> Iterator[Point]:
