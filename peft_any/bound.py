@@ -18,7 +18,7 @@ from peft_any.parts import Part
 from peft_any.prompt import Attended
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundLayer:
     """An adapted layer as a callable.
 
@@ -123,7 +123,7 @@ class Layers(Mapping[str, BoundLike]):
         return len(self._every())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bound:
     """A model with its parameters fixed.
 

@@ -16,7 +16,7 @@ from peft_any.rng import Fresh
 from peft_any.traversal import UntoldOrderError, in_model_order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
     """An adapter with the sites it adapts, and its configuration resolved at each."""
 

@@ -164,7 +164,7 @@ class Layer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A layer as a flat matrix, whatever its kind.
 

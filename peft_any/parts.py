@@ -13,7 +13,7 @@ from peft_any.layer import Dense, Layer, Site, narrow, widen
 from peft_any.method import Additive, Tuner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """One adapter's share in a layer.
 
@@ -233,7 +233,7 @@ def _refuse_weight(part: Part, site: Site) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapted:
     """A layer that carries one adapter, for the next one to adapt."""
 

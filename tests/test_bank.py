@@ -27,6 +27,7 @@ from peft_any.bank.factors import factored, factors_of, few
 from peft_any.bank.mixed import MixedLayer
 from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
+from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.parts import Part
 from peft_any.testing import Lib
 from tests.cases import CASES, Case
@@ -193,6 +194,61 @@ def test_a_row_is_not_harmed_by_another_adapter_s_numbers(value: float) -> None:
     np.testing.assert_allclose(got[1], want[1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("names", [["lora0", "lora1"], ["oft", "ia3"], ["lora0", "oft", "ia3"]])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_no_row_s_input_harms_another_s_gradient(
+    library: str, names: list[str], *, numbers: bool
+) -> None:
+    pytest.importorskip(library)
+    from peft_any import move
+
+    host = model_of([2, 3, 1])
+    model = PeftModel(move(host.weights, library))
+    for name in names:
+        model.add(name, host[name])
+    rows: Any = [*names, names[0], None]
+    if numbers:
+        rows = move(np.asarray([*range(len(names)), 0, -1]), library)
+    x = np.random.default_rng(1).standard_normal((len(names) + 2, 6))
+
+    def slopes(value: float) -> Any:
+        x[-1] = value
+        given = move(x, library)
+
+        def loss(params: Any) -> Any:
+            y = model.bind(params, rows=rows).layers["fc"](given)
+            return (y[:-1, ...] ** 2).sum()
+
+        with np.errstate(invalid="ignore"):
+            return value_and_grad(loss)(model.parameters)[1]
+
+    clean = slopes(1.0)
+    for value in (np.inf, np.nan):
+        found = slopes(value)
+        for name in names:
+            for key, want in clean[name]["fc"].items():
+                got = to_numpy(found[name]["fc"][key])
+                np.testing.assert_allclose(got, to_numpy(want), rtol=1e-9)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_rows_are_integers_of_any_width(library: str, dtype: str) -> None:
+    pytest.importorskip(library)
+    from peft_any import move
+
+    model = PeftModel(move({"fc.weight": np.ones((3, 4), "float32")}, library))
+    adapter = model.add("0", replace(PARTNER, target_modules=["fc"], init_lora_weights=False))
+    bank = stack([adapter] * 300, model.weights)
+    x = move(np.ones((3, 4), "float32"), library)
+    for rows in ([127, 0, 3], []):
+        bound = bank.bind(move(np.asarray(rows, dtype), library))
+        y = to_numpy(bound.layers["fc"](x[: len(rows), ...]))
+        want = to_numpy(model.bind().layers["fc"](x[: len(rows), ...]))
+        np.testing.assert_allclose(y, want, rtol=1e-6)
+
+
 def test_the_joined_path_is_taken_where_it_costs_little() -> None:
     layer = model_of([2, 3, 1]).bind(rows=["lora0", "lora1", None]).layers["fc"]
     layer(np.ones((3, 6)))
@@ -227,6 +283,40 @@ def test_torch_compiles_a_mixed_layer(engine: str) -> None:
         numbers = torch.tensor([-1 if name is None else model.names.index(name) for name in rows])
         want = model.bind(rows=rows).layers["fc"](x)
         torch.testing.assert_close(compiled(x, numbers), want)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo (detected|does not know)")
+def test_torch_compiles_binding_and_other_rows_and_parameters_compile_nothing() -> None:
+    torch = pytest.importorskip("torch")
+    from torch._dynamo.testing import CompileCounter
+
+    from peft_any import move
+
+    names = ["lora0", "oft"]
+    host = model_of([2, 3, 1], dtype="float32")
+    model = PeftModel(move(host.weights, "torch"))
+    for name in names:
+        model.add(name, host[name])
+    x, some = torch.randn(3, 6), model.parameters
+
+    def loss(params: Any, rows: Any = None) -> Any:
+        return model.bind(params, rows=rows).layers["fc"](x).square().sum()
+
+    for calls in (
+        [()] * 3,
+        [(torch.tensor(rows),) for rows in ([0, -1, 1], [1, 0, 0], [-1, -1, 1])],
+    ):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(loss, backend=counter)
+        for i, call in enumerate(calls):
+            params = {
+                a: {s: {k: v * (i + 1) for k, v in p.items()} for s, p in sites.items()}
+                for a, sites in some.items()
+            }
+            before = counter.frame_count
+            torch.testing.assert_close(compiled(params, *call), loss(params, *call))
+            assert counter.frame_count == before or i < 2
 
 
 def test_other_rows_and_other_adapters_compile_nothing_on_jax() -> None:
@@ -295,6 +385,21 @@ def test_a_padded_adapter_changes_nothing(dora: bool, bias: bool, start: Any) ->
         pad_to_rank(model["x"], 2)
     with pytest.raises(ConfigError, match="convert"):
         pad_to_rank(model_of([1, 1, 1])["oft"], 8)
+
+
+def test_what_no_row_can_take_is_refused() -> None:
+    model = model_of([2, 3, 1])
+    config = PromptTuningConfig(num_virtual_tokens=2, token_dim=6)
+    prompt = model.add("prompt", config)
+    for refused in (
+        lambda: model.bind(rows=["prompt", "lora0"]),
+        lambda: stack({"prompt": prompt, "lora0": model["lora0"]}, model.weights).bind([0, 1]),
+        lambda: model.bind(rows=["lora0"]).swap("lora0", prompt),
+    ):
+        with pytest.raises(ConfigError, match=r"PROMPT_TUNING makes virtual tokens"):
+            refused()
+    with pytest.raises(ConfigError, match="'__base__': the name means a row without one"):
+        stack({"__base__": model["lora0"]}, model.weights)
 
 
 def test_stack_makes_a_bank() -> None:

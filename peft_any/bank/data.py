@@ -15,7 +15,7 @@ from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StackedLayer:
     """A layer with all adapters of a bank: whoever calls it says which row takes which.
 
@@ -95,13 +95,16 @@ class StackedLayer:
         else:
             y = self.layers[0](x)
         wide = xp.reshape(rows, (rows.shape[0], *(1,) * (y.ndim - 1)))
+        own = xp.reshape(rows, (rows.shape[0], *(1,) * (x.ndim - 1)))
         for k in alone:
-            y = xp.where(wide == k - 1, self.layers[k](x), y)
+            # What no number of a row may harm, gradients included, sees no other row's.
+            some = xp.where(own == k - 1, x, xp.zeros_like(x)) if k else x
+            y = xp.where(wide == k - 1, self.layers[k](some), y)
         lost: Array = xp.where(wide >= count, xp.full_like(y, float("nan")), y)
         return lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataLayer:
     """A stacked layer with the rows of one batch.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TypeGuard
 
 import numpy as np
@@ -182,7 +183,7 @@ def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
         low = linear(x, rows["a"]) * xp.reshape(rows["mask"], (n, *ones, -1))
         y = y + linear(low, rows["b"])
     else:
-        flat = xp.reshape(x, (n, -1, x.shape[-1])) if x.ndim != 3 else x
+        flat = xp.reshape(x, (n, prod(x.shape[1:-1]), x.shape[-1])) if x.ndim != 3 else x
         low = xp.matmul(flat, xp.matrix_transpose(rows["a"]))
         y = y + xp.reshape(xp.matmul(low, xp.matrix_transpose(rows["b"])), y.shape)
     lead = (n, *ones, base.weight.shape[0])

@@ -17,6 +17,7 @@ from peft_any.backend import (
     dtype_name,
     from_numpy_like,
     is_array,
+    is_differentiated,
     is_floating,
     namespace,
 )
@@ -68,7 +69,7 @@ def shared_base(layers: Sequence[BoundLayer]) -> Dense | None:
     return (lifted or wide)[0] if same else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixedLayer:
     """A layer whose batch has an adapter of its own in each row.
 
@@ -112,7 +113,7 @@ class MixedLayer:
         floating = is_floating(x)
         if len(self.layers) == 1:
             return self.layers[0](x)
-        ready = self._at_once(prod(x.shape[:-1])) if floating else None
+        ready = self._at_once(x) if floating else None
         if ready is None and self.path in ("joined", "stacked"):
             raise ConfigError(
                 f"{site.name}: these adapters cannot be {self.path}: each must add one product of "
@@ -128,12 +129,14 @@ class MixedLayer:
     def _shared(self) -> Dense | None:
         return shared_base(self.layers)
 
-    def _at_once(self, vectors: int) -> tuple[Dense, dict[str, Array]] | None:
+    def _at_once(self, x: Array) -> tuple[Dense, dict[str, Array]] | None:
         """The base and the factors of all rows, where that is possible and, by itself, quicker."""
-        site = self.base.site
-        if self.path == "joined" or (self.path is None and few(self._total, site, vectors)):
+        if self.path == "joined":
+            return self._joined
+        if self.path is None and few(self._total, self.base.site, prod(x.shape[:-1])):
             ready = self._joined
-            if ready is not None or self.path == "joined":
+            # A slope by one adapter's factors reads all rows: an infinity times 0 is none.
+            if ready is not None and not (is_differentiated(ready[1]["a"]) and not finite(x)):
                 return ready
         return None if self.path == "grouped" else self._stacked
 

@@ -12,12 +12,13 @@ import numpy as np
 from peft_any import attention
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
-from peft_any.backend import dtype_name, from_numpy_like, is_array
+from peft_any.backend import astype, dtype_name, from_numpy_like, is_array
 from peft_any.bank.data import DataLayer, StackedLayer
 from peft_any.bank.mixed import MixedLayer
 from peft_any.bound import Layers
 from peft_any.errors import ConfigError, ShapeError, nearest
 from peft_any.layout import layout
+from peft_any.prompt import Prompt
 
 BASE = "__base__"
 """Hugging Face PEFT's name for a row without an adapter; None says the same."""
@@ -68,6 +69,8 @@ class Bank:
 
     def __init__(self, model: Any, source: Mapping[str, Adapter] | None = None) -> None:
         self._lock, self._source = Lock(), source
+        if BASE in model or (source is not None and BASE in source):
+            raise ConfigError(f"adapter {BASE!r}: the name means a row without one: rename it")
         self._model = model.alone(None)
         self._whole: State | None = None
 
@@ -105,7 +108,7 @@ class Bank:
         return BoundRows(self, checked)
 
     def refuse(self, names: Iterable[str | None], how: str) -> None:
-        """Refuse adapters that no batch can mix, since they act within attention.
+        """Refuse adapters that no batch can mix: they act within attention, or make tokens.
 
         Raises
         ------
@@ -115,7 +118,7 @@ class Bank:
         among: dict[str, Any] = {
             name: held if name in held else self._source for name in names if name
         }
-        attention.refuse({name: of[name].config for name, of in among.items()}, how)
+        _refuse({name: of[name].config for name, of in among.items()}, how)
 
     def swap(self, name: str, new: Adapter | Mapping[str, Mapping[str, Array]]) -> None:
         """Put another adapter, or other arrays {site: {name: array}}, in an adapter's place.
@@ -130,7 +133,7 @@ class Bank:
         with self._lock:
             model = self._with(self._model, [name] if self._holds(name) else [])
             if isinstance(new, Adapter):
-                attention.refuse({name: new.config}, "swap()")
+                _refuse({name: new.config}, "swap()")
                 model.exchange(name, new)
             else:
                 model.update({name: new})
@@ -222,7 +225,20 @@ class Bank:
                 raise ConfigError(f"rows: number {int(rows.max())}: there are {count} adapters")
             like = next(iter(self._model.weights.values()))
             rows = from_numpy_like(rows.astype("int32"), like)
+        elif dtype_name(rows) not in ("int32", "int64"):  # others cannot count all adapters
+            rows = astype(rows, "int32")
         return rows
+
+
+def _refuse(configs: Mapping[str, Any], how: str) -> None:
+    attention.refuse(configs, how)
+    for name, config in configs.items():
+        if isinstance(config, Prompt):
+            raise ConfigError(
+                f"adapter {name!r}: {how}: {config.peft_type} makes virtual tokens and adapts no "
+                "layer, so that no row can take it: prepend them to the row's input, and give the "
+                "row None"
+            )
 
 
 class BoundRows:
