@@ -37,8 +37,9 @@ adapters of LoRA, AdaLoRA, IA³, LoHa, LoKr, OFT, BOFT and VeRA stand in our tes
 those of other methods stand layers and options of our own."""
 FIELDS = """## Fields
 
-Every field of every configuration is set, one at a time, to each of its choices or off its default
-(where a field acts alike in all methods, LoRA has every value, and the others take turns). What
+Every field of every configuration, and of every configuration within one (KaSA's, BD-LoRA's,
+VeLoRA's, MonteCLoRA's, …), is set, one at a time, to each of its choices or off its default (where
+a field acts alike in all methods, LoRA has every value, and the others take turns). What
 PEFT then writes is read, written again byte for byte, merged and applied, and what is written here
 PEFT reads and merges, to 1e-10 where it computes in double precision. Of these nothing is left to
 compare."""

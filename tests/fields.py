@@ -265,8 +265,36 @@ VALUES: dict[str, list[Any]] = {
     "arrow_config": [{"top_k": 2}],
     "loftq_config": [{"loftq_bits": 8}],
     "use_bdlora": [{"target_modules_bd_a": ["fc1"], "match_strict": False, "nblocks": 2}],
+    # within its fields
+    "arrow_config.rng_seed": [5],
+    "arrow_config.router_temperature": [0.5],
+    "arrow_config.top_k": [1],
+    "corda_config.cache_file": ["cache"],
+    "corda_config.covariance_file": ["covariance"],
+    "eva_config.label_mask_value": [-1],
+    "eva_config.rho": [1.5],
+    "eva_config.tau": [0.5],
+    "kasa_config.beta": [0.5],
+    "kasa_config.gamma": [0.5],
+    "loftq_config.loftq_bits": [8],
+    "loftq_config.loftq_iter": [3],
+    "lora_ga_config.stable_gamma": [8],
+    "monteclora_config.buffer_size": [7],
+    "monteclora_config.dirichlet_prior": [0.5],
+    "monteclora_config.kl_loss_weight": [0.1],
+    "monteclora_config.num_samples": [3],
+    "monteclora_config.sample_scaler": [0.1],
+    "use_bdlora.nblocks": [1, 4],
+    "use_bdlora.target_modules_bd_a": [None, ["fc"], ["layers.1.fc1", "0.fc2"]],
+    "use_bdlora.target_modules_bd_b": [["fc2"], ["1.fc2"]],
+    "velora_config.num_groups": [4],
+    "velora_config.scale": [0.5],
 }  # fmt: skip
 """By ``_dropout``, ``_alpha`` and such, too, which end the names of many fields."""
+NESTED: dict[str, dict[str, Any]] = {
+    "use_bdlora": {"target_modules_bd_a": ["fc1"], "match_strict": False, "nblocks": 2},
+}
+"""What a configuration within a field starts from."""
 WITH: dict[str, dict[str, Any]] = {
     "fan_in_fan_out": {"target_modules": ["c1d"]},
     "BOFT.fan_in_fan_out": {},
@@ -340,6 +368,24 @@ TREATED: dict[str, Treatment | None] = {
     # LoRA and its kin
     **{f"{name}_config": Idle("it acts with an init of that name alone") for name in
        ("corda", "eva", "loftq", "lora_ga")},
+    **{name: Idle("it acts with an init of that name alone") for name in
+       ("corda_config.cache_file", "corda_config.covariance_file", "corda_config.corda_method",
+        "corda_config.verbose", "corda_config.use_float16_for_covariance",
+        "corda_config.prune_temporary_fields", "eva_config.rho", "eva_config.tau",
+        "eva_config.use_label_mask", "eva_config.label_mask_value", "eva_config.whiten",
+        "eva_config.adjust_scaling_factors", "loftq_config.loftq_bits",
+        "loftq_config.loftq_iter", "lora_ga_config.direction", "lora_ga_config.scale",
+        "lora_ga_config.stable_gamma")},
+    **{name: TRAINING for name in
+       ("kasa_config.beta", "kasa_config.gamma", "monteclora_config.use_entropy",
+        "monteclora_config.dirichlet_prior", "monteclora_config.sample_scaler",
+        "monteclora_config.kl_loss_weight", "velora_config.scale",
+        "velora_config.init_type=batch_average_once")},
+    "use_bdlora.match_strict=True": Never("not matched|neither"),
+    "runtime_config.ephemeral_gpu_offload": Idle("it moves arrays between devices"),
+    **{f"arrow_config.{name}": Elsewhere(
+        "test_experts.py::test_a_router_is_read_where_hf_saved_it") for name in
+       ("top_k", "router_temperature", "use_gks", "rng_seed")},
     "megatron_core": Idle("it acts with megatron_config alone"),
     "qalora_group_size": Idle("it acts with use_qalora alone"),
     "runtime_config": Idle("it moves arrays between devices"),
@@ -437,6 +483,19 @@ ROWLESS: dict[str, str] = {
     "prompt_tuning_init_task": "the start alone is another",
     "LORA.velora_config": "it acts in training alone, but draws numbers first",
     "LORA.monteclora_config": "it acts in training alone, but draws numbers first",
+    **{
+        name: "it sizes what acts in training alone"
+        for name in (
+            "monteclora_config.num_samples",
+            "velora_config.num_groups",
+            "velora_config.init_type",
+        )
+    },
+    "monteclora_config.buffer_size": "it acts in training alone, but draws numbers first",
+    **{
+        f"use_bdlora.{name}": "rows have both factors, and neither"
+        for name in ("nblocks", "target_modules_bd_a", "target_modules_bd_b")
+    },
     **{
         f"XLORA.{name}": "compared in tests/hf/test_xlora.py"
         for name in (
