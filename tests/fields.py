@@ -376,11 +376,11 @@ TREATED: dict[str, Treatment | None] = {
         "eva_config.adjust_scaling_factors", "loftq_config.loftq_bits",
         "loftq_config.loftq_iter", "lora_ga_config.direction", "lora_ga_config.scale",
         "lora_ga_config.stable_gamma")},
-    **{name: TRAINING for name in
-       ("kasa_config.beta", "kasa_config.gamma", "monteclora_config.use_entropy",
-        "monteclora_config.dirichlet_prior", "monteclora_config.sample_scaler",
-        "monteclora_config.kl_loss_weight", "velora_config.scale",
-        "velora_config.init_type=batch_average_once")},
+    **dict.fromkeys(
+        ("kasa_config.beta", "kasa_config.gamma", "monteclora_config.use_entropy",
+         "monteclora_config.dirichlet_prior", "monteclora_config.sample_scaler",
+         "monteclora_config.kl_loss_weight", "velora_config.scale",
+         "velora_config.init_type=batch_average_once"), TRAINING),
     "use_bdlora.match_strict=True": Never("not matched|neither"),
     "runtime_config.ephemeral_gpu_offload": Idle("it moves arrays between devices"),
     **{f"arrow_config.{name}": Elsewhere(
@@ -483,14 +483,9 @@ ROWLESS: dict[str, str] = {
     "prompt_tuning_init_task": "the start alone is another",
     "LORA.velora_config": "it acts in training alone, but draws numbers first",
     "LORA.monteclora_config": "it acts in training alone, but draws numbers first",
-    **{
-        name: "it sizes what acts in training alone"
-        for name in (
-            "monteclora_config.num_samples",
-            "velora_config.num_groups",
-            "velora_config.init_type",
-        )
-    },
+    "monteclora_config.num_samples": "it sizes what acts in training alone",
+    "velora_config.num_groups": "it sizes what acts in training alone",
+    "velora_config.init_type": "it draws what acts in training alone",
     "monteclora_config.buffer_size": "it acts in training alone, but draws numbers first",
     **{
         f"use_bdlora.{name}": "rows have both factors, and neither"
