@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any, Self
 
 from peft_any._typing import Array, Params
@@ -94,7 +93,7 @@ class Adapter:
         Parameters
         ----------
         path : path
-            A directory with ``adapter_config.json``, or a safetensors file.
+            A directory with ``adapter_config.json``, or a safetensors file; or a URL of one.
         backend : str or Backend
             Where the arrays go.
         config : Config, optional
@@ -111,24 +110,24 @@ class Adapter:
         ShapeError, TargetError
             Listing the tensors that cannot be an adapter's.
         """
-        tensors, found = files.find_adapter(Path(path), configured=config is not None)
-        raw, notes = None, []
-        if config is None:
-            raw = files.renewed(read_json(found))
-            config, more = files.config_from_dict(raw, str(found))
-            notes = files.unheard(more, str(found))
-        files.refuse_unconverted(config, str(found))
-        to = resolve(backend)
-        with files.opened(tensors) as file:
-            copied = (file[key] if mapped else file[key].copy() for key in file)
-            host = dict(zip(file, copied, strict=True))
-        host |= files.lost_layers(config, tensors, host)
-        arrays = {key: from_numpy(array, to) for key, array in host.items()}
-        places, unknown = read_keys(config, arrays)
-        refuse_unknown(str(tensors), unknown if strict else [])
-        adapter = cls._sorted(config, arrays, places)
-        refuse_faults(adapter, str(tensors))
-        return adapter.replace(metadata=dict(file.metadata), raw=raw, notes=(*notes, *unknown))
+        to, raw, notes = resolve(backend), None, []
+        with files.fetched(path) as here:
+            tensors, found = files.find_adapter(here, configured=config is not None)
+            if config is None:
+                raw = files.renewed(read_json(found))
+                config, more = files.config_from_dict(raw, str(found))
+                notes = files.unheard(more, str(found))
+            files.refuse_unconverted(config, str(found))
+            with files.opened(tensors) as file:
+                copied = (file[key] if mapped else file[key].copy() for key in file)
+                host = dict(zip(file, copied, strict=True))
+            host |= files.lost_layers(config, tensors, host)
+            arrays = {key: from_numpy(array, to) for key, array in host.items()}
+            places, unknown = read_keys(config, arrays)
+            refuse_unknown(str(tensors), unknown if strict else [])
+            adapter = cls._sorted(config, arrays, places)
+            refuse_faults(adapter, str(tensors))
+            return adapter.replace(metadata=dict(file.metadata), raw=raw, notes=(*notes, *unknown))
 
     @classmethod
     def _sorted(

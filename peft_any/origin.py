@@ -33,7 +33,7 @@ KEY = "peft_any.base"
 _PAGE, _PAGES = 1024, 8
 _NARROW, _WIDE = ("bfloat16", "float16"), ("float32", "float64")
 """Dtypes in which a base is stored, and in which adapters are trained on it."""
-_Sampled = tuple[Shape, npt.NDArray[Any]]
+Sampled = tuple[Shape, npt.NDArray[Any]]
 
 
 def made_on(weights: Mapping[str, Array], sites: Iterable[Site]) -> dict[str, str]:
@@ -53,19 +53,23 @@ def made_on(weights: Mapping[str, Array], sites: Iterable[Site]) -> dict[str, st
     >>> made_on({"fc.weight": np.ones((2, 3))}, [Site("fc", 3, 2)])  # doctest: +ELLIPSIS
     {'peft_any.base': '{"layers": 1, "fingerprint": "sampled-sha256:...}'}
     """
-    tensors = [weights[site.weight] for site in sites]
-    if not tensors or any(is_traced(x) or is_lazy(x) for x in tensors):
-        return {}
-    try:
-        samples = [_sampled(tensor) for tensor in tensors]
-    except (BackendError, RuntimeError, TypeError):  # no values, or no way to take some of them
+    samples = []
+    for site in sites:  # one at a time: they may be fetched from elsewhere
+        tensor = weights[site.weight]
+        if is_traced(tensor) or is_lazy(tensor):
+            return {}
+        try:
+            samples.append(sampled(tensor))
+        except (BackendError, RuntimeError, TypeError):  # no values, or no way to take some of them
+            return {}
+    if not samples:
         return {}
     made = {dtype: _digest(samples, dtype) for dtype in _NARROW}
     return {KEY: json.dumps({"layers": len(samples), "fingerprint": _digest(samples), **made})}
 
 
 def other_base(
-    metadata: Mapping[str, str], sites: Iterable[Site], stored: Callable[[str], Array]
+    metadata: Mapping[str, str], sites: Iterable[Site], samples_of: Callable[[str], Sampled]
 ) -> tuple[str, str] | None:
     """Compare a base with the one that an adapter's metadata names.
 
@@ -78,8 +82,8 @@ def other_base(
         The adapter's.
     sites : iterable of Site
         Where it fits into the base.
-    stored : callable
-        Gives the base's tensors by name.
+    samples_of : callable
+        Gives what is `sampled` of the base's tensors, by name.
 
     Returns
     -------
@@ -95,7 +99,7 @@ def other_base(
     expected = known.get("fingerprint")
     if not isinstance(expected, str) or known.get("layers") != len(names):
         return None
-    samples = [_sampled(stored(name)) for name in names]
+    samples = [samples_of(name) for name in names]
     own = _digest(samples)
     if own in (expected, *(known.get(dtype) for dtype in _NARROW)):
         return None
@@ -125,28 +129,44 @@ def layers_fingerprint(tensors: Iterable[Array], dtype: str | None = None) -> st
     >>> layers_fingerprint([a], "float16") == layers_fingerprint([a.astype("float16")])
     True
     """
-    return _digest([_sampled(tensor) for tensor in tensors], dtype)
+    return _digest([sampled(tensor) for tensor in tensors], dtype)
 
 
-def _digest(samples: Iterable[_Sampled], dtype: str | None = None) -> str:
+def _digest(samples: Iterable[Sampled], dtype: str | None = None) -> str:
     digests = []
-    for shape, sampled in samples:
-        values = sampled
-        if dtype is not None and is_floating(sampled):
+    for shape, taken in samples:
+        values = taken
+        if dtype is not None and is_floating(taken):
             with np.errstate(over="ignore"):
-                values = astype(sampled, dtype)
+                values = astype(taken, dtype)
         head = json.dumps([dtype_name(values), list(shape)])
         little = np.ascontiguousarray(values).view(np.uint8)
         digests.append(hashlib.sha256(head.encode() + b"\n" + little.tobytes()).digest())
     return f"sampled-sha256:{hashlib.sha256(b''.join(sorted(digests))).hexdigest()}"
 
 
-def _sampled(tensor: Array) -> _Sampled:
+def sampled(tensor: Array) -> Sampled:
+    """Give a tensor's shape, and those of its values that a fingerprint takes."""
     xp, size = namespace(tensor), prod(tensor.shape)
     flat = xp.reshape(tensor, (-1,))
     if size > _PAGE * _PAGES:
         flat = xp.take(flat, from_numpy(_places(size), backend_of(tensor)), axis=0)
     return tuple(tensor.shape), to_numpy(flat)
+
+
+def runs(size: int) -> list[slice]:
+    """Say which of so many values a fingerprint takes.
+
+    Examples
+    --------
+    >>> runs(100)
+    [slice(0, 100, None)]
+    >>> len(runs(10_000)), runs(10_000)[-1]
+    (8, slice(8976, 10000, None))
+    """
+    if size <= _PAGE * _PAGES:
+        return [slice(0, size)]
+    return [slice(int(at), int(at) + _PAGE) for at in _places(size)[::_PAGE]]
 
 
 @lru_cache(64)

@@ -50,7 +50,7 @@ class Layers(Recipe[Names, Sequence[tuple[Update, LayerRecord]]]):
         """
         if view is not None and not isinstance(view, View):
             raise UsageError("base: weights in memory cannot be sent to the workers: give a path")
-        base = None if view is None else str(absolute(view.base.path))
+        base = None if view is None else absolute(view.base.source)
         alone = replace(job, base=base, backend=str(to), progress=None, engine=Local())
         items = [(one.source.path or one.adapter, one.weight) for one in given]
         mark = "" if view is None else fingerprint(view.base)

@@ -18,7 +18,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.linalg import as_product
 from peft_any.method import Additive, Tuner
-from peft_any.origin import KEY, other_base
+from peft_any.origin import KEY, other_base, sampled
 from peft_any.selection import out_projection
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.plan import fit_one
@@ -148,11 +148,11 @@ def placed(
 def _refuse_other_base(
     given: Sequence[Given], places: Sequence[Placed], view: Mapping[str, Any]
 ) -> None:
-    stored = view.stored if isinstance(view, View) else view.__getitem__
+    samples = view.sampled if isinstance(view, View) else lambda name: sampled(view[name])
     others = [
         one.label
         for one, place in zip(given, places, strict=True)
-        if other_base(one.adapter.metadata, place.sites.values(), stored) is not None
+        if other_base(one.adapter.metadata, place.sites.values(), samples) is not None
     ]
     if others:
         raise TargetError(

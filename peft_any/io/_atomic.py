@@ -16,6 +16,7 @@ from peft_any.io._faults import reporting as reporting
 from peft_any.io._faults import storage_error as storage_error
 from peft_any.io._leftovers import discard, exchange, journal_of, recover
 from peft_any.io._lock import claimed, hidden
+from peft_any.io._urls import is_url, local, path_of
 
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
@@ -36,7 +37,9 @@ def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
         Where writing `out` could change an input.
     """
     target = _real(out)
-    for given in inputs:
+    for given in map(path_of, inputs):
+        if is_url(given):
+            continue
         source = _real(given)
         if target == source or (
             target.exists() and source.exists() and os.path.samefile(target, source)
@@ -85,7 +88,7 @@ def output_file(
     UsageError
         Where `path` would touch one of `inputs`.
     """
-    final = Path(path)
+    final = local(path, "be written")
     _check(final, overwrite, inputs, directory=False)
     made: list[Path] = []
     partial = _sibling(final, "partial")
@@ -124,7 +127,8 @@ def output_directory(
     Parameters
     ----------
     path : path
-        The final name. An empty directory may stand there.
+        The final name. An empty directory may stand there. A URL's files are here while the
+        block runs (`_outgoing`).
     overwrite : bool
         Whether an existing model or adapter directory may be replaced: it is renamed aside,
         the new one is renamed into place, and only then is the old one removed. A directory
@@ -163,7 +167,13 @@ def output_directory(
     ...     os.listdir(f"{folder}/out")
     ['config.json']
     """
-    final = Path(path)
+    if is_url(path):
+        from peft_any.io._outgoing import outgoing  # noqa: PLC0415 - URLs alone need it
+
+        with outgoing(os.fspath(path), overwrite, inputs=inputs, resume=resume) as out:
+            yield out.mirror.folder
+        return
+    final = Path(path_of(path))
     _check(final, overwrite, inputs, directory=True)
     made: list[Path] = []
     partial = _sibling(final, "partial")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_any.errors import ConfigError, FormatError, StorageError, nearest
+from peft_any.io._urls import local
 from peft_any.io.checkpoint import INDEX as INDEX
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.safetensors import SafetensorsFile
@@ -47,7 +48,7 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
     StorageError
         If there is nothing, or no tensor file.
     """
-    if not path.exists():
+    if not local(path, "be read").exists():
         raise StorageError(f"{path}: there is no such adapter; check the spelling")
     if path.name == CONFIG_NAME and path.is_file():
         path = path.parent

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from peft_any.errors import FormatError, StorageError
 from peft_any.io._faults import StrPath, reading, storage_error
+from peft_any.io._urls import local
 
 LIMIT = 64 << 20
 """Bytes. The index of a model with 200,000 tensors takes 23 MB."""
@@ -20,7 +21,7 @@ PART_LIMIT = 1_000_000
 def regular_size(path: StrPath) -> int:
     """Size in bytes of a regular file; a `StorageError` for anything else."""
     try:
-        found = os.stat(path)
+        found = os.stat(local(path, "be read"))
     except (OSError, ValueError) as cause:
         raise storage_error(path, "be read", cause) from cause
     if stat.S_ISDIR(found.st_mode):

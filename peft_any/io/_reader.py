@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -56,6 +56,7 @@ class SafetensorsFile(Mapping[str, HostArray]):
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path)
         """The file."""
+        self._where = str(path)
         self._map: mmap.mmap | None = None
         size = regular_size(path)
         if size == 0:
@@ -82,13 +83,13 @@ class SafetensorsFile(Mapping[str, HostArray]):
             what = "its header is not a JSON object"
         else:
             return length
-        raise FormatError(f"{self.path}: cannot be read as safetensors: {what}{disguise(head)}")
+        raise FormatError(f"{self._where}: cannot be read as safetensors: {what}{disguise(head)}")
 
     def __getitem__(self, name: str) -> HostArray:
         info = self.info(name)
         if BITS[info.dtype] % 8:
             raise FormatError(
-                f"{self.path}: {name!r} cannot be an array: its {info.dtype} elements are packed "
+                f"{self._where}: {name!r} cannot be an array: its {info.dtype} elements are packed "
                 "into shared bytes; use `raw`"
             )
         flat = np.frombuffer(self.raw(name), np.uint8)
@@ -109,14 +110,22 @@ class SafetensorsFile(Mapping[str, HostArray]):
             return self._tensors[name]
         except KeyError:
             close = nearest(str(name), self._tensors)
-            raise KeyError(f"{self.path}: holds no tensor {name!r}{close}") from None
+            raise KeyError(f"{self._where}: holds no tensor {name!r}{close}") from None
 
     def raw(self, name: str) -> memoryview:
         """A tensor's bytes, in place."""
         info = self.info(name)
         if self._map is None:
-            raise StorageError(f"{self.path}: {name!r} cannot be read: the file was closed")
+            raise StorageError(f"{self._where}: {name!r} cannot be read: the file was closed")
         return memoryview(self._map)[info.start : info.stop]
+
+    def part(self, name: str, start: int, stop: int) -> memoryview:
+        """Some of a tensor's bytes."""
+        return self.raw(name)[start:stop]
+
+    def parts(self, wanted: Sequence[tuple[str, int, int]]) -> list[memoryview]:
+        """Some of the bytes of some tensors."""
+        return [self.part(*one) for one in wanted]
 
     def reopen(self) -> int | None:
         """A fresh descriptor of the very same file, for the kernel to copy from; else None."""
@@ -144,4 +153,4 @@ class SafetensorsFile(Mapping[str, HostArray]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"SafetensorsFile({str(self.path)!r}: {len(self)} tensors)"
+        return f"{type(self).__name__}({self._where!r}: {len(self)} tensors)"

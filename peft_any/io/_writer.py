@@ -194,7 +194,7 @@ class PlacedWriter(_Writer):
         done = start + self._kernel_copy(
             source, theirs.start + start, stop - start, info.start + start
         )
-        self._put(source.raw(origin)[done:stop], info.start + done)
+        self._put(source.part(origin, done, stop), info.start + done)
 
     def flush(self) -> None:
         """Have the device begin to write, where the system offers it, and go on at once."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from peft_any.io._header import TensorInfo
 from peft_any.io._json import read_json
 from peft_any.io._reader import HostArray, SafetensorsFile
 from peft_any.io._ties import tied_groups
+from peft_any.io._urls import mirror_of, path_of
 
 __all__ = ["Checkpoint", "fingerprint", "output_directory", "output_file"]
 
@@ -34,6 +36,7 @@ class Checkpoint(Mapping[str, HostArray]):
     path : path
         A ``.safetensors`` file; an index of shards; or a directory with ``model.safetensors``,
         with shards and their index, or with exactly one safetensors file that is no adapter.
+        Or a URL of one, as fsspec opens it: tensors are then fetched when they are asked for.
 
     Raises
     ------
@@ -49,12 +52,12 @@ class Checkpoint(Mapping[str, HostArray]):
     """
 
     def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
+        self._stack = ExitStack()
+        self._mirror = mirror = self._stack.enter_context(mirror_of(path))
+        self.path = Path(path_of(path)) if mirror is None else mirror.path
+        """What was given, or what stands here for a URL."""
+        self.source: StrPath = self.path if mirror is None else mirror.given
         """What was given."""
-        with reporting(path, "be read"):
-            chosen = self._choose()
-        self.root = chosen.parent
-        """The directory of the weights."""
         self.index: dict[str, Any] | None = None
         """The index of shards as it stands in its file; None without shards."""
         self.index_path: Path | None = None
@@ -62,16 +65,27 @@ class Checkpoint(Mapping[str, HostArray]):
         self.shards: tuple[SafetensorsFile, ...] = ()
         """The files, by name; each maps its own tensors in the order of their bytes."""
         try:
-            if chosen.name.endswith(INDEX):
-                self.index_path, self.index = chosen, read_json(self._inside(chosen.name))
-                self._open_shards(chosen, self.index)
-            else:
-                given = chosen == self.path
-                self.shards = (SafetensorsFile(chosen if given else self._inside(chosen.name)),)
+            with nullcontext() if mirror is None else mirror.telling():
+                self._open()
         except BaseException:
             self.close()
             raise
+
+    def _open(self) -> None:
+        with reporting(self.path, "be read"):
+            chosen = self._choose()
+        self.root = chosen.parent
+        """The directory of the weights."""
+        if chosen.name.endswith(INDEX):
+            self.index_path, self.index = chosen, read_json(self._inside(chosen.name))
+            self._open_shards(chosen, self.index)
+        else:
+            given = chosen == self.path
+            self.shards = (self._file(chosen if given else self._inside(chosen.name)),)
         self._home = {name: shard for shard in self.shards for name in shard}
+
+    def _file(self, path: Path) -> SafetensorsFile:
+        return SafetensorsFile(path) if self._mirror is None else self._mirror.file(path)
 
     def _choose(self) -> Path:
         path = self.path
@@ -157,7 +171,7 @@ class Checkpoint(Mapping[str, HostArray]):
         if missing:
             raise StorageError(f"{where}: shards cannot be found: {_some(missing)}")
         for shard, path in paths.items():
-            self.shards = (*self.shards, file := SafetensorsFile(path))
+            self.shards = (*self.shards, file := self._file(path))
             absent, extra = sorted(listed[shard] - file.keys()), sorted(file.keys() - listed[shard])
             if absent:
                 close = nearest(absent[0], extra)
@@ -206,6 +220,21 @@ class Checkpoint(Mapping[str, HostArray]):
         """A tensor's bytes, in place; `KeyError` where there is no such tensor."""
         return self._shard(name).raw(name)
 
+    def parts(self, wanted: Sequence[tuple[str, int, int]]) -> list[memoryview]:
+        """Some of the bytes of some tensors: ``(name, start, stop)`` of each."""
+        homes = [self._shard(name) for name, _, _ in wanted]
+        found: dict[tuple[str, int, int], memoryview] = {}
+        for home in dict.fromkeys(map(id, homes)):
+            own = [one for one, its in zip(wanted, homes, strict=True) if id(its) == home]
+            file = self._shard(own[0][0])
+            found |= zip(own, file.parts(own), strict=True)
+        return [found[one] for one in wanted]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether tensors are fetched from elsewhere."""
+        return self._mirror is not None
+
     def shard_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor; `KeyError` where there is none."""
         return self._shard(name)
@@ -248,7 +277,10 @@ class Checkpoint(Mapping[str, HostArray]):
         Regular files of the directory and of those subdirectories that hold no weights of their
         own. Empty where a single file was given.
         """
-        return self._surroundings[0]
+        along, _ = self._surroundings
+        if self._mirror is not None:
+            self._mirror.fetch(path.as_posix() for path in along)
+        return along
 
     @cached_property
     def left_files(self) -> tuple[Path, ...]:
@@ -290,6 +322,7 @@ class Checkpoint(Mapping[str, HostArray]):
         """Give the mappings up; arrays handed out stay valid."""
         for shard in self.shards:
             shard.close()
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,7 +331,7 @@ class Checkpoint(Mapping[str, HostArray]):
         self.close()
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}: {len(self)} tensors, {len(self.shards)} files)"
+        return f"Checkpoint({str(self.source)!r}: {len(self)} tensors, {len(self.shards)} files)"
 
 
 def _is_weights(name: str) -> bool:

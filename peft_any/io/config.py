@@ -22,6 +22,7 @@ from peft_any.io._finding import opened as opened
 from peft_any.io._former import renewed as renewed
 from peft_any.io._json import parse_object, read_json
 from peft_any.io._lost import lost_layers as lost_layers
+from peft_any.io._urls import fetched as fetched
 from peft_any.registry import Config, method_for, method_names
 
 PEFT_VERSION = "0.21.2"

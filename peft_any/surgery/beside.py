@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_any.errors import PeftError
 from peft_any.io._faults import reading, reporting
+from peft_any.io._json import read_json
 from peft_any.io.checkpoint import Checkpoint
+
+RECEIPT = "merge_receipt.json"
 
 
 def copy_side_files(base: Checkpoint, folder: Path, *, without: str) -> None:
@@ -39,3 +43,16 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file as Hugging Face's libraries lay it out."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def receipt_path(out: Path) -> Path:
+    """Name the receipt of a single file: another file's receipt beside it is left alone."""
+    path = out.with_name(RECEIPT)
+    if path.exists():
+        try:
+            known = read_json(path)["out"]["path"]
+        except (PeftError, KeyError, TypeError):
+            known = None
+        if known is None or Path(known).name != out.name:
+            return out.with_name(f"{out.stem}.{RECEIPT}")
+    return path

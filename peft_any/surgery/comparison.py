@@ -17,6 +17,7 @@ from peft_any.algebra.terms import Base
 from peft_any.backend import Backend, is_floating
 from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
+from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.config import CONFIG_NAME, TENSORS
 from peft_any.receipt import SCHEMA_VERSION, plain, to_json
@@ -170,7 +171,12 @@ def diff(
 def _is_adapter(side: Side) -> bool:
     if isinstance(side, Adapter):
         return True
-    path = Path(os.fspath(side))
+    if is_url(side):
+        from peft_any.io._remote import holds  # noqa: PLC0415 - URLs alone need it
+
+        url = os.fspath(side)
+        return url.endswith((CONFIG_NAME, TENSORS)) or holds(url, CONFIG_NAME)
+    path = Path(path_of(side))
     return (path / CONFIG_NAME).is_file() or path.name in (CONFIG_NAME, TENSORS)
 
 

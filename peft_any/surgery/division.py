@@ -82,7 +82,7 @@ class Survey:
         if faults or (lost and self.strict):
             raise TargetError("\n".join([*faults, *lost]))
         if not changed:
-            raise TargetError(f"{couple.model.path}: does not differ from {couple.base.path}")
+            raise TargetError(f"{couple.model.source}: does not differ from {couple.base.source}")
         config = _config(sorter, shapes)
         copies = tuple(fresh_copies(config, shapes, sorter.low)[0])
         weights = {site.weight for site in sorter.low.values()}

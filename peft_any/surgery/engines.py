@@ -6,12 +6,12 @@ import abc
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from peft_any.adapter import Adapter
 from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
+from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.receipt import Source
 from peft_any.surgery.sources import pairs
@@ -77,9 +77,10 @@ class Local(Engine):
                 done(item, work(item))
 
 
-def absolute(path: StrPath) -> Path:
-    """Give a path as other processes are told of it."""
-    return Path(os.path.abspath(os.fspath(path)))  # noqa: PTH100 - links stay as they are
+def absolute(path: StrPath) -> str:
+    """Give a path or a URL as other processes are told of it."""
+    text = os.fspath(path_of(path))
+    return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100 - links stay as they are
 
 
 def paths(adapters: Any) -> list[tuple[str, float]]:
@@ -97,7 +98,7 @@ def paths(adapters: Any) -> list[tuple[str, float]]:
                 f"<{item.config.peft_type}>: an adapter in memory cannot be sent to the workers: "
                 "save it where they can read it, and give its path"
             )
-        found.append((str(absolute(item)), weight))
+        found.append((absolute(item), weight))
     return found
 
 
@@ -124,6 +125,6 @@ def same_checkpoint(path: StrPath, checkpoint: Checkpoint, expected: str) -> Non
     """
     if fingerprint(checkpoint) != expected:
         raise UsageError(
-            f"{Path(path)}: is another checkpoint on this worker: workers must see the files of "
+            f"{path!s}: is another checkpoint on this worker: workers must see the files of "
             "the machine that gives the command, under the same paths"
         )

@@ -115,7 +115,7 @@ def extract(
         recipe = Factoring.of(division.couple, cut, backend=str(to), dtype=dtype, seed=seed)
         work = _Work(division, recipe, does, progress)
         ready = time.perf_counter()
-        inputs = [one.path, two.path]
+        inputs = [one.source, two.source]
         writing = nullcontext() if out is None else output_directory(out, overwrite, inputs=inputs)
         with writing as folder:
             adapter = work.run()

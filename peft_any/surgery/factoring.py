@@ -54,7 +54,7 @@ class Factoring(Recipe[Site, Factored]):
     def of(cls, couple: Couple, cut: Cut, *, backend: str, dtype: str, seed: int) -> Factoring:
         """Describe the extraction from two checkpoints."""
         both = couple.base, couple.model
-        base, model = (str(absolute(one.path)) for one in both)
+        base, model = (absolute(one.source) for one in both)
         marks = fingerprint(couple.base), fingerprint(couple.model)
         return cls(base, model, marks, cut, backend, dtype, seed)
 

@@ -9,18 +9,23 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_any._typing import Shape
-from peft_any.errors import PeftError, TargetError, UsageError
+from peft_any.errors import TargetError, UsageError
 from peft_any.io._faults import StrPath, reporting
 from peft_any.io._header import RANK, byte_size
-from peft_any.io._json import read_json
 from peft_any.io._writer import PlacedWriter
 from peft_any.io.checkpoint import INDEX, Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile
 from peft_any.receipt import Change, Receipt, peak_memory
-from peft_any.surgery.beside import copy_side_files, write_index, write_json
+from peft_any.surgery.beside import (
+    RECEIPT,
+    copy_side_files,
+    receipt_path,
+    write_index,
+    write_json,
+)
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, task_of
 from peft_any.surgery.output import Output, fill
@@ -28,15 +33,17 @@ from peft_any.surgery.plan import Plan
 from peft_any.surgery.shards import Spec, packed
 from peft_any.surgery.sources import Kinds
 
-RECEIPT = "merge_receipt.json"
+if TYPE_CHECKING:
+    from peft_any.io._outgoing import Outgoing
+
 _TOGETHER = 16
 """Files that the same workers write: few enough for any system to have them open."""
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with bytes done, all bytes, and the tensor at hand."""
 
 
-ShardItem: TypeAlias = tuple[str, Path | None]
-"""A shard's name, and where the new one goes."""
+ShardItem: TypeAlias = tuple[str, Path | str | None]
+"""A shard's name, and where the new one goes; a text is a URL."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Job:
 
     plan: Plan
     surgeon: Surgeon
-    out: Path | None
+    out: Path | str | None
     min_kept: float | None
     progress: Progress | None = None
     resume: bool = False
@@ -82,7 +89,7 @@ class Job:
     @property
     def to_file(self) -> bool:
         """Whether the output is one file."""
-        return self.out is not None and self.out.name.endswith(".safetensors")
+        return str(self.out).endswith(".safetensors")
 
     def refuse_lone_file(self) -> None:
         """Refuse outputs that one file cannot hold."""
@@ -146,22 +153,24 @@ class Job:
         folder: Path | None,
         names: dict[str, str] | None = None,
         journal: Journal | None = None,
+        sent: Outgoing | None = None,
     ) -> None:
-        """Compute everything, and write it into `folder` unless that is None."""
+        """Compute everything, and write it into `folder`, or have it `sent`, if there is either."""
         sizes = {
             name: sum(self._size(*spec) for spec in specs) for name, specs in self.layout.items()
         }
         self.total = sum(sizes.values())
-        shards = [
-            (name, None if folder is None else folder.absolute() / (names or {}).get(name, name))
-            for name in sizes
-        ]
+        shards: list[ShardItem] = [(n, None if sent is None else sent.url_of(n)) for n in sizes]
+        if folder is not None:
+            shards = [(n, folder.absolute() / (names or {}).get(n, n)) for n in sizes]
         found: dict[str, Piece] = {} if journal is None else self._finished(journal, sizes)
 
         def done(item: ShardItem, piece: Piece) -> None:
             name, path = item
             found[name] = piece
-            if journal is not None and path is not None:
+            if sent is not None:
+                sent.hold(name)
+            if journal is not None and isinstance(path, Path):
                 journal.add(path, piece.changes, piece.copied)
 
         def ticked(item: ShardItem, piece: Piece) -> None:
@@ -189,11 +198,15 @@ class Job:
         return found
 
     def pieces(self, items: Sequence[ShardItem]) -> Iterator[tuple[ShardItem, Piece]]:
-        """Compute shards, and write those that have a path."""
+        """Compute shards, and write those that have a path, or send them to their URLs."""
 
         def tick(tensor: str, dtype: str, shape: Shape) -> None:
             self._tick(tensor, self._size(tensor, dtype, shape))
 
+        if any(isinstance(place, str) for _, place in items):
+            for name, place in items:
+                yield (name, place), self._sent(name, str(place))
+            return
         with ExitStack() as stack:
             outputs = [
                 Output(self.layout[item[0]], stack.enter_context(self._writer(*item)))
@@ -205,8 +218,18 @@ class Job:
                     output.writer.close()
                 yield item, Piece(changes, len(output.specs) - len(changes))
 
-    def _writer(self, name: str, path: Path | None) -> AbstractContextManager[PlacedWriter | None]:
-        if path is None:
+    def _sent(self, name: str, url: str) -> Piece:
+        """Compute a shard, which stands here until it was sent where it goes."""
+        from peft_any.io._outgoing import passing  # noqa: PLC0415 - URLs alone need it
+
+        with passing(url) as path:
+            [(_, piece)] = self.pieces([(name, path)])
+        return piece
+
+    def _writer(
+        self, name: str, path: Path | str | None
+    ) -> AbstractContextManager[PlacedWriter | None]:
+        if not isinstance(path, Path):
             return nullcontext()
         with reporting(path, "be written"):
             for folder in reversed(path.parents[: len(Path(name).parts) - 1]):
@@ -237,8 +260,15 @@ class Job:
     def write(self, made: Receipt, since: float, overwrite: bool) -> Receipt:
         """Write the output and its receipt."""
         assert self.out is not None  # noqa: S101 - told from dry runs by the caller
-        inputs: list[StrPath] = [self.base.path]
+        inputs: list[StrPath] = [self.base.source]
         inputs += [source.path for source in self.plan.sources if source.path is not None]
+        if isinstance(self.out, str):
+            from peft_any.io._outgoing import outgoing  # noqa: PLC0415 - URLs alone need it
+
+            with outgoing(self.out, overwrite, inputs=inputs) as sent:
+                self.run(None, sent=sent)
+                done = self._completed(sent.mirror, made, since)
+            return done
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as partial:
@@ -254,11 +284,17 @@ class Job:
             journal = Journal(folder, task, str(self.out), whole=self.resume)
             self.plan.warnings.extend(journal.notes)
             self.run(folder, journal=journal)
-            self._side_files(folder)
-            with Checkpoint(folder) as written:
-                out = described(self.out, written, self.full_hash)
-            done = self.finish(made, since, out)
-            (folder / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
+            done = self._completed(folder, made, since)
+        return done
+
+    def _completed(self, folder: StrPath, made: Receipt, since: float) -> Receipt:
+        """Put beside the shards what belongs there, and the receipt."""
+        place = Path(folder)
+        self._side_files(place)
+        with Checkpoint(folder) as written:
+            out = described(str(self.out), written, self.full_hash)
+        done = self.finish(made, since, out)
+        (place / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
         return done
 
     def _side_files(self, folder: Path) -> None:
@@ -294,19 +330,6 @@ class Job:
                 if place.get("vocab_size") == rows:
                     place["vocab_size"] = len(array)
         return None if config == before else config
-
-
-def receipt_path(out: Path) -> Path:
-    """Name the receipt of a single file: another file's receipt beside it is left alone."""
-    path = out.with_name(RECEIPT)
-    if path.exists():
-        try:
-            known = read_json(path)["out"]["path"]
-        except (PeftError, KeyError, TypeError):
-            known = None
-        if known is None or Path(known).name != out.name:
-            return out.with_name(f"{out.stem}.{RECEIPT}")
-    return path
 
 
 def described(

@@ -10,6 +10,7 @@ from peft_any.backend import Backend, dtype_name, is_floating
 from peft_any.errors import BackendError, StorageError, UsageError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.io._header import BITS
+from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, versions
@@ -153,14 +154,16 @@ def merge_checkpoint(
         any_base=any_base,
     )
     work = engine_of(engine)
+    if out is not None:
+        out = os.fspath(out) if is_url(out) else Path(path_of(out))
     with Checkpoint(base) as checkpoint:
-        _refuse_existing(out, overwrite)
+        _refuse_existing(out, overwrite, resume)
         plan = make_plan(checkpoint, adapter, fit)
-        job = Job(
-            plan, Surgeon(plan, fit.backend, dtype), None if out is None else Path(out), min_kept
-        )
+        job = Job(plan, Surgeon(plan, fit.backend, dtype), out, min_kept)
         job.progress, job.resume, job.kinds = progress, resume, kinds
         job.full_hash, job.threads = full_hash, thread_count(threads)
+        if checkpoint.is_remote:  # what fetches has threads of its own, which none may fork
+            job.threads = 1
         job.max_shard = limit
         if not isinstance(work, Local):
             job.elsewhere = merging(work, job, adapter, fit)
@@ -216,12 +219,16 @@ def storage_dtype(name: str) -> str:
     return found
 
 
-def _refuse_existing(out: StrPath | None, overwrite: bool) -> None:
+def _refuse_existing(out: Path | str | None, overwrite: bool, resume: bool) -> None:
     """Say at once, not after an hour's work, that the output is taken."""
+    if isinstance(out, str):
+        from peft_any.io._outgoing import refuse_taken  # noqa: PLC0415 - URLs alone need it
+
+        refuse_taken(out, overwrite=overwrite, resume=resume)
+        return
     if out is None or overwrite or not os.path.lexists(out):
         return
-    path = Path(out)
-    if not path.is_dir() or path.is_symlink() or any(path.iterdir()):
+    if not out.is_dir() or out.is_symlink() or any(out.iterdir()):
         raise StorageError(
             f"{out}: the output cannot go here: it exists; choose another name or allow overwriting"
         )

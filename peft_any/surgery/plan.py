@@ -256,11 +256,11 @@ def _check_origins(plan: Plan, any_base: bool) -> None:
     faults = []
     for one, placed in zip(plan.given, plan.placed, strict=True):
         sites = [s for s in placed.sites.values() if s.weight not in plan.view.grown]
-        found = other_base(one.adapter.metadata, sites, plan.view.stored)
+        found = other_base(one.adapter.metadata, sites, plan.view.sampled)
         if found is not None:
             faults.append(
                 f"{one.label}: was made on another base: the layers it adapts had the fingerprint "
-                f"{found[0]:.80} there, and have {found[1]} in {plan.base.path}"
+                f"{found[0]:.80} there, and have {found[1]} in {plan.base.source}"
             )
     if faults and not any_base:
         way = (

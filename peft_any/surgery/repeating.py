@@ -15,8 +15,8 @@ from peft_any.io._writer import StreamWriter
 from peft_any.io.checkpoint import INDEX, Checkpoint, output_directory
 from peft_any.receipt import SCHEMA_VERSION, plain, to_json
 from peft_any.replication import Layers, origins, stack_of
-from peft_any.surgery.beside import copy_side_files, write_index, write_json
-from peft_any.surgery.job import RECEIPT, Progress, described
+from peft_any.surgery.beside import RECEIPT, copy_side_files, write_index, write_json
+from peft_any.surgery.job import Progress, described
 from peft_any.surgery.shards import Spec, byte_count, packed
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -123,7 +123,7 @@ def replicate_checkpoint(
         config = _deeper(before, order, len(layers))
         changed = {k: (before[k], config[k]) for k in config if config[k] != before[k]}
         total = sum(byte_size(*spec[1:]) or 0 for specs in files.values() for spec in specs)
-        with output_directory(out, overwrite, inputs=[checkpoint.path]) as folder:
+        with output_directory(out, overwrite, inputs=[checkpoint.source]) as folder:
             done = 0
             for name, specs in files.items():
                 path = folder / name

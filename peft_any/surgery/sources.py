@@ -6,16 +6,20 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from peft_any._dtypes import numpy_dtype
 from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._finding import files_of, find_adapter, opened
-from peft_any.io._header import TensorInfo, byte_size
+from peft_any.io._header import BITS, TensorInfo, byte_size
+from peft_any.io._urls import fetched
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.keys import Place, read_keys
 from peft_any.layer import Kind, Site
@@ -23,6 +27,7 @@ from peft_any.layout import layout, looks_like_embedding
 from peft_any.method import Prompt
 from peft_any.naming.nesting import named
 from peft_any.naming.nesting import names as names_of
+from peft_any.origin import Sampled, runs, sampled
 from peft_any.receipt import Host, Source, Use
 
 AdapterLike: TypeAlias = StrPath | Adapter
@@ -142,13 +147,14 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True) -> Given:
         return Given(Source(f"<{method}>", weight, method), item, dict(_own_places(item)))
     if not isinstance(item, str | os.PathLike):
         raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
-    tensors, config = find_adapter(Path(item))
-    adapter = Adapter.load(item, "numpy", strict=strict, mapped=True)
-    with opened(tensors) as file:
-        places, unknown = read_keys(adapter.config, file)
-    digests = {
-        path.name: _digest(path) for path in (config, *files_of(tensors))
-    }  # known to be no holes
+    with fetched(item) as here:
+        tensors, config = find_adapter(here)
+        adapter = Adapter.load(here, "numpy", strict=strict, mapped=True)
+        with opened(tensors) as file:
+            places, unknown = read_keys(adapter.config, file)
+        digests = {
+            path.name: _digest(path) for path in (config, *files_of(tensors))
+        }  # known to be no holes
     source = Source(str(item), weight, adapter.config.peft_type, str(item), digests)
     return Given(source, adapter, places, tuple(unknown))
 
@@ -211,6 +217,18 @@ class View(Mapping[str, Host]):
     def stored(self, name: str) -> Host:
         """Give the base's own tensor behind a name."""
         return self.base[self.aliases.get(name, name)]
+
+    def sampled(self, name: str) -> Sampled:
+        """Give a stored tensor's samples, alone where it is elsewhere."""
+        name = self.aliases.get(name, name)
+        info, bits = self.base.info(name), BITS[self.base.info(name).dtype]
+        if not self.base.is_remote or bits % 8:
+            return sampled(self.base[name])
+        taken = [
+            (name, one.start * bits // 8, one.stop * bits // 8) for one in runs(prod(info.shape))
+        ]
+        raw = b"".join(self.base.parts(taken))
+        return tuple(info.shape), np.frombuffer(raw, numpy_dtype(info.dtype))
 
     def __getitem__(self, name: str) -> Host:
         return self.grown[name] if name in self.grown else self.stored(name)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -57,7 +58,7 @@ class Planned:
         UsageError
             If an adapter is an object of this process.
         """
-        base, mark = str(absolute(plan.base.path)), fingerprint(plan.base)
+        base, mark = absolute(plan.base.source), fingerprint(plan.base)
         return cls(base, paths(adapters), fit, dtype, mark, plan.sources)
 
     @contextmanager
@@ -94,7 +95,7 @@ class Merging(Recipe[ShardItem, Piece]):
 
             def work(item: ShardItem) -> Piece:
                 name, path = item
-                if path is None:
+                if not isinstance(path, Path):
                     [(_, piece)] = job.pieces([item])
                     return piece
                 # A worker that was taken for lost may still write: each attempt has its own file.
@@ -132,7 +133,7 @@ def merging(engine: Engine, job: Job, adapters: Any, fit: Fitting) -> Elsewhere:
     def run(items: list[ShardItem], done: Callable[[ShardItem, Piece], None]) -> None:
         engine.run(recipe, items, done)
         for _, path in items:
-            for left in () if path is None else path.parent.glob(f"{path.name}.*"):
+            for left in path.parent.glob(f"{path.name}.*") if isinstance(path, Path) else ():
                 if _ATTEMPT.search(left.name):  # of a worker that was lost
                     left.unlink(missing_ok=True)
 
@@ -144,5 +145,5 @@ def auditing(engine: Engine, audit: Audit, adapters: Any, fit: Fitting) -> audit
     merged = audit.theirs
     planned = Planned.of(audit.plan, adapters, fit)
     mark = fingerprint(merged)
-    recipe = Auditing(planned, str(absolute(merged.path)), mark, audit.min_kept)
+    recipe = Auditing(planned, absolute(merged.source), mark, audit.min_kept)
     return partial(engine.run, recipe)
