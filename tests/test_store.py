@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -216,6 +218,39 @@ def test_a_name_that_is_gone_when_its_batch_runs_is_an_error_of_the_store(folder
         bank.bind(["a11"])
     with pytest.raises(ConfigError, match="b1"):
         bank.swap("b1", made(1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of open files are Unix's")
+def test_more_are_held_than_files_may_be_open(tmp_path: Path) -> None:
+    made(0).save(tmp_path / "a0")
+    for i in range(1, 150):
+        shutil.copytree(tmp_path / "a0", tmp_path / f"a{i}")
+    code = (
+        "import resource, sys; from peft_any import AdapterStore; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+        "store = AdapterStore(sys.argv[1], max_bytes=1 << 30); "
+        "print(sum(store[name].num_parameters for name in store), len(store.held))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert (run.stdout.split(), run.stderr) == ([str(150 * 4 * N), "150"], "")
+
+
+def test_a_name_that_is_not_there_has_a_default(folder: Path) -> None:
+    store = AdapterStore(folder, max_bytes=3 * SIZE)
+    assert (store.get("a9"), store.get("../a1", 3)) == (None, 3)
+    assert store.get("a1") is store["a1"]
+
+
+def test_what_is_no_adapter_says_what_is_missing(folder: Path) -> None:
+    store = AdapterStore(folder, max_bytes=3 * SIZE)
+    (folder / "a1" / "adapter_model.safetensors").unlink()
+    with pytest.raises(StorageError, match=r"a1: has no adapter_model.safetensors"):
+        store["a1"]
+    (folder / "a1" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"(?s)adapter_model.bin: a pickle is never.*python -c"):
+        store["a1"]
 
 
 HOW = ["gone", "no tensors", "config", "method", "short", "empty", "noise", "nan"]

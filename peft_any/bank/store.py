@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 from peft_any.adapter import Adapter
 from peft_any.backend import dtype_name, numpy_dtype
 from peft_any.errors import ConfigError, StorageError, nearest
-from peft_any.io._finding import CONFIG_NAME, INDEX, TENSORS, files_of
+from peft_any.io._faults import reporting
+from peft_any.io._finding import CONFIG_NAME, INDEX, TENSORS, files_of, find_adapter
+from peft_any.io._reader import UNTRACKED
 
 Stamp: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -50,9 +52,11 @@ class AdapterStore(Mapping[str, Adapter]):
     backend : str or Backend
         Where the arrays go. On NumPy they are views of the mapped files.
     mapped : bool
-        Whether to map files rather than copy them. A mapped file must be replaced (as
-        `Adapter.save` does), never shortened in place: the system ends a process that reads
-        where there is no file any more. With false an adapter in use is safe from that too.
+        Whether to map files rather than copy them. Half as many are mapped as a process may have
+        open (``ulimit -n``), since each counts as open before Python 3.13; others are copied.
+        A mapped file must be replaced (as `Adapter.save` does), never shortened in place: the
+        system ends a process that reads where there is no file any more. With false an adapter
+        in use is safe from that too.
 
     Examples
     --------
@@ -95,6 +99,12 @@ class AdapterStore(Mapping[str, Adapter]):
     def __contains__(self, name: object) -> bool:
         return _plain(name) and (self.directory / str(name) / CONFIG_NAME).is_file()
 
+    def get(self, name: str, /, default: Any = None) -> Any:
+        """Give an adapter, or the default where there is none of that name."""
+        if name not in self:
+            return default
+        return self[name]
+
     @property
     def held(self) -> dict[str, int]:
         """The adapters in memory with their bytes, the least recently used first."""
@@ -132,20 +142,24 @@ class AdapterStore(Mapping[str, Adapter]):
     def _given(self, name: str) -> Adapter:
         folder = self.directory / name
         try:
-            stamp = _stamp(folder)
+            stamp, why = _stamp(folder), ""
         except OSError as error:
+            stamp, why = (), error.strerror or str(error)
+        if not stamp:
             self._drop(name)
+            if folder.is_dir():
+                with reporting(folder, "be read"):
+                    find_adapter(folder)  # which says what is missing, or no adapter's
             near = "" if folder.is_dir() else nearest(name, self)
-            raise StorageError(
-                f"{folder}: the adapter cannot be read: {error.strerror or error}{near}"
-            ) from None
+            raise StorageError(f"{folder}: the adapter cannot be read: {why}{near}")
         with self._lock:
             found = self._held.get(name)
             if found is not None and found.stamp == stamp:
                 self._held.move_to_end(name)
                 return found.adapter
         self._drop(name)
-        adapter = Adapter.load(folder, self._backend, mapped=self._mapped)
+        mapped = self._mapped and 2 * len(self._held) < _most_files()
+        adapter = Adapter.load(folder, self._backend, mapped=mapped)
         adapter.check_finite()
         if self._stamp_or_none(folder) != stamp:
             raise StorageError(f"{folder}: the adapter was written while it was read: try again")
@@ -177,6 +191,18 @@ class AdapterStore(Mapping[str, Adapter]):
 
 def _plain(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def _most_files() -> float:
+    """How many files a process may have open, where mapped ones are among them."""
+    if UNTRACKED:
+        return inf
+    try:
+        import resource  # noqa: PLC0415 - Unix only
+    except ImportError:
+        return inf
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return inf if most == resource.RLIM_INFINITY else most
 
 
 def _stamp(folder: Path) -> Stamp:

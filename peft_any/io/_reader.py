@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from peft_any.io._json import regular_size
 from peft_any.io._parse import parse_header
 
 HostArray: TypeAlias = npt.NDArray[Any]
+UNTRACKED = os.name == "posix" and sys.version_info >= (3, 13)
+"""Whether a mapped file is not counted among the open ones."""
 
 
 class SafetensorsFile(Mapping[str, HostArray]):
@@ -68,7 +71,8 @@ class SafetensorsFile(Mapping[str, HostArray]):
             length = self._header_length(head, size)
             file.seek(8)
             raw = file.read(length)
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            more: Any = {"trackfd": False} if UNTRACKED else {}
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **more)
         self._tensors, self.metadata = parse_header(raw, size - 8 - length, str(path))
 
     def _header_length(self, head: bytes, size: int) -> int:
