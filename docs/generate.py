@@ -10,10 +10,10 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from inspect import cleandoc
+from inspect import cleandoc, get_annotations
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 from xml.etree import ElementTree as ET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,6 +118,8 @@ def kind(hint: Any) -> str:
     """Write a field's type as its file has it."""
     if get_origin(hint) in (Union, UnionType):
         return " | ".join(map(kind, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " | ".join(f'"{word}"' for word in get_args(hint))
     plain = isinstance(hint, type) and not get_args(hint)
     return (
         hint.__name__.removeprefix("NoneType") or "None"
@@ -196,7 +198,9 @@ def method_page(peft_type: str) -> str:
     name, _, rest = title[0].partition(":")
     source = " ".join([rest.strip(), *title[1:]]).strip()
     notes = SHARED_NOTES | doc.notes
-    own, types = [f for f in fields(cls) if f.name not in COMMON], get_type_hints(cls)
+    first, types = get_annotations(cls), get_type_hints(cls)
+    every = [f for f in fields(cls) if f.name not in COMMON]
+    own = sorted(every, key=lambda f: f.name not in first)  # then those that others have, too
     parts = [
         f"# {name.rstrip('.')}",
         linked(source[:1].upper() + source[1:]).replace("\n", " "),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite, nan
-from typing import Any
+from typing import Any, Final
 
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError
 
-OURS = "peft_any"
+OURS: Final = "peft_any"
 """What a field says in a file with arrays that Hugging Face PEFT's lacks: it refuses the value."""
 
 
@@ -30,59 +30,6 @@ def refuse(config: Any, **rules: tuple[bool, str]) -> None:
     for name, (fine, rule) in rules.items():
         if not fine:
             raise ConfigError(f"{config.where}: {name}={getattr(config, name)!r} must be {rule}")
-
-
-def check_fields(config: Any, *counts: str, bias: str = "") -> None:
-    """Check what most methods have: counts, rates of dropout and the choice of biases.
-
-    Parameters
-    ----------
-    config : Config
-        Its fields that end in ``dropout`` are rates, in [0, 1).
-    *counts : str
-        Fields that count something: at least 1.
-    bias : str
-        The prefix of ``bias="…_only"``, where the method has that field.
-
-    Raises
-    ------
-    ConfigError
-
-    Examples
-    --------
-    >>> from peft_any.methods.hra import HRAConfig
-    >>> HRAConfig(r=0)
-    Traceback (most recent call last):
-    peft_any.errors.ConfigError: HRAConfig: r=0 must be at least 1
-    """
-    rules = {name: (getattr(config, name) >= 1, "at least 1") for name in counts}
-    rules |= {
-        name: (0 <= rate < 1, "in [0, 1)")
-        for name, rate in vars(config).items()
-        if name.endswith("dropout")
-    }
-    refuse(config, **rules)
-    if bias:
-        check_bias(config, bias)
-
-
-def check_bias(config: Any, prefix: str) -> None:
-    """Check the choice of biases: "none", "all" or "…_only".
-
-    Raises
-    ------
-    ConfigError
-
-    Examples
-    --------
-    >>> from peft_any.methods.lora import LoraConfig
-    >>> LoraConfig(bias="some")
-    Traceback (most recent call last):
-    peft_any.errors.ConfigError: LoraConfig: bias='some' must be "none", "all" or "lora_only"
-    """
-    options = "none", "all", f"{prefix}_only"
-    rule = f'"none", "all" or "{prefix}_only"'
-    refuse(config, bias=(config.bias in options, rule))
 
 
 def alike(found: Mapping[str, Shape], said: Mapping[str, Shape]) -> bool:

@@ -10,9 +10,10 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.adapter import Adapter
 from peft_any.algebra import lowrank
 from peft_any.backend import Backend, astype, dtype_name, namespace
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.extras import is_trained
+from peft_any.fields import Count, Positive
 from peft_any.io._atomic import StrPath
 from peft_any.layer import Kind, Site, linear
 from peft_any.methods.lora import LoraConfig
@@ -45,18 +46,14 @@ class ArrowConfig(Routed, peft_type="ARROW", prefix="arrow_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     why: ClassVar[str] = "every token chooses among its experts"
 
-    r: int = 8
-    n_experts: int = 3
-    top_k: int = 3
-    router_temperature: float = 1.0
+    r: Count = 8
+    n_experts: Count = 3
+    top_k: Count = 3
+    router_temperature: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "n_experts", "top_k")
-        refuse(
-            self,
-            top_k=(self.top_k <= self.n_experts, f"at most n_experts={self.n_experts}"),
-            router_temperature=(self.router_temperature > 0, "above 0"),
-        )
+    def check(self) -> None:
+        """No more experts are chosen than there are."""
+        refuse(self, top_k=(self.top_k <= self.n_experts, f"at most n_experts={self.n_experts}"))
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -92,8 +89,8 @@ def arrow_of(
     experts: Sequence[Adapter],
     *,
     general: Sequence[Adapter] = (),
-    top_k: int = 3,
-    router_temperature: float = 1.0,
+    top_k: Count = 3,
+    router_temperature: Positive = 1.0,
 ) -> Adapter:
     """Make a router of LoRA adapters, as Hugging Face PEFT's `create_arrow_model` does.
 

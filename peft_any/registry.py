@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform, final
 
 from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError, nearest
+from peft_any.fields import check_rules
 from peft_any.plugins import GROUP, Plugin, chosen, plugins
 
 _known: dict[str, type[Config]] = {}
@@ -42,7 +43,9 @@ class Config(abc.ABC):
     """What every method's configuration holds: Hugging Face PEFT's common fields.
 
     Every subclass is made a frozen dataclass with keywords alone, and needs no decorator. It names
-    its `peft_type`; its fields are exactly those of `adapter_config.json` under their own names.
+    its `peft_type`; its fields are exactly those of `adapter_config.json` under their own names,
+    and their types say what values they take (`fields`). Its parameters' names begin with `prefix`:
+    unless said, with the `peft_type` in lower case and an underscore.
     """
 
     peft_type: ClassVar[str]
@@ -74,7 +77,7 @@ class Config(abc.ABC):
         super().__init_subclass__(**kwargs)
         dataclass(frozen=True, kw_only=True)(cls)
         peft_type = peft_type or cls.__dict__.get("peft_type", "")
-        prefix = prefix or cls.__dict__.get("prefix", cls.prefix)
+        prefix = prefix or cls.__dict__.get("prefix", cls.prefix) or f"{peft_type.lower()}_"
         if peft_type:
             module = f"peft_any.methods.{peft_type.lower()}"
             if cls.__module__ != module and peft_type in method_names():
@@ -90,6 +93,19 @@ class Config(abc.ABC):
                 )
             cls.peft_type, cls.prefix = peft_type, prefix
             _known[peft_type] = cls
+
+    @final
+    def __post_init__(self) -> None:
+        check_rules(type(self), vars(self))
+        self.check()
+
+    def check(self) -> None:  # noqa: B027 - a hook: most methods have no more to check
+        """Check what the types of the fields do not say, such as which go together.
+
+        Raises
+        ------
+        ConfigError
+        """
 
     def regularizer(self, sites: Iterable[Params]) -> Array | None:  # noqa: ARG002
         """What training adds to the loss, of the trained parameters of all sites; None: nothing."""

@@ -10,9 +10,9 @@ from typing import ClassVar
 from peft_any._typing import Array, Params, Shape
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, backend_of, dtype_name, namespace
-from peft_any.checks import check_fields
 from peft_any.errors import ConfigError, ShapeError, StorageError
 from peft_any.experts import scale_of, stacked, suitable
+from peft_any.fields import Count
 from peft_any.gates import scaled_experts
 from peft_any.gates import xlora_scalings as xlora_scalings
 from peft_any.io._atomic import StrPath
@@ -38,12 +38,9 @@ class ExpertsConfig(Routed, peft_type="EXPERTS", prefix="experts_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     why: ClassVar[str] = "every call scales its experts"
 
-    r: int = 8
-    n_experts: int = 2
+    r: Count = 8
+    n_experts: Count = 2
     order: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "n_experts")
 
     @property
     def takes(self) -> frozenset[str]:

@@ -36,6 +36,7 @@ LAYERS = [
         "plugins",
         "dropout",
         "checks",
+        "fields",
         "hints",
         "replication",
     },

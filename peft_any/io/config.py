@@ -14,6 +14,7 @@ import msgspec
 
 from peft_any.checks import OURS
 from peft_any.errors import ConfigError, PeftError
+from peft_any.fields import check_words
 from peft_any.io._atomic import StrPath
 from peft_any.io._finding import CONFIG_NAME as CONFIG_NAME
 from peft_any.io._finding import TENSORS as TENSORS
@@ -137,6 +138,7 @@ def config_from_dict(
     unknown = {k: v for k, v in raw.items() if k not in known and k != "peft_type"}
     try:
         _finite(given, "$")
+        check_words(cls, given, where)
         config: Config = msgspec.convert(given, cls)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, PeftError):

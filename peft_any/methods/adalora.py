@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, replace
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ConfigError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Inside, Rate, within
 from peft_any.linalg import orthogonality
 
 
-class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
+class AdaLoraConfig(
+    Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="ADALORA", prefix="lora_"
+):
     """ΔW = s·B·diag(E)·A, with A (r, width), B (n_out, r), E (r, 1) and s = α/(init_r + 10⁻⁵).
 
     Training starts with r = init_r triplets (a column of B, an entry of E, a row of A) at every
@@ -33,38 +36,30 @@ class AdaLoraConfig(Additive, peft_type="ADALORA", prefix="lora_"):
         "use_dora": "AdaLoRA has no magnitude vector: leave it out",
     }
 
-    target_r: int = 8
-    init_r: int = 12
+    target_r: Count = 8
+    init_r: Count = 12
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1  # noqa: N815 - Hugging Face PEFT's name
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
+    deltaT: Count = 1  # noqa: N815 - Hugging Face PEFT's name
+    beta1: Inside = 0.85
+    beta2: Inside = 0.85
+    orth_reg_weight: Annotated[float, within(0)] = 0.5
     total_step: int | None = None
     rank_pattern: dict[str, list[bool]] | None = None
     r: int = 8
     lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_dropout: Rate = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str | None = True
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layer_replication: list[list[int]] | None = None
 
-    def __post_init__(self) -> None:
-        total, inside = self.total_step or 0, "between 0 and 1, both excluded"
-        check_fields(self, "init_r", "target_r", "deltaT", bias="lora")
+    def check(self) -> None:
+        """The schedule must fit its steps."""
+        total = self.total_step or 0
         refuse(
             self,
-            beta1=(0 < self.beta1 < 1, inside),
-            beta2=(0 < self.beta2 < 1, inside),
-            orth_reg_weight=(self.orth_reg_weight >= 0, "0 or more"),
             total_step=(total >= 1, "the number of training steps (HF PEFT demands it)"),
             tinit=(self.tinit < total - self.tfinal, "less than total_step - tfinal"),
         )

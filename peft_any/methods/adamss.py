@@ -5,15 +5,16 @@ from typing import ClassVar
 
 from peft_any.backend import namespace, to_numpy
 from peft_any.blocks import diagonal
-from peft_any.checks import OURS, check_fields, refuse
+from peft_any.checks import OURS, refuse
 from peft_any.clusters import grouped
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
+from peft_any.fields import ByLayer, Count
 from peft_any.layer import widen
 from peft_any.starts import seeded_svd
 
 
-class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
+class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
     """[ΔW Δb] = Bᵢ·Aᵢ·V in the rows of segment i, where V holds directions of the base's [W b].
 
     `adamss_newB` V (R, n_in), with a column more where the layer has a bias, is Vᵀ of the R largest
@@ -42,9 +43,9 @@ class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
         "wrote it; `peft-any extract` makes a LoRA of that"
     }
 
-    r: int = 100
-    num_subspaces: int = 5
-    subspace_rank: int = 1
+    r: Count = 100
+    num_subspaces: Count = 5
+    subspace_rank: Count = 1
     init_weights: str | bool | None = "orthogonal"
     use_asa: bool = False
     asa_target_subspaces: int = 50
@@ -57,11 +58,9 @@ class AdamssConfig(Additive, peft_type="ADAMSS", prefix="adamss_"):
     use_dynamic_rank: bool = False
     svd_threshold: float = 0.1
     random_seed: int = 0
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "num_subspaces", "subspace_rank")
+    def check(self) -> None:
+        """Of booleans, only false has a meaning."""
         if self.init_weights is False:
             object.__setattr__(self, "init_weights", None)  # HF writes it so
         known = self.init_weights in ("orthogonal", None, OURS)

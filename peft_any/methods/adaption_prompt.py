@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.checks import refuse
 from peft_any.contract import Array, Attended, Fresh, Params, Shape
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.fields import Count
 from peft_any.mixtures import softmax
 
 
@@ -25,13 +25,8 @@ class AdaptionPromptConfig(Attended, peft_type="ADAPTION_PROMPT", prefix="adapti
     unmerged: ClassVar[str] = "its prompts add to attention, and no weight holds that"
 
     target_modules: str | None = None
-    adapter_len: int | None = None
-    adapter_layers: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            refuse(self, **{name: (value is None or value >= 1, "at least 1")})
+    adapter_len: Count | None = None
+    adapter_layers: Count | None = None
 
     def modules(self, names: Sequence[str]) -> list[str]:
         """Choose the attention modules out of all modules, in the order of their blocks.

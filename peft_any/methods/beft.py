@@ -6,7 +6,7 @@ from peft_any.backend import creation_device, namespace
 from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
 
 
-class BeftConfig(Additive, peft_type="BEFT", prefix="beft_"):
+class BeftConfig(Additive, peft_type="BEFT"):
     """b′ = b + β, with `beft_bias` β (1, n_out); merging needs a base with a bias.
 
     init_weights: true (β = 0) or false (standard normal).

@@ -8,12 +8,12 @@ from typing import ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import block_matmul, butterfly, cayley
-from peft_any.checks import check_bias
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
 
 
-class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
+class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"):
     """W′ = s ⊙ (W·Rᵀ), y = s ⊙ W·(x·R) + b, with R = B_m ⋯ B₁ and s (n_out, 1).
 
     Factor Bᵢ rotates pairs of runs of b/2 inputs that lie 2^(i−1) runs apart, each by a block
@@ -33,27 +33,17 @@ class BOFTConfig(Tuner, peft_type="BOFT", prefix="boft_"):
 
     boft_block_size: int = 4
     boft_block_num: int = 0
-    boft_n_butterfly_factor: int = 1
-    boft_dropout: float = 0.0
+    boft_n_butterfly_factor: Count = 1
+    boft_dropout: Rate = 0.0
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_bias(self, "boft")
-        b, k, m = self.boft_block_size, self.boft_block_num, self.boft_n_butterfly_factor
+    def check(self) -> None:
+        """The blocks have one size."""
+        b, k = self.boft_block_size, self.boft_block_num
         if min(b, k) < 0 or bool(b) == bool(k):
             raise ConfigError(
                 f"{self.where}: boft_block_size={b} and boft_block_num={k} cannot size the "
                 "blocks: give one of the two, and 0 for the other"
-            )
-        if m < 1:
-            raise ConfigError(
-                f"{self.where}: boft_n_butterfly_factor={m} cannot be a number of factors: give "
-                "at least 1"
             )
 
     def per_site(self, site: Site) -> Self:

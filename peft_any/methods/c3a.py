@@ -2,16 +2,16 @@
 
 from dataclasses import field, replace
 from math import prod, sqrt
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count
 from peft_any.patterns import matching_end
 
 
-class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
+class C3AConfig(Additive, Biases, ByLayer, peft_type="C3A"):
     """ΔW is blocks (b, b), block (i, j)[κ, τ] = w[i, j, (τ − κ) mod b]/n_in: circulant matrices.
 
     `c3a_kernel` w is (n_out/b, n_in/b, b).
@@ -23,18 +23,9 @@ class C3AConfig(Additive, peft_type="C3A", prefix="c3a_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
 
-    block_size: int = 256
+    block_size: Count = 256
     block_size_pattern: dict[str, int] = field(default_factory=dict)
-    init_weights: bool | str | None = "xavier_uniform"
-    bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "block_size", bias="c3a")
-        names = "gaussian", "kaiming_uniform", "xavier_uniform"
-        known = self.init_weights in (True, False, *names)
-        refuse(self, init_weights=(known, f"true, false or one of {', '.join(names)}"))
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
     def per_site(self, site: Site) -> Self:
         """Resolve the pattern, and check that the blocks fit."""

@@ -21,7 +21,8 @@ class CartridgeConfig(Prompt, peft_type="CARTRIDGE", prefix="prompt_"):
 
     num_frozen_tokens: int = 1
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Heads divide the width; no more tokens are frozen than there are."""
         check_heads(self)
         frozen, count = self.num_frozen_tokens, self.num_virtual_tokens
         if frozen < 0 or (count is not None and frozen > count):

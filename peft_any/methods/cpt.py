@@ -1,6 +1,6 @@
 """CPT: a prompt of examples, trained near their tokens. Blau et al. 2024, https://arxiv.org/abs/2410.17222."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft_any.backend import astype, detach, dtype_name, from_numpy_like, namespace
 from peft_any.checks import refuse
@@ -29,16 +29,16 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
     cpt_token_ids: list[int] | None = None
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
-    opt_weighted_loss_type: str | None = "none"
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
     opt_loss_decay_factor: float | None = 1.0
     opt_projection_epsilon: float | None = 0.1
     opt_projection_format_epsilon: float | None = 0.1
     tokenizer_name_or_path: str | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Fill in what Hugging Face PEFT does; one number for each token."""
         refuse(self, task_type=(self.task_type == "CAUSAL_LM", '"CAUSAL_LM"'))
         ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
-        # The fields that Hugging Face PEFT fills in, or overrules.
         fixed: dict[str, Any] = {"cpt_token_ids": ids, "num_virtual_tokens": len(ids)}
         for name in ("cpt_mask", "cpt_tokens_type_mask"):
             given = getattr(self, name)
@@ -50,8 +50,6 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
                 )
         for name, value in {**fixed, "num_transformer_submodules": 1}.items():
             object.__setattr__(self, name, value)
-        known = self.opt_weighted_loss_type in (None, "none", "decay")
-        refuse(self, opt_weighted_loss_type=(known, '"none" or "decay"'))
 
     @property
     def reads_table(self) -> bool:

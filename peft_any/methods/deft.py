@@ -5,15 +5,15 @@ PaRa: Chen et al. 2024, https://arxiv.org/abs/2406.05641.
 """
 
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any.backend import astype, namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.layer import linear, widen
 
 
-class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
+class DeftConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="DEFT"):
     """W′ = W − Q·ρᵀ·W + s·Q·R, with `deft_P` P (n_out, r) and `deft_R` R (r, n_in).
 
     decomposition_method: "relu": Q = P and ρ = max(P, 0); "qr": Q = ρ, the Q of P's QR factors.
@@ -25,23 +25,13 @@ class DeftConfig(Tuner, peft_type="DEFT", prefix="deft_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
 
-    r: int = 8
-    decomposition_method: str = "relu"
+    r: Count = 8
+    decomposition_method: Literal["relu", "qr"] = "relu"
     init_scale: float = 1.0
     alpha: float | None = None
     para: bool = False
-    deft_dropout: float = 0.0
+    deft_dropout: Rate = 0.0
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="deft")
-        known = self.decomposition_method in ("relu", "qr")
-        refuse(self, decomposition_method=(known, '"relu" or "qr"'))
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the method

@@ -4,8 +4,8 @@ from dataclasses import field, replace
 from typing import ClassVar, Self
 
 from peft_any.backend import astype, namespace
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Count, Excludes, Rate
 from peft_any.layer import widen
 from peft_any.linalg import row_norms
 from peft_any.patterns import matching
@@ -14,7 +14,7 @@ _LEAST = 1e-4
 """Norms below this count as this."""
 
 
-class DeloraConfig(Additive, peft_type="DELORA", prefix="delora_"):
+class DeloraConfig(Additive, Biases, ByLayer, Excludes, peft_type="DELORA"):
     """ΔW = (λ/r)·Σᵢ bᵢ·aᵢ/(‖bᵢ‖·‖aᵢ‖) ⊙ w, with the rows aᵢ of A (r, n_in), the columns bᵢ of B.
 
     B is (n_out, r), `delora_lambda` λ (1,); `delora_w_norm` w (n_in,) holds the norms of the base
@@ -29,19 +29,12 @@ class DeloraConfig(Additive, peft_type="DELORA", prefix="delora_"):
     frozen: ClassVar[frozenset[str]] = frozenset({"delora_w_norm"})
     thins: ClassVar[str] = "module_dropout"
 
-    r: int = 8
+    r: Count = 8
     delora_lambda: float = 15
-    module_dropout: float = 0.0
+    module_dropout: Rate = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
     lambda_pattern: dict[str, float] = field(default_factory=dict)
     init_weights: bool = True
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="delora")
 
     def per_site(self, site: Site) -> Self:
         """Resolve the patterns."""

@@ -3,14 +3,14 @@
 from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
 from peft_any.patterns import matching_end
 from peft_any.spectra import random_places, real_inverse_transform
 
 
-class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
+class FourierFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="FOURIERFT"):
     """ΔW = s·Re(F⁻¹), the inverse Fourier transform of F (n_out, n_in), zero but at K places.
 
     `fourierft_spectrum` (K,) holds F's values there; the places are the first K of torch's random
@@ -22,19 +22,11 @@ class FourierFTConfig(Additive, peft_type="FOURIERFT", prefix="fourierft_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
 
-    n_frequency: int = 1000
+    n_frequency: Count = 1000
     scaling: float = 150.0
     random_loc_seed: int | None = 777
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: bool = False
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "n_frequency", bias="fourierft")
 
     def per_site(self, site: Site) -> Self:
         """Resolve the pattern, and check that there are as many places."""

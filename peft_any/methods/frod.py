@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any import joint
 from peft_any._tree import without
 from peft_any.backend import astype, is_differentiated, namespace
-from peft_any.checks import OURS, check_fields, refuse
+from peft_any.checks import OURS, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
+from peft_any.fields import Biases, ByLayer, FanInFanOut, Rate, Share
 from peft_any.layer import linear
 
 _U = "frod_U", "frod_found_U"  # of an adapter begun here; found for the V of a file
 
 
-class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
+class FrodConfig(Tuner, Biases, ByLayer, FanInFanOut, peft_type="FROD"):
     """W′ = U·(S + diag(λ))·Vᵀ, with `frod_lambda_l` λ (n_in,) and a sparse S (n_in, n_in).
 
     S has the k values `frod_lambda_s_values` (k,) at `frod_s_indices` (2, k), off the diagonal.
@@ -39,23 +40,17 @@ class FrodConfig(Tuner, peft_type="FROD", prefix="frod_"):
 
     projection_prng_key: int = 0
     save_projection: bool = True
-    frod_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
+    frod_dropout: Rate = 0.0
     init_weights: bool = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    sparse_rate: float | str = 0.01
+    sparse_rate: Share | Literal["peft_any"] = 0.01
     regularization_alpha: float = 1e-3
     progressbar: bool = True
     runtime_offload_base_weight: bool = False
 
-    def __post_init__(self) -> None:
-        check_fields(self, bias="frod")
+    def check(self) -> None:
+        """A file must hold V."""
         why = "true: without V, whose signs are its writer's, a file fits no other machine: merge"
         refuse(self, save_projection=(self.save_projection, f"{why} it there (merge_and_unload)"))
-        rate = 0 if self.sparse_rate == OURS else self.sparse_rate
-        refuse(self, sparse_rate=(not isinstance(rate, str) and 0 <= rate <= 1, "in [0, 1]"))
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """λ and S's values."""

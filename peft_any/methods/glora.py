@@ -1,13 +1,13 @@
 """GLoRA: generalised LoRA. Chavan et al. 2023, https://arxiv.org/abs/2306.07967."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.fields import Biases, Count
 
 
-class GloraConfig(Tuner, peft_type="GLORA", prefix="glora_"):
+class GloraConfig(Tuner, Biases, peft_type="GLORA"):
     """W′ = W + W ⊙ A + B, b′ = b + b ⊙ D + E + W·C; without a base's bias C, D and E fall away.
 
     Each of the five is, as a field says,
@@ -25,19 +25,11 @@ class GloraConfig(Tuner, peft_type="GLORA", prefix="glora_"):
     frozen: ClassVar[frozenset[str]] = frozenset(f"glora_{path}.zeros" for path in "ABCDE")
     inner: ClassVar[str] = "Xd|Xu|X|zeros"
 
-    r: int = 8
-    config_A_B: str = "lora"  # noqa: N815 - Hugging Face PEFT's names
-    config_C: str = "lora"  # noqa: N815
-    config_D_E: str = "constant"  # noqa: N815
+    r: Count = 8
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"  # noqa: N815 - HF's names
+    config_C: Literal["lora", "vector", "none"] = "lora"  # noqa: N815
+    config_D_E: Literal["vector", "constant", "none"] = "constant"  # noqa: N815
     init_weights: bool = True
-    bias: str = "none"
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="glora")
-        every = "lora", "vector", "constant", "none"
-        forms = {"config_A_B": every, "config_C": (*every[:2], "none"), "config_D_E": every[1:]}
-        for name, known in forms.items():
-            refuse(self, **{name: (getattr(self, name) in known, f"one of {', '.join(known)}")})
 
     def _form(self, path: str, site: Site) -> str:
         fields = {"A": self.config_A_B, "B": self.config_A_B, "C": self.config_C}

@@ -1,16 +1,17 @@
 """GraLoRA: granular low-rank adaptation. Jung et al. 2025, https://arxiv.org/abs/2505.20355."""
 
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate, within
 from peft_any.layer import linear
 
 
-class GraloraConfig(Additive, peft_type="GRALORA", prefix="gralora_"):
+class GraloraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="GRALORA"):
     """ΔW is k × k blocks, block (j, i) = s·(Aᵢ[:, part j]·Bⱼ[part i, :])ᵀ, with s = α/(r + h).
 
     `gralora_A` (k, n_in/k, r) holds the Aᵢ and `gralora_B` (k, r, n_out/k) the Bⱼ; their r
@@ -24,24 +25,16 @@ class GraloraConfig(Additive, peft_type="GRALORA", prefix="gralora_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     thins: ClassVar[str] = "gralora_dropout"
 
-    r: int = 32
-    hybrid_r: int = 0
+    r: Count = 32
+    hybrid_r: Annotated[int, within(0)] = 0
     alpha: float = 64
-    gralora_dropout: float = 0.0
-    gralora_k: int = 2
+    gralora_dropout: Rate = 0.0
+    gralora_k: Count = 2
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "gralora_k", bias="gralora")
-        refuse(
-            self,
-            hybrid_r=(self.hybrid_r >= 0, "0 or more"),
-            gralora_k=(self.r % self.gralora_k == 0, f"a divisor of r={self.r}"),
-        )
+    def check(self) -> None:
+        """The blocks share the rank."""
+        refuse(self, gralora_k=(self.r % self.gralora_k == 0, f"a divisor of r={self.r}"))
 
     @property
     def scaling(self) -> float:

@@ -4,15 +4,15 @@ Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 """
 
 from dataclasses import field
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.layer import flat, linear
 
 
-class HiraConfig(Tuner, peft_type="HIRA", prefix="hira_"):
+class HiraConfig(Tuner, ByLayer, Excludes, FanInFanOut, peft_type="HIRA"):
     """W′ = W + W ⊙ (B·A), with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r).
 
     rank_pattern: no effect, as in Hugging Face PEFT when it loads an adapter.
@@ -24,19 +24,10 @@ class HiraConfig(Tuner, peft_type="HIRA", prefix="hira_"):
     )
     thins: ClassVar[str] = "hira_dropout"
 
-    r: int = 32
-    hira_dropout: float = 0.0
+    r: Count = 32
+    hira_dropout: Rate = 0.0
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    init_weights: bool | str | None = True
-    fan_in_fan_out: bool = False
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        known = self.init_weights in (True, False, None, "gaussian")
-        refuse(self, init_weights=(known, 'true, false or "gaussian"'))
-        check_fields(self, "r")
+    init_weights: bool | Literal["gaussian"] | None = True
 
     def per_site(self, site: Site) -> Self:
         """Refuse grouped convolutions."""

@@ -4,12 +4,12 @@ from typing import ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import inverse
-from peft_any.checks import check_fields
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes
 
 
-class HRAConfig(Tuner, peft_type="HRA", prefix="hra_"):
+class HRAConfig(Tuner, Biases, ByLayer, Excludes, peft_type="HRA"):
     """W′ = W·H, y = W·(H·x) + b, with H = (I − 2·u₁u₁ᵀ) ⋯ (I − 2·u_r·u_rᵀ).
 
     The uᵢ are the columns of `hra_u` (n_in, r), normalised; a convolution's n_in is channels ·
@@ -23,16 +23,9 @@ class HRAConfig(Tuner, peft_type="HRA", prefix="hra_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d"})
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
 
-    r: int = 8
+    r: Count = 8
     apply_GS: bool = False  # noqa: N815 - Hugging Face PEFT's name
     init_weights: bool = True
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="hra")
 
     def per_site(self, site: Site) -> Self:
         """Refuse convolutions that HF PEFT sizes otherwise."""

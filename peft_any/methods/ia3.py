@@ -11,10 +11,11 @@ from typing import ClassVar, Self
 from peft_any.backend import namespace
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError
+from peft_any.fields import Excludes, FanInFanOut
 from peft_any.patterns import expression
 
 
-class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
+class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
     """y = l ⊙ (W·x + b), with l (n_out, 1); in a feed-forward layer y = W·(l ⊙ x) + b, l (1, n_in).
 
     A convolution's l is (1, channels, 1, 1[, 1]) in both.
@@ -29,10 +30,9 @@ class IA3Config(Tuner, peft_type="IA3", prefix="ia3_"):
 
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
-    fan_in_fan_out: bool = False
-    exclude_modules: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Feed-forward layers are among the targets."""
         feed, target = self.feedforward_modules, self.target_modules
         if isinstance(feed, list) and isinstance(target, list) and not {*feed} <= {*target}:
             raise ConfigError(

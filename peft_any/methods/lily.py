@@ -1,17 +1,17 @@
 """Lily: low-rank interconnected adaptation. Zhong et al. 2024, https://arxiv.org/abs/2407.09946."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
+from peft_any.fields import ByLayer, Count, Excludes, within
 from peft_any.layer import linear
 from peft_any.mixtures import softmax
 from peft_any.patterns import in_order
 
 
-class LilyConfig(Routed, peft_type="LILY", prefix="lily_"):
+class LilyConfig(Routed, ByLayer, Excludes, peft_type="LILY"):
     """y = W·x + b + s·(Σₑ pₑ·Bₑ)ᵀ·h, h = A·x, with a mixture p of k = `num_B` factors Bₑ.
 
     `lily_A.weight` is A (r, n_in), `lily_B.weight` the Bₑ (r, n_out) one below the other
@@ -26,18 +26,11 @@ class LilyConfig(Routed, peft_type="LILY", prefix="lily_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     why: ClassVar[str] = "its mixture of factors depends on the whole batch"
 
-    r: int = 32
-    stride_A: int = 1  # noqa: N815 - HF's name
-    num_B: int = 2  # noqa: N815 - HF's name
+    r: Count = 32
+    stride_A: Count = 1  # noqa: N815 - HF's name
+    num_B: Annotated[int, within(2)] = 2  # noqa: N815 - the router chooses among them
     scaling: float = 1.0
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "stride_A")
-        refuse(self, num_B=(self.num_B >= 2, "at least 2: the router chooses among them"))
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A, the Bₑ, and the router."""

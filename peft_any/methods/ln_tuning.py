@@ -4,18 +4,17 @@ from typing import ClassVar
 
 from peft_any.backend import astype
 from peft_any.contract import Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.fields import Excludes
 from peft_any.layer import KINDS
 
 
-class LNTuningConfig(Tuner, peft_type="LN_TUNING", prefix="ln_tuning_"):
+class LNTuningConfig(Tuner, Excludes, peft_type="LN_TUNING"):
     """W′ = V, of the weight's shape, and b′ = c (n_out,): they start as W and b.
 
     Meant for norms, w ⊙ x̂ + b with w (n_out,), and able to train any layer whole.
     """
 
     kinds: ClassVar[frozenset[Kind]] = KINDS - {"MultiheadAttention"}
-
-    exclude_modules: list[str] | str | None = None
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """V and c, in the checkpoint's own layout."""

@@ -6,8 +6,8 @@ from struct import pack, unpack
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.fields import ByLayer, Count, Excludes, Rate
 from peft_any.layer import linear
 from peft_any.linalg import khatri_rao, tucker
 from peft_any.patterns import matching
@@ -16,7 +16,7 @@ PASS = 24
 """What reading, multiplying and writing one entry costs, in multiply-adds of a matrix product."""
 
 
-class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
+class LoHaConfig(Additive, ByLayer, Excludes, peft_type="LOHA", prefix="hada_"):
     """ΔW = s·(w1_a·w1_b) ⊙ (w2_a·w2_b), w·_a (n_out, r), w·_b (r, width), s = α/r.
 
     use_effective_conv2d: a convolution whose kernel has more than one position takes each factor
@@ -31,20 +31,14 @@ class LoHaConfig(Additive, peft_type="LOHA", prefix="hada_"):
     separable: ClassVar[bool] = True
 
     order: ClassVar[int] = 2
-    r: int = 8
+    r: Count = 8
     alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: Rate = 0.0
+    module_dropout: Rate = 0.0
     use_effective_conv2d: bool = False
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r")
 
     @property
     def scaling(self) -> float:

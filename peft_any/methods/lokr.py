@@ -2,17 +2,17 @@
 
 from dataclasses import field, replace
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any.backend import namespace, summed
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Params, Shape, Site
+from peft_any.fields import ByLayer, Count, Excludes, Rate
 from peft_any.layer import flat
 from peft_any.linalg import factored, factorize, kron_factors, linear_kron, tucker
 from peft_any.patterns import matching
 
 
-class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
+class LoKrConfig(Additive, ByLayer, Excludes, peft_type="LOKR"):
     """ΔW = s·w1 ⊗ w2, with w1 (l, p), w2 (k, q·kernel), n_out = l·k, n_in/groups = p·q, s = α/r.
 
     w2 = w2_a·w2_b, (k, r) and (r, q·kernel), where r < max(k, q)/2; s is α/r even where it is not.
@@ -30,25 +30,17 @@ class LoKrConfig(Additive, peft_type="LOKR", prefix="lokr_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1d", "Conv2d"})
 
     order: ClassVar[int] = 0
-    r: int = 8
+    r: Count = 8
     alpha: float = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: Rate = 0.0
+    module_dropout: Rate = 0.0
     use_effective_conv2d: bool = False
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     alpha_pattern: dict[str, float] | None = field(default_factory=dict)
-    init_weights: bool | str = True
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r")
-        known = self.init_weights in (True, False, "lycoris")
-        refuse(self, init_weights=(known, 'true, false or "lycoris"'))
+    init_weights: bool | Literal["lycoris"] = True
 
     @property
     def scaling(self) -> float:

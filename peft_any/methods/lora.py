@@ -7,12 +7,12 @@ from typing import ClassVar, Self
 
 from peft_any import alora, starts, variants
 from peft_any.arrow import ArrowRouter, alone
-from peft_any.checks import check_bias
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Excludes, FanInFanOut, Rate
 from peft_any.layer import EXPERTS, MATRICES
 
 
-class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
+class LoraConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="LORA"):
     """ΔW = s·B·A, with A (r, n_in), for convolutions (r, n_in, kernel), B (n_out, r), s = α/r.
 
     use_rslora: s = α/√r (https://arxiv.org/abs/2312.03732). layer_replication: `replicate_layers`.
@@ -36,18 +36,13 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
 
     r: int = 8
     lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_dropout: Rate = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     init_lora_weights: bool | str | None = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     target_parameters: list[str] | None = None
     layer_replication: list[list[int]] | None = None
@@ -56,8 +51,8 @@ class LoraConfig(Additive, peft_type="LORA", prefix="lora_"):
     alora_invocation_tokens: list[int] | None = None
     arrow_config: ArrowRouter | None = None
 
-    def __post_init__(self) -> None:
-        check_bias(self, "lora")
+    def check(self) -> None:
+        """Some variants exclude others."""
         variants.check(self)
 
     @property

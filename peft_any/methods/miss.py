@@ -1,17 +1,17 @@
 """MiSS: matrix shard sharing, once Bone, whose files are read too. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
 
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any.backend import creation_device, inv, namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, Rate
 from peft_any.layer import merged_for_calls
 from peft_any.linalg import packed
 
 
-class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
+class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
     """W′ = W + Mᵀ·[I I …], that is ΔW[o, j] = M[j mod r, o], with `miss_block` M (r, n_out).
 
     init_weights: true (M = 0), false (M uniform), or another form of the same idea:
@@ -22,19 +22,10 @@ class MissConfig(Tuner, peft_type="MISS", prefix="miss_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
 
-    r: int = 64
-    miss_dropout: float = 0.0
-    mini_r: int = 1
-    init_weights: bool | str = True
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "mini_r", bias="miss")
-        known = self.init_weights in (True, False, "bat", "mini")
-        refuse(self, init_weights=(known, 'true, false, "bat" or "mini"'))
+    r: Count = 64
+    miss_dropout: Rate = 0.0
+    mini_r: Count = 1
+    init_weights: bool | Literal["bat", "mini"] = True
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the form

@@ -4,16 +4,17 @@ Qiu et al. 2023, https://arxiv.org/abs/2306.07280; v2: 2025, https://arxiv.org/a
 """
 
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
-from peft_any.checks import check_bias, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.fields import Biases, ByLayer, Excludes, FanInFanOut, Rate, Rule
 
 
-class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
+class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
     """W′ = W·Rᵀ, y = W·(x·R) + b, with R = diag(R₁ … R_k) of rotations (b, b), k = n_in/b.
 
     Each Rᵢ comes from a skew-symmetric Qᵢ (b, b), whose upper triangle, row by row, is row i of
@@ -35,28 +36,21 @@ class OFTConfig(Tuner, peft_type="OFT", prefix="oft_"):
 
     r: int = 0
     oft_block_size: int = 32
-    module_dropout: float = 0.0
+    module_dropout: Rate = 0.0
     coft: bool = False
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: Annotated[int, Rule(lambda n: n <= 1000, "at most 1000")] = 5
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_bias(self, "oft")
+    def check(self) -> None:
+        """The blocks have one size, and a bound that is not zero."""
         if min(self.r, self.oft_block_size) < 0 or bool(self.r) == bool(self.oft_block_size):
             raise ConfigError(
                 f"{self.where}: r={self.r} and oft_block_size={self.oft_block_size} cannot size "
                 "the blocks: give one of the two, and 0 for the other"
             )
-        few = self.num_cayley_neumann_terms <= 1000
-        refuse(self, num_cayley_neumann_terms=(few, "at most 1000"))
         refuse(self, eps=(self.eps > 0 or not self.coft, "above 0, with coft"))
 
     @property

@@ -16,7 +16,7 @@ _KNOWN = ("osf_high_U", "osf_high_V", "osf_low_U", "osf_low_V")
 """What W says for good: the vectors of its h largest singular values, and L as two factors."""
 
 
-class OSFConfig(Tuner, peft_type="OSF", prefix="osf_"):
+class OSFConfig(Tuner, peft_type="OSF"):
     """W′ = W − L + U·diag(S)·V, where L holds all but the h largest singular values of W.
 
     Trained are `osf_svd_params.U_low` U (n_out, k), `.S_low` S (k,) and `.V_low` V (k, n_in), k =

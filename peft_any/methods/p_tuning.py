@@ -1,10 +1,12 @@
 """P-tuning: virtual tokens out of a small net. Liu et al. 2021, https://arxiv.org/abs/2103.10385."""
 
 from itertools import pairwise
+from typing import Literal
 
 from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.encoders import draw_linear, draw_lstm, lstm, perceptron
 from peft_any.errors import ConfigError
+from peft_any.fields import Count, Rate
 from peft_any.prompts import before
 
 
@@ -22,22 +24,10 @@ class PromptEncoderConfig(Prompt, peft_type="P_TUNING", prefix="prompt_"):
         for a fresh one.
     """
 
-    encoder_reparameterization_type: str = "MLP"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        kind = self.encoder_reparameterization_type
-        if kind not in ("MLP", "LSTM"):
-            raise ConfigError(
-                f"{self.where}: encoder_reparameterization_type={kind!r} is unknown: MLP, LSTM"
-            )
-        if self.encoder_num_layers < 1 or (self.encoder_hidden_size or 1) < 1:
-            raise ConfigError(
-                f"{self.where}: encoder_hidden_size={self.encoder_hidden_size} and "
-                f"encoder_num_layers={self.encoder_num_layers} cannot size a net: give 1 or more"
-            )
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: Count | None = None
+    encoder_num_layers: Count = 2
+    encoder_dropout: Rate = 0.0
 
     def shapes(self) -> dict[str, Shape]:
         """The table of virtual tokens."""

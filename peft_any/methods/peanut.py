@@ -1,17 +1,15 @@
 """PEANuT: weight-aware neural tweakers. Zhong et al. 2024, https://arxiv.org/abs/2410.01870."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from peft_any.activations import ACTIVATIONS, activation
 from peft_any.backend import namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.fields import ByLayer, Count, Excludes, among, within
 from peft_any.layer import linear
 
-_DEEPEST = 1000
 
-
-class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
+class PeanutConfig(Tuner, ByLayer, Excludes, peft_type="PEANUT"):
     """W′ = W + s·(h(Wᵀ)·Bᵀ)ᵀ, where a small net h maps every column of the weight to r numbers.
 
     H = f(Wᵀ·Aᵀ) (n_in, r), then `depth` encoders H = f(H·Eᵢᵀ), then as many decoders
@@ -25,22 +23,11 @@ class PeanutConfig(Tuner, peft_type="PEANUT", prefix="peanut_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     inner: ClassVar[str] = r"(\d+\.)?weight"
 
-    r: int = 32
-    depth: int = 0
-    act_fn: str = "relu"
+    r: Count = 32
+    depth: Annotated[int, within(0, 1000)] = 0
+    act_fn: Annotated[str, among(ACTIVATIONS)] = "relu"
     scaling: float = 1.0
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r")
-        refuse(
-            self,
-            depth=(0 <= self.depth <= _DEEPEST, f"0 to {_DEEPEST}"),
-            act_fn=(self.act_fn in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
-        )
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """A, B, and the nets between them."""

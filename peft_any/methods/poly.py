@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from peft_any.activations import sigmoid
 from peft_any.backend import from_numpy_like, is_array, namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.fields import Count, Excludes
 from peft_any.layer import linear
 
 
-class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
+class PolyConfig(Additive, Excludes, peft_type="POLY"):
     """ΔW(t) = B(t)·A(t)/r for task t, of mixtures of k = `n_skills` factors in each of q splits.
 
     Split i of the inputs has Σₛ wₛ·Aᵢₛ of `poly_lora_A` (q, k, n_in/q, r), that of the outputs
@@ -29,17 +29,12 @@ class PolyConfig(Additive, peft_type="POLY", prefix="poly_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     inner: ClassVar[str] = "(module_logits)?"
 
-    r: int = 8
-    poly_type: str = "poly"
-    n_tasks: int = 1
-    n_skills: int = 4
-    n_splits: int = 1
+    r: Count = 8
+    poly_type: Literal["poly"] = "poly"
+    n_tasks: Count = 1
+    n_skills: Count = 4
+    n_splits: Count = 1
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "n_tasks", "n_skills", "n_splits")
-        refuse(self, poly_type=(self.poly_type == "poly", '"poly"'))
 
     @property
     def takes(self) -> frozenset[str]:

@@ -5,10 +5,10 @@ Li & Liang 2021, https://arxiv.org/abs/2101.00190.
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.encoders import draw_encoder, encode
-from peft_any.errors import ConfigError
 from peft_any.prefixes import check_heads, concat_to_kv, key_values, table_shape
 from peft_any.prompts import fresh
 
@@ -26,13 +26,12 @@ class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING", prefix="prompt_"):
         torch's layers. A file holds the table alone, so what is loaded trains the table itself.
     """
 
-    init_weights: str | None = None
+    init_weights: Literal["zero"] | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
 
-    def __post_init__(self) -> None:
-        if self.init_weights not in (None, "zero"):
-            raise ConfigError(f"{self.where}: init_weights={self.init_weights!r}: null or 'zero'")
+    def check(self) -> None:
+        """Heads divide the width."""
         check_heads(self)
 
     def shapes(self) -> dict[str, Shape]:

@@ -6,7 +6,7 @@ Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from peft_any.contract import Array, Fresh, Params, Prompt, Shape
 from peft_any.errors import ConfigError, ShapeError
@@ -25,17 +25,14 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
         tokenizer here: give `layer` their numbers).
     """
 
-    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """A text needs a tokenizer."""
         init, text = self.prompt_tuning_init, self.prompt_tuning_init_text
-        if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            raise ConfigError(
-                f"{self.where}: prompt_tuning_init={init!r} is unknown: RANDOM, SAMPLE_VOCAB, TEXT"
-            )
         if init == "TEXT" and (text is None or not self.tokenizer_name_or_path):
             raise ConfigError(
                 f"{self.where}: prompt_tuning_init='TEXT' cannot stand alone: name the text and "

@@ -1,19 +1,26 @@
 """PSOFT: orthogonal fine-tuning in the principal subspace. Wu et al. 2025, https://arxiv.org/abs/2505.11235."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from peft_any.backend import namespace
 from peft_any.blocks import cayley, cayley_neumann, drawn_back, skew
-from peft_any.checks import OURS, check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ShapeError
+from peft_any.fields import (
+    ByLayer,
+    Count,
+    Excludes,
+    FanInFanOut,
+    Inside,
+    Positive,
+    Rate,
+    within,
+)
 from peft_any.starts import host_weight, leading_svd, seeded_svd
 
-STARTS = "psoft_init", "pissa_init"
 
-
-class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
+class PsoftConfig(Additive, ByLayer, Excludes, FanInFanOut, peft_type="PSOFT"):
     """ΔW = s·B·(R − I)·A, where R = diag(b)·Q·diag(a) turns r principal directions, s = α/r.
 
     `psoft_A` A (r, n_in) and `psoft_B` B (n_out, r) are of the base's r largest singular values,
@@ -43,37 +50,20 @@ class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
         "vectors: convert it with Hugging Face PEFT (convert_to_lora), on the machine that wrote it"
     }
 
-    r: int = 32
-    psoft_alpha: float = 32
-    psoft_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    ab_svd_init: str = "psoft_init"
-    psoft_svd: str = "full"
-    psoft_svd_lowrank_niter: int = 10
+    r: Count = 32
+    psoft_alpha: Positive = 32
+    psoft_dropout: Rate = 0.0
+    ab_svd_init: Literal["psoft_init", "pissa_init", "peft_any"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: Annotated[int, within(0)] = 10
     random_seed: int = 0
     psoft_orth: bool = True
     psoft_mag_b: bool = True
     psoft_mag_a: bool = True
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = 5
-    cayley_neumann_eps: float | None = None
+    num_cayley_neumann_terms: Annotated[int, within(1, 1000)] = 5
+    cayley_neumann_eps: Inside | None = None
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r")
-        eps, terms, start = self.cayley_neumann_eps, self.num_cayley_neumann_terms, self.ab_svd_init
-        refuse(
-            self,
-            psoft_alpha=(self.psoft_alpha > 0, "above 0"),
-            ab_svd_init=(start in (*STARTS, OURS), " or ".join(STARTS)),
-            psoft_svd=(self.psoft_svd in ("full", "lowrank"), '"full" or "lowrank"'),
-            psoft_svd_lowrank_niter=(self.psoft_svd_lowrank_niter >= 0, "at least 0"),
-            num_cayley_neumann_terms=(1 <= terms <= 1000, "from 1 to 1000"),
-            cayley_neumann_eps=(eps is None or 0 < eps < 1, "in (0, 1), or none"),
-        )
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override] # depends on the flags
@@ -103,7 +93,7 @@ class PsoftConfig(Additive, peft_type="PSOFT", prefix="psoft_"):
         else:
             u, s, v = leading_svd(w, self.r)
         s = s * self.r / self.psoft_alpha
-        left, right = (s, s**0) if self.ab_svd_init == STARTS[0] else (s**0.5, s**0.5)
+        left, right = (s, s**0) if self.ab_svd_init == "psoft_init" else (s**0.5, s**0.5)
         p = {"psoft_A": new.array(right[:, None] * v), "psoft_B": new.array(u * left)}
         std, own = 0.0 if self.init_weights else 0.1, self.shapes(site)
         start = std * new.host.standard_normal(own["psoft_R.weight"])

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
 
 
-class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
+class PveraConfig(
+    Additive, Biases, ByLayer, FanInFanOut, peft_type="PVERA", prefix="pvera_lambda_"
+):
     """ΔW = diag(b)·B·diag(d₁)·A₁, the mean of what training draws; trained are b (n_out,), d (2r,).
 
     All sites share the frozen A (2r, widest n_in) and B (widest n_out, r), each reading its first
@@ -29,21 +31,14 @@ class PveraConfig(Additive, peft_type="PVERA", prefix="pvera_lambda_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     frozen: ClassVar[frozenset[str]] = frozenset({"pvera_A", "pvera_B"})
 
-    r: int = 256
+    r: Count = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    pvera_dropout: float = 0.0
+    pvera_dropout: Rate = 0.0
     d_initial: float = 0.1
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     sample_at_inference: bool = False
     generator_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="pvera")
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """d and b."""

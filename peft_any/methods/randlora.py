@@ -5,15 +5,15 @@ from math import sqrt
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ConfigError
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.layer import linear, merged_for_calls
 from peft_any.linalg import khatri_rao
 from peft_any.projections import largest, random_bases
 
 
-class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
+class RandLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="RANDLORA"):
     """ΔW = s·B̂·Û, or its transpose where n_out < n_in, with s = α/r.
 
     Let d and D be the smaller and the larger of n_in and n_out, and q = ⌈d/r⌉. Û (q·r, d) has the
@@ -37,21 +37,14 @@ class RandLoraConfig(Additive, peft_type="RANDLORA", prefix="randlora_"):
     copied: ClassVar[frozenset[str]] = frozen
     thins: ClassVar[str] = "randlora_dropout"
 
-    r: int = 32
+    r: Count = 32
     projection_prng_key: int = 0
     save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
+    randlora_dropout: Rate = 0.0
     randlora_alpha: float = 640
     init_weights: bool = True
-    bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="randlora")
 
     def _sizes(self, n: int, m: int) -> tuple[int, int, int]:
         """The smaller and the larger size, and how many bases the smaller needs."""

@@ -1,18 +1,18 @@
 """RoAd: 2D rotary adaptation. Liao & Monz 2024, https://arxiv.org/abs/2409.00119."""
 
 from math import prod
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from peft_any.backend import namespace, summed
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Count, Rule
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """Angles for each output."""
 
 
-class RoadConfig(Tuner, peft_type="ROAD", prefix="road_"):
+class RoadConfig(Tuner, peft_type="ROAD"):
     """y′ = R·y: each pair of outputs (u, v) becomes α·(u·cos θ − v·sin θ, v·cos θ + u·sin θ).
 
     y is the base's output, bias included. Outputs form groups of `group_size` g; a group's first
@@ -26,17 +26,9 @@ class RoadConfig(Tuner, peft_type="ROAD", prefix="road_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
 
-    variant: str = "road_1"
-    group_size: int = 64
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: Annotated[Count, Rule(lambda g: g % 2 == 0, "even")] = 64
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self, "group_size")
-        refuse(
-            self,
-            variant=(self.variant in _SIZES, f"one of {', '.join(_SIZES)}"),
-            group_size=(self.group_size % 2 == 0, "even"),
-        )
 
     def per_site(self, site: Site) -> Self:
         """Check that the groups fit."""

@@ -1,15 +1,15 @@
 """SHiRA: sparse high-rank adapters. Bhardwaj et al. 2024, https://arxiv.org/abs/2406.13175."""
 
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from peft_any.backend import astype, namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Count, FanInFanOut
 from peft_any.spectra import added_at, scattered, sorted_places
 
 
-class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
+class ShiraConfig(Additive, FanInFanOut, peft_type="SHIRA"):
     """ΔW[iₖ, jₖ] = vₖ, elsewhere 0, with `shira_weight` v (K,) and K = r·(n_in + n_out).
 
     `shira_indices` (2, K) holds the rows iₖ and columns jₖ, is saved and not trained.
@@ -22,15 +22,10 @@ class ShiraConfig(Additive, peft_type="SHIRA", prefix="shira_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
 
-    r: int = 32
-    mask_type: str = "random"
+    r: Count = 32
+    mask_type: Literal["random"] = "random"
     random_seed: int | None = None
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r")
-        refuse(self, mask_type=(self.mask_type == "random", '"random"'))
 
     def per_site(self, site: Site) -> Self:
         """Check that the weight has as many entries."""

@@ -5,14 +5,15 @@ from typing import Any, ClassVar, Self
 
 from peft_any._tree import without
 from peft_any.backend import astype, namespace, summed
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Count, Rate
 from peft_any.layer import linear
 from peft_any.spectra import added_at, extreme_places, scattered
 
 
-class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"):
+class SupertuningConfig(Additive, peft_type="SUPERTUNING"):
     """ΔW[iₖ] = vₖ at flat places iₖ, elsewhere 0; with `r`, ΔW += s·B·A and s = α/r ("Supra").
 
     `supertuning_values` v (K,), K = ⌊n_out·n_in·(1 − sparsity)⌋; `supertuning_indices` (K,) are
@@ -29,22 +30,18 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING", prefix="supertuning_"
     frozen: ClassVar[frozenset[str]] = frozenset({"supertuning_indices"})
     certain: ClassVar[bool] = True
 
-    sparsity: float = 0.99
+    sparsity: Rate = 0.99
     select_top: bool = True
-    r: int | None = None
+    r: Count | None = None
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: Rate = 0.0
     save_precomputed_indices: bool = True
     init_weights: bool = True
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        refuse(
-            self,
-            sparsity=(0 <= self.sparsity < 1, "in [0, 1)"),
-            r=(self.r is None or self.r >= 1, "at least 1, or none"),
-            lora_alpha=(self.r is not None or self.lora_alpha is None, "none without r"),
-        )
+    def check(self) -> None:
+        """α goes with r."""
+        alone = self.r is None and self.lora_alpha is not None
+        refuse(self, lora_alpha=(not alone, "none without r"))
         if self.r is not None and self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", 2 * self.r)  # HF writes it out
 

@@ -1,16 +1,16 @@
 """TinyLoRA: a few numbers for a layer, or for all. Morris et al. 2026, https://arxiv.org/abs/2602.04118."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from peft_any._tree import without
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Positive, Rate, Share
 from peft_any.projections import leading_pair, normal_projection, place_of
 
 
-class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
+class TinyLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="TINYLORA"):
     """ΔW = B·R·A with R = Σᵢ vᵢ·Pᵢ, of which the vector v (u,) alone is trained.
 
     `tinylora_A` (r, n_in) and `tinylora_B` (n_out, r) are √S·Vᵀ and U·√S of the base's r largest
@@ -30,25 +30,14 @@ class TinyLoraConfig(Additive, peft_type="TINYLORA", prefix="tinylora_"):
     grouped: ClassVar[frozenset[str]] = frozenset({"tinylora_v"})
     ordered: ClassVar[bool] = True
 
-    r: int = 2
-    u: int = 64
-    weight_tying: float = 0.0
+    r: Count = 2
+    u: Count = 64
+    weight_tying: Share = 0.0
     projection_seed: int = 42
     save_projection: bool = True
-    init_v_bound: float = 0.02
-    tinylora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    init_weights: bool | str = True
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "u", bias="tinylora")
-        known = self.init_weights in (True, False, "uniform")
-        refuse(self, init_weights=(known, 'true, false or "uniform"'))
-        refuse(self, weight_tying=(0 <= self.weight_tying <= 1, "in [0, 1]"))
-        refuse(self, init_v_bound=(self.init_v_bound > 0, "above 0"))
+    init_v_bound: Positive = 0.02
+    tinylora_dropout: Rate = 0.0
+    init_weights: bool | Literal["uniform"] = True
 
     @property
     def certain(self) -> bool:

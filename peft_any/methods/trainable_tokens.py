@@ -13,7 +13,7 @@ from peft_any.extras import INPUTS, check_rows, row_numbers, with_rows
 from peft_any.layer import linear
 
 
-class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS", prefix="trainable_tokens_"):
+class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS"):
     """E′ is E (tokens, width) with the rows D (k, width) at `token_indices`, in their order.
 
     An output layer that is tied to the embedding gets them too. Without `target_modules`, the

@@ -5,12 +5,12 @@ from math import prod
 from typing import ClassVar, Self
 
 from peft_any.backend import astype, dtype_name, namespace
-from peft_any.checks import check_fields, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Positive, Rate
 from peft_any.projections import even_places
 
 
-class UniLoraConfig(Additive, peft_type="UNILORA", prefix="unilora_"):
+class UniLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="UNILORA"):
     """ΔW = B·A, each entry of A (r, n_in) and B (n_out, r) being θ[i]/√cᵢ.
 
     All sites share the trained `unilora_theta_d` θ (d,), d = `theta_d_length`. The places i fill
@@ -30,21 +30,13 @@ class UniLoraConfig(Additive, peft_type="UNILORA", prefix="unilora_"):
     )
     ordered: ClassVar[bool] = True
 
-    r: int = 4
+    r: Count = 4
     proj_seed: int = 42
-    theta_d_length: int = 256
-    unilora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    init_theta_d_bound: float = 0.02
+    theta_d_length: Count = 256
+    unilora_dropout: Rate = 0.0
+    init_theta_d_bound: Positive = 0.02
     init_weights: bool = True
     save_indices: bool = False
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "theta_d_length", bias="unilora")
-        refuse(self, init_theta_d_bound=(self.init_theta_d_bound > 0, "above 0"))
 
     @property
     def certain(self) -> bool:

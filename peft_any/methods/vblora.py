@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields
+from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.mixtures import largest, largest_shares, placed_shares
 
 
-class VBLoRAConfig(Additive, peft_type="VBLORA", prefix="vblora_"):
+class VBLoRAConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="VBLORA"):
     """ΔW = B·A, whose rows and columns are pieces of length l, each a mixture of k vectors.
 
     All sites share the trained `vblora_vector_bank` (N, l), N = `num_vectors` of l =
@@ -30,26 +31,19 @@ class VBLoRAConfig(Additive, peft_type="VBLORA", prefix="vblora_"):
         f"vblora_logits_{side}_topk_indices" for side in "AB"
     )
 
-    r: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
+    r: Count = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
     save_only_topk_weights: bool = False
-    vblora_dropout: float = 0.0
+    vblora_dropout: Rate = 0.0
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, "r", "num_vectors", "vector_length", "topk", bias="vblora")
-        if self.topk > self.num_vectors:
-            raise ConfigError(
-                f"{self.where}: topk={self.topk} cannot be chosen of {self.num_vectors} vectors"
-            )
+    def check(self) -> None:
+        """No more vectors are chosen than there are."""
+        most = f"at most num_vectors={self.num_vectors}"
+        refuse(self, topk=(self.topk <= self.num_vectors, most))
 
     def per_site(self, site: Site) -> Self:
         """Check that the pieces fit."""

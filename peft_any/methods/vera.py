@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.checks import check_fields
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
 
 
-class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
+class VeraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="VERA", prefix="vera_lambda_"):
     """ΔW = diag(b)·B·diag(d)·A, with the trained vectors b (n_out,) and d (r,).
 
     All sites share the frozen A (r, widest n_in) and B (widest n_out, r), each reading its first
@@ -26,19 +26,12 @@ class VeraConfig(Additive, peft_type="VERA", prefix="vera_lambda_"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
     frozen: ClassVar[frozenset[str]] = frozenset({"vera_A", "vera_B"})
 
-    r: int = 256
+    r: Count = 256
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: Rate = 0.0
     d_initial: float = 0.1
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "r", bias="vera")
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """d and b."""

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
 from peft_any.patterns import matching
 from peft_any.spectra import placed_values, random_places
 from peft_any.tape.shapes import can_put
 from peft_any.wavelets import FILTERS, padded, synthesis, synthesis_of_few
 
 
-class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
+class WaveFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="WAVEFT"):
     """ΔW = s·D(C), a step of wavelet synthesis of C (n_out, n_in), which is zero but at K places.
 
     `waveft_spectrum` (K,) holds C's values there; the places are the first K of torch's random
@@ -29,7 +30,7 @@ class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D"})
 
-    n_frequency: int = 2592
+    n_frequency: Count = 2592
     scaling: float = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
@@ -37,14 +38,9 @@ class WaveFTConfig(Additive, peft_type="WAVEFT", prefix="waveft_"):
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
     proportional_parameters: bool = False
     init_weights: bool = True
-    fan_in_fan_out: bool = False
-    bias: str = "none"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, "n_frequency", bias="waveft")
+    def check(self) -> None:
+        """A synthesis needs its filters."""
         known = not self.use_idwt or self.wavelet_family in FILTERS
         refuse(self, wavelet_family=(known, f"one of {', '.join(FILTERS)}"))
 

@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from peft_any.checks import check_fields, refuse
+from peft_any.checks import refuse
 from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
 from peft_any.errors import ConfigError
+from peft_any.fields import Count, Positive, within
 from peft_any.gates import gated, scaled_experts
 
 A, B = "xlora_A.weight", "xlora_B.weight"
 GATE = "internal_xlora_classifier"
-_DEEPEST = 1000
 
 
-class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
+class XLoraConfig(Routed, peft_type="XLORA"):
     """y = W·x + b + g·Σₑ pₑ·Bₑ·Aₑ·x, with p (…, E) of each token from a net on the base's output.
 
     The net, `internal_xlora_classifier.layers.<i>.weight` and ``.bias``, `xlora_depth` layers and
@@ -37,33 +37,26 @@ class XLoraConfig(Routed, peft_type="XLORA", prefix="xlora_"):
         {"modules_to_save", "target_modules", "r", "order"}
     )
 
-    hidden_size: int | None = None
+    hidden_size: Count | None = None
     adapters: dict[str, str] | None = None
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False
-    xlora_depth: int = 1
-    xlora_size: int = 2048
+    xlora_depth: Annotated[int, within(1, 1000)] = 1
+    xlora_size: Count = 2048
     xlora_dropout_p: float = 0.2
     use_trainable_adapters: bool = False
-    softmax_temperature: float = 1.0
-    top_k_lora: int | None = None
+    softmax_temperature: Positive = 1.0
+    top_k_lora: Count | None = None
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
     r: int | None = None
     order: list[str] | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self, "xlora_depth", "xlora_size")
-        top, count = self.top_k_lora, self.count
-        fits = top is None or 1 <= top <= count
-        refuse(
-            self,
-            hidden_size=(self.hidden_size is None or self.hidden_size >= 1, "at least 1"),
-            softmax_temperature=(self.softmax_temperature > 0, "above 0"),
-            xlora_depth=(self.xlora_depth <= _DEEPEST, f"at most {_DEEPEST}"),
-            top_k_lora=(fits, f"at least 1 and at most the {count} adapters"),
-        )
+    def check(self) -> None:
+        """No more experts are chosen than there are."""
+        fits = (self.top_k_lora or 0) <= self.count
+        refuse(self, top_k_lora=(fits, f"at most the {self.count} adapters"))
 
     @property
     def count(self) -> int:
