@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
 _COPY, _OF = "array_api_compat.numpy", "numpy"
 _LATER = "ctypeslib", "f2py", "ma", "matlib", "polynomial", "random", "testing"
 """Parts of NumPy that it imports when they are asked for; a copy of all its names asks for them."""
+_LOCK = Lock()
 
 
 def imported(name: str) -> ModuleType:
@@ -24,26 +26,32 @@ def imported(name: str) -> ModuleType:
     'numpy.testing'
     """
     there = sys.modules.get(name)
-    if there is not None or name != _COPY:
-        return there or import_module(name)
+    if there is not None and not _begun(there):
+        return there
+    if name != _COPY:
+        return import_module(name)
     original = import_module(_OF)
-    names = vars(original)
-    later = {part for part in _LATER if part not in names}
-    names.update(dict.fromkeys(later))
-    try:
-        copy = import_module(name)
-    finally:
-        for part in later:
-            if names[part] is None:
-                del names[part]
+    with _LOCK:
+        names = vars(original)
+        later = {part for part in _LATER if part not in names}
+        told = {key: names[key] for key in ("__all__", "__dir__")}
+        kept = [part for part in dir(original) if part not in later]
+        shown = [part for part in original.__all__ if part not in later]
+        names.update(__all__=shown, __dir__=lambda: kept)  # what a copy looks at
+        try:
+            copy = import_module(name)
+        finally:
+            names.update(told)
 
     def ask(part: str) -> Any:
         if part in later:
             return getattr(original, part)
         raise AttributeError(f"module {name!r} has no attribute {part!r}")
 
-    for part in later:
-        if vars(copy).get(part, original) is None:
-            delattr(copy, part)
     vars(copy).setdefault("__getattr__", ask)
     return copy
+
+
+def _begun(module: ModuleType) -> bool:
+    """Whether another thread is still importing a module: `import_module` waits for it."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))

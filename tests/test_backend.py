@@ -314,6 +314,31 @@ assert not hasattr(xp, "nothing")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+FIRST_USE = """
+import sys, threading
+import numpy as np
+from peft_any.backend import astype, namespace
+sys.setswitchinterval(1e-6)
+wrong, gate, x = [], threading.Barrier(8), np.ones(2, "float32")
+def work(i):
+    gate.wait()
+    try:
+        for _ in range(50):
+            astype(x, "float64") if i % 2 else np.random.default_rng
+    except Exception as error:
+        wrong.append(repr(error))
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not wrong, wrong
+assert namespace(x).testing is np.testing
+"""
+
+
+def test_threads_may_use_it_first_at_the_same_time() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True)
+
+
 @pytest.mark.parametrize("minus", [False, True])
 def test_a_sum_takes_the_memory_of_what_nothing_else_holds(lib: Lib, minus: bool) -> None:
     x, held = (lib.array(np.asarray(values)) for values in ([1.0, 2.0], [3.0, 5.0]))
