@@ -6,7 +6,9 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.dropout import Noise
 from peft_any.layer import Dense, Kind, Layer, Site
 from peft_any.method import Additive, Tuner
+from peft_any.prefixes import Prefixed
 from peft_any.prompt import Attended, Prompt
+from peft_any.prompts import Prepended
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
 
@@ -20,6 +22,8 @@ __all__ = [
     "Layer",
     "Noise",
     "Params",
+    "Prefixed",
+    "Prepended",
     "Prompt",
     "Routed",
     "Shape",

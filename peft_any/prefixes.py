@@ -1,39 +1,87 @@
-"""What methods that put keys and values before those of attention layers share."""
+"""Methods that put keys and values before those of attention layers."""
 
 from __future__ import annotations
 
-from peft_any._typing import Array, Shape
+from dataclasses import dataclass
+
+from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.prompt import Prompt
-from peft_any.prompts import prepend, spread
+from peft_any.prompts import count, fresh, prepend, spread
 
 
-def check_heads(config: Prompt) -> None:
-    """Refuse heads that do not divide the width.
+class Prefixed(Prompt):
+    """k′ = [K; k], v′ = [V; v] along the tokens, K and V (heads, T, d/heads) in each layer.
 
-    Raises
-    ------
-    ConfigError
+    A file holds them all as `prompt_embeddings` (T, 2·L·d): a row is (layer, key or value, head,
+    channel).
     """
-    heads, d = config.num_attention_heads, config.token_dim
-    if heads and d and d % heads:
-        raise ConfigError(
-            f"{config.where}: token_dim={d} cannot be split into num_attention_heads={heads}: "
-            "both are those of the keys under grouped-query attention"
-        )
+
+    def check(self) -> None:
+        """Heads divide the width."""
+        heads, d = self.num_attention_heads, self.token_dim
+        if heads and d and d % heads:
+            raise ConfigError(
+                f"{self.where}: token_dim={d} cannot be split into num_attention_heads={heads}: "
+                "both are those of the keys under grouped-query attention"
+            )
+
+    def shapes(self) -> dict[str, Shape]:
+        """The table of all keys and values."""
+        width = 2 * self.size("num_layers") * self.size("token_dim")
+        return {"prompt_embeddings": (self.size("num_virtual_tokens"), width)}
+
+    def table(self, p: Params) -> Array:
+        """Give the table (T, 2·L·d), computed where a net makes it."""
+        table: Array = self.portable(p)["prompt_embeddings"]
+        return table
+
+    def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
+        """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
+        table = self.table(p)
+        pairs = [pair(self, table, i) for i in range(self.size("num_layers"))]
+        return [(spread(k, (batch,)), spread(v, (batch,))) for k, v in pairs]
+
+    def concat_to_kv(self, p: Params, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
+        """Put a layer's prefix before its keys and values: see `concat_to_kv`."""
+        return concat_to_kv(self, self.table(p), k, v, layer)
+
+    def layer(self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32") -> PrefixLayer:
+        """Make the prefix alone, without a model."""
+        return PrefixLayer(self, self.init(fresh(seed, backend, dtype)))
 
 
-def table_shape(config: Prompt) -> dict[str, Shape]:
-    """Name the table of all keys and values, (T, 2·L·d)."""
-    width = 2 * config.size("num_layers") * config.size("token_dim")
-    return {"prompt_embeddings": (config.size("num_virtual_tokens"), width)}
+@dataclass(frozen=True)
+class PrefixLayer:
+    """A prefix with its parameters.
 
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.prefix_tuning import PrefixTuningConfig
+    >>> sizes = {"num_layers": 2, "token_dim": 6, "num_attention_heads": 3}
+    >>> layer = PrefixTuningConfig(num_virtual_tokens=4, **sizes).layer(seed=0)
+    >>> k, v = layer.concat_to_kv(np.zeros((1, 3, 5, 2)), np.zeros((1, 3, 5, 2)), layer=1)
+    >>> k.shape
+    (1, 3, 9, 2)
+    """
 
-def key_values(config: Prompt, table: Array, batch: int) -> list[tuple[Array, Array]]:
-    """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
-    pairs = [pair(config, table, i) for i in range(config.size("num_layers"))]
-    return [(spread(k, (batch,)), spread(v, (batch,))) for k, v in pairs]
+    config: Prefixed
+    params: Params
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return count(self.config, self.params)
+
+    def key_values(self, batch: int = 1) -> list[tuple[Array, Array]]:
+        """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
+        return self.config.key_values(self.params, batch)
+
+    def concat_to_kv(self, k: Array, v: Array, layer: int = 0) -> tuple[Array, Array]:
+        """Put a layer's prefix before its keys and values (..., heads, tokens, d/heads)."""
+        return self.config.concat_to_kv(self.params, k, v, layer)
 
 
 def concat_to_kv(

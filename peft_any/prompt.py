@@ -55,9 +55,9 @@ class Attended(Config):
 class Prompt(Config):
     """A method that makes virtual tokens: it adapts no layer and has one table of vectors.
 
-    A subclass puts them before embedded input, ``prepend(p, embeds, submodule=0)``, or before the
-    keys and values of every layer, ``concat_to_kv(p, k, v, layer)`` and
-    ``key_values(p, batch=1)``.
+    It puts them before embedded input, ``prepend(p, embeds, submodule=0)`` (`prompts.Prepended`),
+    or before the keys and values of every layer, ``concat_to_kv(p, k, v, layer)`` and
+    ``key_values(p, batch=1)`` (`prefixes.Prefixed`).
     """
 
     tables: ClassVar[tuple[str, ...]] = ("prompt_embeddings",)

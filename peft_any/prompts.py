@@ -1,11 +1,13 @@
-"""What methods that make virtual tokens share: initial rows, and masks that cover them."""
+"""Methods whose virtual tokens stand before the input, with initial rows and masks over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from peft_any._typing import Array, Shape
+from peft_any._typing import Array, Params, Shape
 from peft_any.backend import (
     astype,
     creation_device,
@@ -21,6 +23,64 @@ from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Dense, Site
 from peft_any.prompt import Prompt
 from peft_any.rng import Fresh
+
+
+class Prepended(Prompt):
+    """x′ = [P; x]: the rows of P (n·T, d) stand before the embedded input x (..., tokens, d).
+
+    Unless said, a file holds P as `prompt_embeddings`, one part for each of n submodules.
+    """
+
+    def shapes(self) -> dict[str, Shape]:
+        """The table of virtual tokens."""
+        rows = self.size("num_virtual_tokens") * self.submodules
+        return {"prompt_embeddings": (rows, self.size("token_dim"))}
+
+    def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
+        """Put the virtual tokens before embedded input: see `before`."""
+        return before(self, self.portable(p)["prompt_embeddings"], embeds, submodule)
+
+    def layer(
+        self,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        dtype: str = "float32",
+        weight: Array | None = None,
+    ) -> PromptLayer:
+        """Make the prompt alone; `weight` (vocabulary, d) serves initial values that read it."""
+        return PromptLayer(self, self.init(fresh(seed, backend, dtype, weight)))
+
+
+@dataclass(frozen=True)
+class PromptLayer:
+    """A prompt with its parameters.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.prompt_tuning import PromptTuningConfig
+    >>> layer = PromptTuningConfig(num_virtual_tokens=20, token_dim=768).layer(seed=0)
+    >>> layer.prepend(np.zeros((2, 100, 768), dtype="float32")).shape
+    (2, 120, 768)
+    """
+
+    config: Prepended
+    params: Params
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return count(self.config, self.params)
+
+    def prepend(self, embeds: Array, submodule: int = 0) -> Array:
+        """Put the virtual tokens before embedded input (..., tokens, d)."""
+        return self.config.prepend(self.params, embeds, submodule)
+
+
+def count(config: Prompt, params: Params) -> int:
+    """How many numbers of a prompt are trained."""
+    return sum(prod(a.shape) for name, a in params.items() if name not in config.frozen)
 
 
 def extend_mask(mask: Array, count: int, value: int = 1) -> Array:
@@ -210,7 +270,9 @@ def spread(a: Array, lead: Shape) -> Array:
     return repeated
 
 
-def fresh(seed: int, backend: str, dtype: str, weight: Array | None = None) -> Fresh:
+def fresh(
+    seed: int = 0, backend: str = "auto", dtype: str = "float32", weight: Array | None = None
+) -> Fresh:
     """Open the draws of a prompt that stands alone, perhaps beside an embedding table (V, d)."""
     if weight is None:
         return Fresh(seed, resolve(backend), dtype=dtype)

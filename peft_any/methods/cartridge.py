@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from peft_any.backend import detach, namespace
-from peft_any.contract import Array, Fresh, Params, Prompt, Shape
+from peft_any.contract import Array, Fresh, Params, Prefixed
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.prefixes import check_heads, concat_to_kv, key_values, table_shape
 
 
-class CartridgeConfig(Prompt, peft_type="CARTRIDGE", prefix="prompt_"):
+class CartridgeConfig(Prefixed, peft_type="CARTRIDGE", prefix="prompt_"):
     """k′ = [K; k], v′ = [V; v] along the tokens, K and V (heads, T, d/heads) in each layer.
 
     `prompt_embeddings` (T, 2·L·d) holds them as in prefix tuning, T = `num_virtual_tokens`, L =
@@ -23,16 +22,12 @@ class CartridgeConfig(Prompt, peft_type="CARTRIDGE", prefix="prompt_"):
 
     def check(self) -> None:
         """Heads divide the width; no more tokens are frozen than there are."""
-        check_heads(self)
+        super().check()
         frozen, count = self.num_frozen_tokens, self.num_virtual_tokens
         if frozen < 0 or (count is not None and frozen > count):
             raise ConfigError(
                 f"{self.where}: num_frozen_tokens={frozen} cannot be frozen: give 0 to {count}"
             )
-
-    def shapes(self) -> dict[str, Shape]:
-        """The table of all keys and values."""
-        return table_shape(self)
 
     def init(self, new: Fresh) -> Params:
         """Draw the table, standard normal."""
@@ -66,15 +61,7 @@ class CartridgeConfig(Prompt, peft_type="CARTRIDGE", prefix="prompt_"):
         rows = [xp.reshape(xp.permute_dims(a[:, :count, :], (1, 0, 2)), (count, d)) for a in flat]
         return {"prompt_embeddings": xp.concat(rows, axis=1)}
 
-    def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
-        """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""
-        return key_values(self, self._table(p), batch)
-
-    def concat_to_kv(self, p: Params, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
-        """Put a layer's prefix before its keys and values: see `prefixes.concat_to_kv`."""
-        return concat_to_kv(self, self._table(p), k, v, layer)
-
-    def _table(self, p: Params) -> Array:
+    def table(self, p: Params) -> Array:
         """The table, whose first rows are constants to gradients."""
         table: Array = p["prompt_embeddings"]
         n = self.num_frozen_tokens

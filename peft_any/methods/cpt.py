@@ -4,12 +4,12 @@ from typing import Any, ClassVar, Literal
 
 from peft_any.backend import astype, detach, dtype_name, from_numpy_like, namespace
 from peft_any.checks import refuse
-from peft_any.contract import Array, Fresh, Params, Prompt, Shape
+from peft_any.contract import Array, Fresh, Params, Prepended
 from peft_any.errors import ConfigError
-from peft_any.prompts import before, distinct_above, numbered, table_rows, token_losses
+from peft_any.prompts import distinct_above, numbered, table_rows, token_losses
 
 
-class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
+class CPTConfig(Prepended, peft_type="CPT", prefix="prompt_"):
     """x′ = [E + D; x], as in prompt tuning, with E fixed and the rows of D within bounds.
 
     E (T, d) are the embeddings of the T `cpt_token_ids`, D (T, d) starts at zero, d = `token_dim`.
@@ -56,10 +56,6 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
         """Always: E is taken out of it."""
         return True
 
-    def shapes(self) -> dict[str, Shape]:
-        """The table of virtual tokens."""
-        return {"prompt_embeddings": (self.size("num_virtual_tokens"), self.size("token_dim"))}
-
     def init(self, new: Fresh) -> Params:
         """Take E out of the embedding table that is `new`'s base."""
         count, _ = self.shapes()["prompt_embeddings"]
@@ -100,10 +96,6 @@ class CPTConfig(Prompt, peft_type="CPT", prefix="prompt_"):
             return p
         delta = self.settled(p)["delta_embedding.weight"]
         return {"prompt_embeddings": detach(p["embedding.weight"]) + delta}
-
-    def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input: see `prompts.before`."""
-        return before(self, self.portable(p)["prompt_embeddings"], embeds, submodule)
 
     def loss(self, logits: Array, labels: Array, types: Array | None = None) -> Array:
         """Give the mean cross-entropy of the labels, those of the prompt's examples included.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 from peft_any.backend import from_numpy_like, is_array, namespace
-from peft_any.contract import Array, Fresh, Params, Prompt, Shape
+from peft_any.contract import Array, Fresh, Params, Prepended, Shape
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.prompts import before
 
@@ -15,7 +15,7 @@ Tasks: TypeAlias = Array | Sequence[int]
 _SOURCES = "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK"
 
 
-class MultitaskPromptTuningConfig(Prompt, peft_type="MULTITASK_PROMPT_TUNING", prefix="prompt_"):
+class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING", prefix="prompt_"):
     """x′ = [P ⊙ (Cₜ·Rₜ); x]: the prompt of task t, before the embedded input x (..., tokens, d).
 
     `prompt_embeddings` P (n·T, d), n = `num_transformer_submodules`, T = `num_virtual_tokens` and

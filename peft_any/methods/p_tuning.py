@@ -3,14 +3,13 @@
 from itertools import pairwise
 from typing import Literal
 
-from peft_any.contract import Array, Fresh, Params, Prompt, Shape
+from peft_any.contract import Fresh, Params, Prepended, Shape
 from peft_any.encoders import draw_linear, draw_lstm, lstm, perceptron
 from peft_any.errors import ConfigError
 from peft_any.fields import Count, Rate
-from peft_any.prompts import before
 
 
-class PromptEncoderConfig(Prompt, peft_type="P_TUNING", prefix="prompt_"):
+class PromptEncoderConfig(Prepended, peft_type="P_TUNING", prefix="prompt_"):
     """x′ = [P; x], as in prompt tuning, where P = f(E) and the net f is what is trained.
 
     `prompt_embeddings` (n·T, d) holds one P for each of n = `num_transformer_submodules`, T =
@@ -28,11 +27,6 @@ class PromptEncoderConfig(Prompt, peft_type="P_TUNING", prefix="prompt_"):
     encoder_hidden_size: Count | None = None
     encoder_num_layers: Count = 2
     encoder_dropout: Rate = 0.0
-
-    def shapes(self) -> dict[str, Shape]:
-        """The table of virtual tokens."""
-        rows = self.size("num_virtual_tokens") * self.submodules
-        return {"prompt_embeddings": (rows, self.size("token_dim"))}
 
     def init(self, new: Fresh) -> Params:
         """Draw E and the net, as torch draws its layers."""
@@ -61,7 +55,3 @@ class PromptEncoderConfig(Prompt, peft_type="P_TUNING", prefix="prompt_"):
         if self.encoder_reparameterization_type == "LSTM":
             x, layers = lstm(p, x, "lstm_head", self.encoder_num_layers), 2
         return {"prompt_embeddings": perceptron(p, x, "mlp_head", layers)}
-
-    def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input: see `prompts.before`."""
-        return before(self, self.portable(p)["prompt_embeddings"], embeds, submodule)

@@ -4,16 +4,14 @@ Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
 from typing import Any, Literal
 
-from peft_any.contract import Array, Fresh, Params, Prompt, Shape
+from peft_any.contract import Fresh, Params, Prepended
 from peft_any.errors import ConfigError, ShapeError
-from peft_any.prompts import before, fresh, table_rows
+from peft_any.prompts import PromptLayer, fresh, table_rows
 
 
-class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
+class PromptTuningConfig(Prepended, peft_type="PROMPT_TUNING", prefix="prompt_"):
     """x′ = [P; x]: the rows of P stand before the embedded input x (..., tokens, d).
 
     `prompt_embeddings` (n·T, d), T = `num_virtual_tokens`, d = `token_dim`, holds one P for each
@@ -39,11 +37,6 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
                 "its tokenizer, prompt_tuning_init_text and tokenizer_name_or_path"
             )
 
-    def shapes(self) -> dict[str, Shape]:
-        """The table of virtual tokens."""
-        rows = self.size("num_virtual_tokens") * self.submodules
-        return {"prompt_embeddings": (rows, self.size("token_dim"))}
-
     def init(self, new: Fresh, tokens: Sequence[int] | None = None) -> Params:
         """Draw the table, or take rows of the embedding table that is `new`'s base."""
         shape, init = self.shapes()["prompt_embeddings"], self.prompt_tuning_init
@@ -63,43 +56,6 @@ class PromptTuningConfig(Prompt, peft_type="PROMPT_TUNING", prefix="prompt_"):
         chosen = tokens if init == "TEXT" else None
         return {"prompt_embeddings": table_rows(columns, shape[0], chosen, new)}
 
-    def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input: see `prompts.before`."""
-        return before(self, p["prompt_embeddings"], embeds, submodule)
-
-    def layer(
-        self,
-        *,
-        seed: int = 0,
-        backend: str = "auto",
-        dtype: str = "float32",
-        weight: Array | None = None,
-        tokens: Sequence[int] | None = None,
-    ) -> "PromptLayer":
-        """Make the prompt alone; `weight` (vocabulary, d) and `tokens` serve its initial values."""
-        return PromptLayer(self, self.init(fresh(seed, backend, dtype, weight), tokens))
-
-
-@dataclass(frozen=True)
-class PromptLayer:
-    """A prompt with its parameters.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> layer = PromptTuningConfig(num_virtual_tokens=20, token_dim=768).layer(seed=0)
-    >>> layer.prepend(np.zeros((2, 100, 768), dtype="float32")).shape
-    (2, 120, 768)
-    """
-
-    config: PromptTuningConfig
-    params: Params
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(prod(a.shape) for a in self.params.values())
-
-    def prepend(self, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input (..., tokens, d)."""
-        return self.config.prepend(self.params, embeds, submodule)
+    def layer(self, *, tokens: Sequence[int] | None = None, **where: Any) -> PromptLayer:
+        """Make the prompt alone: as others', and with a text's `tokens` for its initial values."""
+        return PromptLayer(self, self.init(fresh(**where), tokens))
