@@ -137,7 +137,8 @@ def test_unlike_loras_are_summed_exactly(data: st.DataObject) -> None:
             abs(w)
             * np.linalg.norm(
                 a.config.at(replace(site, name=layer.layer)).delta(
-                    {k: v.astype("float64") for k, v in a.sites[layer.layer].items()}, site
+                    {k: abs(v.astype("float64")) for k, v in a.sites[layer.layer].items()},
+                    site,
                 )
             )
             for a, w in pairs
