@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_any._arrays import creation_device, is_traced, namespace
 from peft_any._jaxpr import tried
-from peft_any._libraries import LIBRARIES, find_library, library_of
+from peft_any._libraries import LIBRARIES, library_of
 from peft_any.errors import BackendError
 
 Pull: TypeAlias = Callable[[Sequence[Any]], list[Any]]
@@ -232,44 +232,6 @@ def _conj(g: Any) -> Any:
 def can_scatter(x: Any) -> bool:
     """Tell whether `scatter` takes arrays of integers in its key."""
     return library_of(x).name in ("numpy", "cupy", "torch", "jax")
-
-
-def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> Any:
-    """Give x + fresh, or x − fresh: in the memory of `fresh`, where the library lets it be written.
-
-    Parameters
-    ----------
-    x, fresh : array
-        Of one library; `fresh` is not asked for again.
-    kept : iterable
-        Whatever else is kept: what `fresh` shares with an array of these is not written to.
-    minus : bool
-
-    Examples
-    --------
-    >>> summed(np.ones(2), np.asarray([1.0, 2.0]), [], minus=True)
-    array([ 0., -1.])
-    """
-    name = getattr(find_library(fresh), "name", "")
-    if fresh.shape == x.shape and fresh.dtype == x.dtype:
-        if name == "numpy" and fresh.ndim and fresh.flags.writeable:
-            arrays = [k for k in (x, *kept) if isinstance(k, np.ndarray)]
-            if not any(np.may_share_memory(fresh, k) for k in arrays):
-                return (np.subtract if minus else np.add)(x, fresh, out=fresh)
-        elif name == "torch" and not (x.requires_grad or fresh.requires_grad):
-            torch = LIBRARIES["torch"].module
-            owned = {_memory(k) for k in (x, *kept) if isinstance(k, torch.Tensor)}
-            if _memory(fresh) not in owned:
-                try:
-                    return (torch.sub if minus else torch.add)(x, fresh, out=fresh)
-                except RuntimeError:  # under a transformation, or of a spread tensor
-                    pass
-    return x - fresh if minus else x + fresh
-
-
-def _memory(x: Any) -> Any:
-    """Give where a tensor's numbers are, None where none are."""
-    return x.untyped_storage().data_ptr() if x.layout is LIBRARIES["torch"].module.strided else None
 
 
 def scatter(g: Any, key: Any, shape: tuple[int, ...], onto: Any = None) -> Any:

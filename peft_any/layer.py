@@ -11,6 +11,7 @@ from peft_any._typing import Array, Params
 from peft_any.backend import (
     astype,
     compute_dtype,
+    dense,
     dtype_name,
     is_array,
     is_differentiated,
@@ -24,7 +25,6 @@ from peft_any.site import KINDS as KINDS
 from peft_any.site import MATRICES as MATRICES
 from peft_any.site import Kind as Kind
 from peft_any.site import Site as Site
-from peft_any.tape.products import dense
 from peft_any.tape.space import Space
 
 

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any, ClassVar, Self
 
 from peft_any._typing import Array, Params, Shape
-from peft_any.backend import astype, dtype_name, is_floating, resolve, summed
+from peft_any.backend import astype, dtype_name, is_floating, plus_product, resolve, summed
 from peft_any.checks import OURS, refuse_restart
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
@@ -226,6 +226,8 @@ class Additive(Tuner):
 
     def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
         """Give weight + ΔW, or weight − ΔW; overridden where ΔW has few entries."""
+        if type(self).delta is Additive.delta:
+            return plus_product(weight, *self.factors(p, site), minus=minus)  # type: ignore[no-any-return]
         return summed(weight, self.delta(p, site), p.values(), minus=minus)  # type: ignore[no-any-return]
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
@@ -267,8 +269,7 @@ class Additive(Tuner):
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """g ⊙ (W + ΔW), b + Δb."""
-        shift = self.bias_delta(p, base.site)
-        bias = base.bias if shift is None else base.sure_bias + shift
+        bias = base.bias if (db := self.bias_delta(p, base.site)) is None else base.sure_bias + db
         weight, gain = self.onto(p, base.weight, base.site), self.gain(p, base)
         return base.replace(weight=weight if gain is None else gain[:, None] * weight, bias=bias)
 
@@ -286,7 +287,7 @@ class Additive(Tuner):
         y, gain = base(x) + self.residual(p, x, base.site), self.gain(p, base)
         if gain is None:
             return y
-        return y * gain if base.bias is None else (y - base.bias) * gain + base.bias
+        return y * gain if base.bias is None else y * gain + (base.bias - base.bias * gain)
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,14 @@ def largest_shares(logits: Array, count: int) -> Array:
     >>> largest_shares(np.asarray([0.0, -1.0, 0.0]), 2)
     array([0.5, 0. , 0.5])
     """
-    xp, left = namespace(logits), detach(logits)
-    lowest, chosen = xp.full_like(left, -float("inf")), xp.zeros_like(left)
+    xp, left, chosen = namespace(logits), detach(logits), None
     e = xp.exp(logits - xp.max(left, axis=-1, keepdims=True))
     for _ in range(count):
         place = xp.argmax(left, axis=-1, keepdims=True)
         hit = _every(logits.shape[-1], place) == place
-        chosen = xp.where(hit, xp.ones_like(chosen), chosen)
-        left = xp.where(hit, lowest, left)
-    e = xp.where(chosen > 0.0, e, xp.zeros_like(e))
+        chosen = hit if chosen is None else xp.logical_or(chosen, hit)
+        left = xp.where(hit, xp.full_like(left, -float("inf")), left)
+    e = xp.where(chosen, e, xp.zeros_like(e))
     shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
     return shares
 

@@ -24,7 +24,9 @@ from peft_any.backend import (
     astype,
     backend,
     backend_of,
+    by_pieces,
     compute_dtype,
+    dense,
     dtype_by_name,
     dtype_name,
     from_numpy,
@@ -33,6 +35,7 @@ from peft_any.backend import (
     is_floating,
     namespace,
     numpy_dtype,
+    plus_product,
     resolve,
     summed,
     to_numpy,
@@ -350,3 +353,37 @@ def test_a_sum_takes_the_memory_of_what_nothing_else_holds(lib: Lib, minus: bool
             assert to_numpy(held).tolist() == [3.0, 5.0]
     fresh, written = x + x, lib.has_values and lib.name in ("numpy", "torch")
     assert (summed(x, fresh, [held], minus=minus) is fresh) == written
+
+
+@pytest.mark.parametrize("minus", [False, True])
+@pytest.mark.parametrize("shape", [(700, 400), (3, 5), (2, 5, 4)])
+def test_a_product_is_added_to_what_stays_as_it_was(
+    shape: tuple[int, ...], minus: bool, lib: Lib
+) -> None:
+    rng = np.random.default_rng(0)
+    sizes = shape[-2:], (shape[-2], 3), (3, shape[-1])
+    x, u, v = (rng.standard_normal((*shape[:-2], *size)) for size in sizes)
+    want, held = x - u @ v if minus else x + u @ v, lib.array(x)
+    got = plus_product(held, lib.array(u), lib.array(v), minus=minus)
+    if lib.has_values:
+        np.testing.assert_allclose(to_numpy(got), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_array_equal(to_numpy(held), x)
+
+
+def test_stacks_of_rows_are_one_matrix(lib: Lib) -> None:
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(s) for s in ((2, 3, 0, 5), (4, 5), (4,)))
+    for rows in (x, rng.standard_normal((2, 3, 7, 5)), rng.standard_normal(5)):
+        got = dense(lib.array(rows), lib.array(w), lib.array(b))
+        assert tuple(got.shape) == (*rows.shape[:-1], 4)
+        if lib.has_values:
+            np.testing.assert_allclose(to_numpy(got), rows @ w.T + b, rtol=1e-12, atol=1e-12)
+
+
+def test_entries_are_computed_in_pieces_as_at_once() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((210, 211)).astype("float32") for _ in range(2))
+    product, wide = by_pieces(lambda a, b: (a * b, (a - b).astype("float64")), a, b)
+    np.testing.assert_array_equal(product, a * b)
+    np.testing.assert_array_equal(wide, (a - b).astype("float64"))
+    assert (product.shape, wide.dtype) == ((210, 211), np.float64)

@@ -19,7 +19,7 @@ LAYERS = [
     {"_dtypes", "_imports"},
     {"_libraries"},
     {"_arrays", "_jaxpr"},
-    {"_engines"},
+    {"_engines", "_kernels"},
     {"backend"},
     {"tape"},
     {"autodiff", "custom"},

@@ -1,4 +1,4 @@
-"""What the stacked path needs of adapters: the factors of all of them, of one rank."""
+"""What the joined and stacked paths need of adapters: the factors of all of them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,19 @@ from peft_any.backend import (
     is_lazy,
     is_traced,
     namespace,
+    plus_product,
+    taken,
 )
 from peft_any.bound import BoundLayer
 from peft_any.layer import EXPERTS, Dense, Site, linear
 from peft_any.method import Additive, Tuner
 
-EACH, ALL = 1 << 18, 1 << 24
-"""The most numbers that the rows' factors may be, by adapter and in all, for the stacked path to be
-chosen: as `tests/benchmarks/mixed.py` measured it."""
-
-
-def small(layers: Sequence[BoundLayer], rows: int) -> bool:
-    """Whether the factors of all rows are so few numbers that the stacked path is the quicker one.
-
-    Nothing is formed for it: `Additive.rank` bounds the rank of each method's factors.
-    """
-    site = layers[0].base.site
-    ranks = [p.config.rank(site) for one in layers for p in one.parts if factored(p.config, site)]
-    size = max(ranks, default=1) * (site.n_out + site.width) * rows
-    return size <= min(EACH * len(layers), ALL)
-
-
-JOINED = 1 << 25
+JOINED, QUICKER = 1 << 25, 1 << 22
 """The most products of two numbers that all vectors with the factors of all adapters may be, for
-the joined path to be chosen; half as many where their ranks together are above a side's size."""
+the joined path to be chosen, and up to which it is before the stacked one; half as many where
+their ranks together are above a side's size. As `tests/benchmarks/mixed.py` measured it."""
+STACKED = 1 << 22
+"""The most numbers of all factors together for the stacked path to be chosen."""
 
 
 def total_rank(layers: Sequence[BoundLayer]) -> int:
@@ -50,10 +39,29 @@ def total_rank(layers: Sequence[BoundLayer]) -> int:
     return sum(config.rank(site) for config in configs if factored(config, site))
 
 
-def few(total: int, site: Site, vectors: int) -> bool:
+def few(total: int, site: Site, vectors: int, most: int = JOINED) -> bool:
     """Whether so many vectors, multiplied by factors of all ranks together, cost little."""
     each, side = total * (site.n_out + site.width), min(site.n_out, site.width)
-    return vectors * each <= (JOINED if total <= side else JOINED // 2) or 32 * total <= side
+    return vectors * each <= (most if total <= side else most // 2) or 32 * total <= side
+
+
+def even(layers: Sequence[BoundLayer], rows: Sequence[int]) -> bool:
+    """Whether stacked factors are few numbers, and rows nearly evenly shared among adapters.
+
+    Nothing is formed for it: `Additive.rank` bounds the rank of each method's factors.
+    """
+    site, groups = layers[0].base.site, _groups(rows, len(layers))
+    ranks = [p.config.rank(site) for one in layers for p in one.parts if factored(p.config, site)]
+    numbers = max(ranks, default=1) * (site.n_out + site.width) * len(layers)
+    return numbers <= STACKED and len(layers) * max(map(len, groups)) <= 2 * len(rows)
+
+
+def _groups(rows: Sequence[int], count: int) -> list[list[int]]:
+    """The rows of each adapter."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for i, k in enumerate(rows):
+        groups[k].append(i)
+    return groups
 
 
 def finite(*arrays: Array) -> bool:
@@ -160,6 +168,31 @@ def joined(found: Sequence[Mapping[str, Array]], base: Dense, rows: Sequence[int
     return made
 
 
+def stacked(found: Sequence[Mapping[str, Array]], base: Dense, rows: Sequence[int]) -> Params:
+    """Stack the factors of all adapters, and say where the rows of each go, as many for each.
+
+    Parameters
+    ----------
+    found, base, rows
+        As for `joined`.
+    """
+    each, groups = alike(found, base), _groups(rows, len(found))
+    xp = namespace(base.weight, *(array for f in each for array in f.values()))
+    most = max(map(len, groups))
+    order, place = np.zeros(len(found) * most, "int64"), np.zeros(len(rows), "int64")
+    for k, group in enumerate(groups):  # filled up with its own, so that it sees no other's
+        order[k * most : (k + 1) * most] = (group + group[:1] * most or [0] * most)[:most]
+        place[group] = np.arange(k * most, k * most + len(group))
+    turn = xp.matrix_transpose
+    made = {"down": turn(xp.stack([f["a"] for f in each], axis=0))}
+    made |= {"up": xp.stack([turn(f["b"]) for f in each], axis=0)}
+    made |= {n: xp.stack([each[i][n] for i in rows], axis=0) for n in each[0] if n not in "ab"}
+    if order.tolist() != list(range(len(rows))):
+        made |= {"order": from_numpy_like(order, base.weight)}
+        made |= {"place": from_numpy_like(place, base.weight)}
+    return made
+
+
 def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
     """Apply a layer to rows of which each has factors of its own: two products, perhaps batched.
 
@@ -168,28 +201,49 @@ def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
     x : array (rows, …, width)
     base : Dense
     rows : mapping
-        a (rows, k, width), b (rows, n_out, k); or a (k, width), b (n_out, k) of all adapters and
-        a mask (rows, k) of what is each row's; and perhaps gain and shift (rows, n_out).
+        a (rows, k, width), b (rows, n_out, k); or down (groups, width, k), up (groups, k, n_out),
+        with the `order` in which rows make groups and each row's `place` there, unless they stand
+        so; or a (k, width), b (n_out, k) of all adapters and a mask (rows, k) of what is each
+        row's; perhaps gain and shift (rows, n_out).
 
     Returns
     -------
     array (rows, …, n_out)
         bᵢ·aᵢ·xᵢ + shiftᵢ beside the base, the whole but for the bias times gainᵢ.
     """
-    xp = namespace(x, base.weight, rows["a"])
-    n = x.shape[0]
-    y, ones = base(x), (1,) * (x.ndim - 2)
+    n, ones = x.shape[0], (1,) * (x.ndim - 2)
     if "mask" in rows:
+        xp = namespace(x, base.weight, rows["a"])
         low = linear(x, rows["a"]) * xp.reshape(rows["mask"], (n, *ones, -1))
-        y = y + linear(low, rows["b"])
+        y = base(x) + linear(low, rows["b"])
+    elif "down" in rows:
+        xp = namespace(x, base.weight, rows["down"])
+        y = _by_groups(x, base, rows)
     else:
-        flat = xp.reshape(x, (n, prod(x.shape[1:-1]), x.shape[-1])) if x.ndim != 3 else x
-        low = xp.matmul(flat, xp.matrix_transpose(rows["a"]))
-        y = y + xp.reshape(xp.matmul(low, xp.matrix_transpose(rows["b"])), y.shape)
+        xp = namespace(x, base.weight, rows["a"])
+        low = xp.reshape(x, (n, prod(x.shape[1:-1]), x.shape[-1])) @ xp.matrix_transpose(rows["a"])
+        y = base(x)
+        y = y + xp.reshape(low @ xp.matrix_transpose(rows["b"]), y.shape)
     lead = (n, *ones, base.weight.shape[0])
     if "shift" in rows:
         y = y + xp.reshape(rows["shift"], lead)
     if "gain" in rows:
         gain = xp.reshape(rows["gain"], lead)
-        y = y * gain if base.bias is None else (y - base.bias) * gain + base.bias
+        y = y * gain if base.bias is None else y * gain + (base.bias - base.bias * gain)
     return y
+
+
+def _by_groups(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
+    """Apply base and factors to the rows of each adapter together."""
+    xp, down, order = namespace(x, base.weight, rows["down"]), rows["down"], rows.get("order")
+    some = x if order is None else taken(x, order)
+    padded = some.shape[0] > x.shape[0]
+    each = down.shape[0], some.shape[0] // down.shape[0] * prod(x.shape[1:-1])
+    low = xp.reshape(some, (*each, x.shape[-1])) @ down
+    shape = *some.shape[:-1], base.weight.shape[0]
+    if padded:  # the base has no more rows than it needs
+        added: Array = taken(xp.reshape(low @ rows["up"], shape), rows["place"])
+        return base(x) + added
+    below = xp.reshape(base(some), (*each, shape[-1]))
+    y: Array = xp.reshape(plus_product(below, low, rows["up"], owned=True), shape)
+    return y if order is None else taken(y, rows["place"])

@@ -19,17 +19,20 @@ from peft_any.backend import (
     is_array,
     is_differentiated,
     is_floating,
+    is_lazy,
     namespace,
+    taken,
 )
 from peft_any.bank.factors import (
-    alike,
+    QUICKER,
     applied,
+    even,
     factored,
     factors_of,
     few,
     finite,
     joined,
-    small,
+    stacked,
     total_rank,
 )
 from peft_any.bound import BoundLayer
@@ -80,8 +83,9 @@ class MixedLayer:
     rows : sequence of int
         Which of them each row of the batch takes.
     path : {"joined", "stacked", "grouped"} or None
-        How: all rows with the factors of all adapters, of which each row keeps its own's, or each
-        with its own, or the rows of each adapter together; by default by size.
+        How: all rows with the factors of all adapters, of which each row keeps its own's, or the
+        rows of each adapter with its factors in one batched product, or with its `forward` one
+        adapter after the other; by default by size.
     """
 
     layers: Sequence[BoundLayer]
@@ -110,10 +114,9 @@ class MixedLayer:
         if site.is_conv:
             return self.layers[0](x)  # which says why not
         check_rows(x, site, len(self.rows))
-        floating = is_floating(x)
         if len(self.layers) == 1:
             return self.layers[0](x)
-        ready = self._at_once(x) if floating else None
+        ready = self._at_once(x) if is_floating(x) else None
         if ready is None and self.path in ("joined", "stacked"):
             raise ConfigError(
                 f"{site.name}: these adapters cannot be {self.path}: each must add one product of "
@@ -122,7 +125,10 @@ class MixedLayer:
         if ready is None:
             return self._grouped(x)
         base, rows = ready
-        y: Array = astype(applied(astype(x, dtype_name(base.weight)), base, rows), dtype_name(x))
+        out, wide = dtype_name(x), dtype_name(base.weight)
+        if out == wide:
+            return applied(x, base, rows)
+        y: Array = astype(applied(astype(x, wide), base, rows), out)
         return y
 
     @cached_property
@@ -131,14 +137,20 @@ class MixedLayer:
 
     def _at_once(self, x: Array) -> tuple[Dense, dict[str, Array]] | None:
         """The base and the factors of all rows, where that is possible and, by itself, quicker."""
-        if self.path == "joined":
+        if self.path is not None:
+            return getattr(self, f"_{self.path}") if self.path != "grouped" else None
+        way = self._total, self.base.site, prod(x.shape[:-1])
+        if few(*way, QUICKER) and self._joins(x):
             return self._joined
-        if self.path is None and few(self._total, self.base.site, prod(x.shape[:-1])):
-            ready = self._joined
-            # A slope by one adapter's factors reads all rows: an infinity times 0 is none.
-            if ready is not None and not (is_differentiated(ready[1]["a"]) and not finite(x)):
-                return ready
-        return None if self.path == "grouped" else self._stacked
+        if self._even and self._stacked is not None:
+            return self._stacked
+        return self._joined if few(*way) and self._joins(x) else None
+
+    def _joins(self, x: Array) -> bool:
+        """Whether rows do not harm each other where all meet the factors of all adapters."""
+        ready = self._joined
+        # A slope by one adapter's factors reads all rows: an infinity times 0 is none.
+        return ready is not None and not (is_differentiated(ready[1]["a"]) and not finite(x))
 
     @cached_property
     def _total(self) -> int:
@@ -167,16 +179,16 @@ class MixedLayer:
         return base, joined(known, base, self.rows)
 
     @cached_property
+    def _even(self) -> bool:
+        return even(self.layers, self.rows)
+
+    @cached_property
     def _stacked(self) -> tuple[Dense, dict[str, Array]] | None:
-        """The factors of every row, where that is possible and, unless asked for, small."""
-        if self.path is None and not small(self.layers, len(self.rows)):
-            return None
-        if self._factors is None:
+        """The factors of all adapters, and where the rows of each go."""
+        if self._factors is None or is_lazy(self.base.weight):
             return None
         base, known = self._factors
-        each = alike(known, base)
-        xp = namespace(base.weight, *(array for f in each for array in f.values()))
-        return base, {n: xp.stack([each[i][n] for i in self.rows], axis=0) for n in each[0]}
+        return base, stacked(known, base, self.rows)
 
     @cached_property
     def _order(self) -> tuple[list[list[int]], list[int]]:
@@ -200,18 +212,18 @@ class MixedLayer:
         for layer, group, additive in zip(self.layers, groups, adds, strict=True):
             own, base = layer.ready
             own = [routed(part, group, len(self.rows)) for part in own]
-            some = taken(x, group)
+            some = some_of(x, group)
             if floating:
                 some = astype(some, dtype_name(base.weight))
             below: Any = base
             if whole is not None and additive:
-                below = Once(base, (some, taken(whole, group)))
+                below = Once(base, (some, some_of(whole, group)))
             y = several.forward(own, some, below, stacked=layer.stacked)
             pieces.append(astype(y, out))
         xp = namespace(*pieces)
         if hasattr(xp, "lift"):
             pieces = [xp.lift(piece) for piece in pieces]
-        return taken(xp.concat(pieces, axis=0), where)
+        return some_of(xp.concat(pieces, axis=0), where)
 
 
 def routed(part: Part, rows: Sequence[int], of: int) -> Part:
@@ -222,14 +234,13 @@ def routed(part: Part, rows: Sequence[int], of: int) -> Part:
         if isinstance(given, list | tuple) and len(given) == of:
             own[name] = [given[i] for i in rows]
         elif is_array(given) and given.ndim and given.shape[0] == of:
-            own[name] = taken(given, rows)
+            own[name] = some_of(given, rows)
     return replace(part, params=own)
 
 
-def taken(x: Array, rows: Sequence[int]) -> Array:
+def some_of(x: Array, rows: Sequence[int]) -> Array:
     """Take rows of an array; those that follow one another without a copy."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows), ...]
-    xp = namespace(x)
-    y: Array = xp.take(x, from_numpy_like(np.asarray(rows, dtype=np.int64), x), axis=0)
+    y: Array = taken(x, from_numpy_like(np.asarray(rows, dtype=np.int64), x))
     return y

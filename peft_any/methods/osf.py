@@ -6,7 +6,7 @@ from math import prod
 from typing import ClassVar, Self
 
 from peft_any._tree import without
-from peft_any.backend import detach, namespace, summed, to_numpy
+from peft_any.backend import detach, namespace, plus_product, to_numpy
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import linear, merged_for_calls, widen
@@ -105,7 +105,7 @@ class OSFConfig(Tuner, peft_type="OSF"):
     def merge(self, p: Params, base: Dense) -> Dense:
         """W + U·diag(S)·V − L."""
         left, right = self.product(p, base)
-        return base.replace(weight=summed(base.weight, left @ right, (left, right)))
+        return base.replace(weight=plus_product(base.weight, left, right))
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Projects the cotangents of few rows, or the parameters' as `product` does."""

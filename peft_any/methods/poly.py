@@ -92,13 +92,13 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
         return xp.take(logits, xp.reshape(ids, (-1,)), axis=0)  # type: ignore[no-any-return]
 
     def _mixed(self, shares: Any, p: Params, site: Site) -> tuple[Array, Array]:
-        """A (rows, n_in, r) and B (rows, r, n_out) of shares σ (rows, q·k)."""
+        """A (rows, n_in, r) and B/r (rows, r, n_out) of shares σ (rows, q·k)."""
         a, b = p["poly_lora_A"], p["poly_lora_B"]
         xp, (q, k, n, r), m = namespace(shares, a, b), a.shape, b.shape[3]
         shares = xp.reshape(shares, (-1, q, k))
         w = xp.permute_dims(shares / (xp.sum(shares, axis=-1, keepdims=True) + 1e-12), (1, 0, 2))
         a = xp.reshape(w @ xp.reshape(a, (q, k, n * r)), (q, -1, n, r))
-        b = xp.reshape(w @ xp.reshape(b, (q, k, r * m)), (q, -1, r, m))
+        b = xp.reshape((w / r) @ xp.reshape(b, (q, k, r * m)), (q, -1, r, m))
         a = xp.reshape(xp.permute_dims(a, (1, 0, 2, 3)), (-1, site.n_in, r))
         return a, xp.reshape(xp.permute_dims(b, (1, 2, 0, 3)), (-1, r, site.n_out))
 
@@ -107,7 +107,7 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
         a, b = self._mixed(sigmoid(self._chosen(p)), p, site)
         if a.shape[0] != 1:
             raise ConfigError(f"{site.name}: {a.shape[0]} tasks have no ΔW in common: choose one")
-        return b[0, :, :].T / self.r, a[0, :, :].T
+        return b[0, :, :].T, a[0, :, :].T
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """(x·A(t))·B(t)/r, with each row's task."""
@@ -116,12 +116,12 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
     def _applied(self, shares: Array, p: Params, x: Array, site: Site) -> Array:
         a, b = self._mixed(shares, p, site)
         if a.shape[0] == 1:
-            return linear(linear(x, a[0, :, :].T), b[0, :, :].T) / self.r
+            return linear(linear(x, a[0, :, :].T), b[0, :, :].T)
         if x.ndim < 2 or a.shape[0] != x.shape[0]:
             raise ShapeError(f"{site.name}: {a.shape[0]} tasks for input of shape {x.shape}")
         xp = namespace(x, a)
         y = xp.reshape(x, (x.shape[0], -1, site.n_in)) @ a @ b
-        return xp.reshape(y, (*x.shape[:-1], site.n_out)) / self.r  # type: ignore[no-any-return]
+        return xp.reshape(y, (*x.shape[:-1], site.n_out))  # type: ignore[no-any-return]
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x)."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from peft_any.backend import namespace
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
+from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
@@ -61,14 +62,19 @@ class PveraConfig(
         return drawn(self.shared_shapes(sites), self.projection_prng_key, new)
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
-        """Give diag(b)·B (n_out, r) and diag(d₁)·A₁ (r, n_in)."""
+        """Give diag(b)·B·diag(d₁) (n_out, r) and A₁ (r, n_in)."""
         a, b, r = *self._own(p, site), self.r
-        xp = namespace(a)
-        rows = xp.reshape(p["pvera_lambda_b"], (-1, 1)) * b
-        return rows, xp.reshape(p["pvera_lambda_d"][:r], (-1, 1)) * a[:r, :]
+        rows = b * namespace(a).reshape(p["pvera_lambda_b"], (-1, 1))
+        return rows * p["pvera_lambda_d"][:r], a[:r, :]
+
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Form the factors once, for calls."""
+        return paired(self, p, base.site)
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """b ⊙ B·μ."""
+        if "u" in p:
+            return super().residual(p, x, site)
         a, b, r = *self._own(p, site), self.r
         mean = linear(x, a[:r, :]) * p["pvera_lambda_d"][:r]
         y: Array = linear(mean, b) * p["pvera_lambda_b"]

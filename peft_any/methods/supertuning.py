@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from peft_any._tree import without
-from peft_any.backend import astype, namespace, summed
+from peft_any.backend import astype, namespace, plus_product
 from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
@@ -121,7 +121,7 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING"):
     def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
         """Add s·B·A, and the values at their places; or take them away."""
         if (pair := self._pair(p)) is not None:
-            weight = summed(weight, pair[0] @ pair[1], (), minus=minus)
+            weight = plus_product(weight, *pair, minus=minus)
         return added_at(weight, p["supertuning_values"], self._flat(p), minus=minus)
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
@@ -61,8 +62,14 @@ class VeraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="VERA", prefi
         columns: Array = b * gain * p["vera_lambda_d"]
         return columns, a
 
+    def prepare(self, p: Params, base: Layer) -> Params:
+        """Form the factors once, for calls."""
+        return paired(self, p, base.site)
+
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """b ⊙ B·(d ⊙ A·x)."""
+        if "u" in p:
+            return super().residual(p, x, site)
         a, b = self._own(p, site)
         y: Array = linear(linear(x, a) * p["vera_lambda_d"], b) * p["vera_lambda_b"]
         return y

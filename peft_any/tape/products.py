@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import inf, prod
 from typing import Any
 
+from peft_any._kernels import dense
 from peft_any.tape.rules import Rule, conj, is_complex, rule
 from peft_any.tape.shapes import COMPOSITES
 
@@ -57,12 +58,10 @@ def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
             return adjoint(xp, flat) @ xp.reshape(g, (rows, g.shape[-1]))
         return adjoint(xp, a) @ g
 
-    return (lambda g: g @ adjoint(xp, b)), right
+    def left(g: Any) -> Any:
+        return dense(g, conj(xp, b)) if b.ndim == 2 else g @ adjoint(xp, b)
 
-
-def dense(x: Any, w: Any, b: Any = None) -> Any:
-    """Compute x·wᵀ + b, x real, in one expression: NumPy then adds into the product."""
-    return x @ w.T if b is None else x @ w.T + b
+    return left, right
 
 
 @rule("_linear")
@@ -70,7 +69,7 @@ def _(xp: Any, y: Any, x: Any, w: Any, b: Any) -> Any:
     def rows(a: Any) -> Any:
         return a if a.ndim == 2 else xp.reshape(a, (prod(a.shape[:-1]), a.shape[-1]))
 
-    return (lambda g: g @ conj(xp, w)), (lambda g: rows(g).T @ rows(x)), (lambda g: g)
+    return (lambda g: dense(g, adjoint(xp, w))), (lambda g: rows(g).T @ rows(x)), (lambda g: g)
 
 
 def _by_vector(xp: Any, a: Any, b: Any) -> Any:

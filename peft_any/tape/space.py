@@ -16,13 +16,13 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from peft_any._kernels import dense
 from peft_any._libraries import UNKNOWN, _of_type
 from peft_any._typing import Namespace
 from peft_any.backend import is_array
 from peft_any.errors import GradientError
 from peft_any.tape import fft, protocols
 from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
-from peft_any.tape.products import dense
 from peft_any.tape.record import (
     ESCAPED,
     binary,

@@ -10,11 +10,12 @@ Moments are kept in at least float32, updates are rounded to the parameters' dty
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
-from peft_any.backend import astype, compute_dtype, dtype_name, namespace
+from peft_any.backend import astype, by_pieces, compute_dtype, dtype_name, namespace
 from peft_any.errors import ConfigError, nearest
 from peft_any.train.schedules import Schedule
 from peft_any.train.transforms import (
@@ -83,16 +84,17 @@ def adamw(
         params: Tree, grads: Tree, m: Tree, v: Tree, numbers: tuple[float, float, float]
     ) -> tuple[Tree, Tree, Tree]:
         size, root, decay = numbers
-        m = tree_map(lambda m, g: m + (1 - first) * (as_like(g, m) - m), m, grads)
-        v = tree_map(
-            lambda v, g: second * v + (1 - second) * (as_like(g, v) * as_like(g, v)), v, grads
-        )
 
-        def change(p: Array, m: Array, v: Array) -> Array:
-            way = -size * (m / (namespace(v).sqrt(v) / root + eps))
-            return as_like(way - decay * as_like(p, m), p)
+        def change(p: Array, g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
+            g = as_like(g, m)
+            m = m + (1 - first) * (g - m)
+            v = second * v + (1 - second) * (g * g)
+            way = -size * (m / (namespace(v).sqrt(v) * (1 / root) + eps))
+            return as_like(way - decay * as_like(p, m), p), m, v
 
-        return tree_map(change, params, m, v), m, v
+        found = tree_map(partial(by_pieces, change), params, grads, m, v)
+        updates, m, v = (tree_map(lambda _, new, i=i: new[i], params, found) for i in range(3))
+        return updates, m, v
 
     return Optimizer(init, update)
 

@@ -70,11 +70,17 @@ def step_of(config: Tuner, base: Dense, x: Any, target: Any) -> Callable[[], obj
 
 
 def mixed_layer_of(model: Any, names: list[str]) -> Callable[[Any], object]:
-    """Give the linear layer of a model's LoRAs as PEFT calls it with `adapter_names`."""
+    """Give the linear layer of a model's LoRAs as PEFT calls it with `adapter_names`.
+
+    It has the model's own base, so that neither side finds it in the processor's caches alone.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         size = model.weights["fc.weight"].shape
-        net: Any = torch.nn.ModuleDict({"fc": torch.nn.Linear(size[1], size[0])})
+        linear = torch.nn.Linear(size[1], size[0])
+        for part, own in linear.named_parameters():
+            own.data = model.weights[f"fc.{part}"]
+        net: Any = torch.nn.ModuleDict({"fc": linear})
         for i, name in enumerate(model):
             config = peft.LoraConfig(r=model[name].config.r, target_modules=["fc"])
             if i:
@@ -84,7 +90,8 @@ def mixed_layer_of(model: Any, names: list[str]) -> Callable[[Any], object]:
     layer = net.eval().base_model.model["fc"]
     with torch.no_grad():
         for name in model:
-            layer.lora_B[name].weight.copy_(model[name].sites["fc"]["lora_B.weight"])
+            for factor, held in (("A", layer.lora_A), ("B", layer.lora_B)):
+                held[name].weight.copy_(model[name].sites["fc"][f"lora_{factor}.weight"])
 
     def call(x: Any) -> object:
         with torch.no_grad():

@@ -47,7 +47,9 @@ def measured() -> Iterator[dict[str, float]]:
             names = [f"a{i % count}" for i in range(ROWS)]
             x = move(np.random.default_rng(1).standard_normal((ROWS, tokens, n)), "torch").float()
             ours, theirs = model.bind(rows=names).layers["fc"], mixed_layer_of(model, names)
-            calls = {
+            gap = np.abs(np.asarray(ours(x)) - np.asarray(theirs(x))).max()
+            assert gap < 1e-4, f"{n}, {count}: calls differ by {gap:.1e}"
+            calls: dict[str, Any] = {
                 "hf": partial(theirs, x),
                 "ours": partial(ours, x),
                 "base": partial(ours.base, x),
