@@ -196,6 +196,33 @@ def test_threads_that_read_while_adapters_are_replaced_see_whole_ones(folder: Pa
     assert value(store["a0"]) >= 10.0
 
 
+FIRST_LOADS = """
+import sys, threading
+from peft_any import LoraConfig
+from peft_any.io.config import config_from_dict
+names = [f"LORA_{i}" for i in range(200)]
+classes = [type(LoraConfig)(name, (LoraConfig,), {}, peft_type=name) for name in names]
+sys.setswitchinterval(1e-6)
+wrong, gate = [], threading.Barrier(8)
+def work():
+    try:
+        for name in names:
+            gate.wait()
+            config_from_dict({"peft_type": name})
+    except Exception as error:
+        wrong.append(repr(error))
+        gate.abort()
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not wrong, wrong
+"""
+
+
+def test_threads_may_load_a_method_s_first_adapters_at_the_same_time() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_LOADS], check=True)
+
+
 def test_nothing_is_kept_of_names_that_nobody_asks_for_any_more(folder: Path) -> None:
     store = AdapterStore(folder, max_bytes=SIZE)
     for name in [f"a{i}" for i in range(5)] + [f"none{i}" for i in range(50)]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
+from threading import Lock
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -26,6 +27,8 @@ from peft_any.io._lost import lost_layers as lost_layers
 from peft_any.io._urls import fetched as fetched
 from peft_any.registry import Config, method_for, method_names
 
+_LEARNT: set[type[Config]] = set()
+_LEARNING = Lock()
 PEFT_VERSION = "0.21.2"
 """The release of Hugging Face PEFT whose semantics a written configuration follows."""
 
@@ -139,12 +142,25 @@ def config_from_dict(
     try:
         _finite(given, "$")
         check_words(cls, given, where)
-        config: Config = msgspec.convert(given, cls)
+        config = _converted(given, cls)
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, PeftError):
             raise type(error.__cause__)(f"{where}: {error.__cause__}") from None
         raise ConfigError(f"{where}: {error}") from None
     return config, unknown
+
+
+def _converted(given: Mapping[str, Any], cls: type[Config]) -> Config:
+    """Make a class's instance; for the first time alone, since msgspec then learns its fields.
+
+    A thread that came meanwhile would find them half learnt, and crash the process.
+    """
+    if cls in _LEARNT:
+        return msgspec.convert(given, cls)
+    with _LEARNING:
+        made = msgspec.convert(given, cls)
+    _LEARNT.add(cls)
+    return made
 
 
 @cache
