@@ -806,6 +806,29 @@ def test_a_shell_completes() -> None:
     assert (code, out, err) == (0, "plain,--full-hash\n", "")
     code, out, err = process(env={**asked, "COMP_WORDS": "peft-any v", "COMP_CWORD": "1"})
     assert (code, out, err) == (0, "plain,verify\n", "")
+    for before in ("merge --base", "combine", "diff a"):
+        words = {"COMP_WORDS": f"peft-any {before} mod", "COMP_CWORD": str(len(before.split()) + 1)}
+        code, out, err = process(env={**asked, **words})
+        assert (code, out, err) == (0, "file,mod\n", "")
+    words = {"COMP_WORDS": "peft-any combine --method tie", "COMP_CWORD": "3"}
+    code, out, err = process(env={**asked, **words})
+    assert (code, out, err) == (0, "plain,ties\nplain,ties_svd\n", "")
+
+
+def test_home_is_found_and_an_empty_path_is_none(
+    shell: Shell, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    shell.ok("merge", "--base=~/base", "--adapter=~/adapter:0.5", "--out=~/out")
+    assert (tmp_path / "out" / "merge_receipt.json").is_file()
+    shell.ok("inspect", "~/adapter")
+    given = "--base", base, "--adapter", adapter, "--out", tmp_path / "other"
+    for name in ("--base", "--adapter", "--out"):
+        at = given.index(name) + 1
+        emptied = *given[:at], "", *given[at + 1 :]
+        shell.refused(2, "merge", *emptied, says=(name, "empty"))
+    shell.refused(2, "inspect", "", says=("ADAPTER", "empty"))
 
 
 def test_a_table_stands_in_columns_with_and_without_a_terminal(

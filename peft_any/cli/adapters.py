@@ -16,6 +16,7 @@ from peft_any.cli.options import (
     ENGINE,
     OUT,
     OVERWRITE,
+    PATH,
     QUIET,
     REDERIVE,
     engine_at,
@@ -26,7 +27,7 @@ from peft_any.errors import UsageError
 ENERGY = option("--energy", type=float, help="Keep this share of every ‖ΔW‖², with the least rank.")
 RANK = option("--rank", type=int, help="The rank: of every layer's result, at most.")
 MADE = (
-    option("--base", help="The model, where effects or sizes depend on it."),
+    option("--base", type=PATH, help="The model, where effects or sizes depend on it."),
     REDERIVE,
     ANY_BASE,
     option("--dtype", help="Store the factors as fp32, fp16, bf16 …."),
@@ -37,9 +38,17 @@ MADE = (
 """What an adapter is made with, and how it is stored."""
 
 
+def _methods(*asked: Any) -> list[str]:
+    """Complete a combination's name."""
+    from peft_any.algebra.sums import METHODS
+
+    return [name for name in METHODS if name.startswith(asked[-1])]
+
+
 @command(
     Argument(
         "adapter",
+        type=PATH,
         nargs=-1,
         required=True,
         metavar="ADAPTER[:WEIGHT]...",
@@ -49,6 +58,7 @@ MADE = (
     option(
         "--method",
         default="exact",
+        shell_complete=_methods,
         help="exact, or a combination type of Hugging Face PEFT: ties_svd …",
     ),
     RANK,

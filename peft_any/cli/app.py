@@ -37,6 +37,7 @@ from peft_any.cli.options import (
     FITTING,
     MAX_SHARD_SIZE,
     OVERWRITE,
+    PATH,
     QUIET,
     engine_at,
     min_kept,
@@ -64,7 +65,7 @@ class Result:
 @command(
     BASE,
     ADAPTERS,
-    option("--out", help="The output: a directory, or a .safetensors file."),
+    option("--out", type=PATH, help="The output: a directory, or a .safetensors file."),
     option("--dtype", help="Store what changes as fp32, fp16, bf16 …, not as the base."),
     MAX_SHARD_SIZE,
     min_kept(),
@@ -108,7 +109,7 @@ def merge(
 @command(
     BASE,
     ADAPTERS,
-    option("--merged", required=True, help="The merged model, whoever made it."),
+    option("--merged", type=PATH, required=True, help="The merged model, whoever made it."),
     min_kept(0.9),
     *FITTING,
     *ENGINE,
@@ -174,7 +175,7 @@ def methods(*, as_json: bool) -> Result:
         default=0,
         help="Of data, initial values and batches.",
     ),
-    option("--out", help="Keep the trained adapters, and a figure, in this directory."),
+    option("--out", type=PATH, help="Keep the trained adapters, and a figure, in this directory."),
     BACKEND,
     QUIET,
 )

@@ -20,12 +20,13 @@ from peft_any.cli.options import (
     NO_STRICT,
     OUT,
     OVERWRITE,
+    PATH,
     QUIET,
     engine_at,
     runs,
 )
 
-PLOT = option("--plot", metavar="FILE.png", help="Draw it.")
+PLOT = option("--plot", type=PATH, metavar="FILE.png", help="Draw it.")
 
 if TYPE_CHECKING:
     from peft_any.algebra.difference import AdapterDifference
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @command(
     ADAPTER,
-    option("--base", help="A model: predict what it would keep of the adapter."),
+    option("--base", type=PATH, help="A model: predict what it would keep of the adapter."),
     flag("--spectra", help="Find the singular values of every ΔW."),
     PLOT,
     *FITTING,
@@ -72,7 +73,7 @@ def _draw(found: Drawable, plot: str | None) -> None:
 
 @command(
     BASE,
-    option("--model", required=True, help="The model that was fine-tuned from it."),
+    option("--model", type=PATH, required=True, help="The model that was fine-tuned from it."),
     OUT,
     option("--rank", type=click.IntRange(min=1), help="Of all factors; with --energy, the most."),
     option(
@@ -110,9 +111,9 @@ def extract(
 
 
 @command(
-    Argument("one", metavar="A", help="An adapter, or a model."),
-    Argument("two", metavar="B", help="Another one."),
-    option("--base", help="The model of two adapters, where their changes need it."),
+    Argument("one", type=PATH, metavar="A", help="An adapter, or a model."),
+    Argument("two", type=PATH, metavar="B", help="Another one."),
+    option("--base", type=PATH, help="The model of two adapters, where their changes need it."),
     PLOT,
     NO_STRICT,
     BACKEND,
@@ -145,7 +146,7 @@ def diff(
         metavar="0:4,2:5",
         help="Runs of layers START:END, END excluded.",
     ),
-    option("--out", required=True, help="The output: a directory."),
+    option("--out", type=PATH, required=True, help="The output: a directory."),
     option(
         "--stack",
         metavar="NAME",

@@ -5,26 +5,46 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from math import isfinite
+from typing import Any
 
 import click
 
 from peft_any.cli.commands import Argument, flag, option
 from peft_any.errors import UsageError
 
+
+class Place(click.Path):
+    """A path, which shells complete; ``~`` is the home directory after ``--base=`` too."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Refuse what an unset variable leaves."""
+        if not value:
+            self.fail("the path is empty.", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - keeps `./a`
+
+
+PATH = Place()
 BASE = option(
     "--base",
+    type=PATH,
     required=True,
     help="The model: a safetensors file, or a directory, with shards or without.",
 )
 ADAPTERS = option(
     "--adapter",
+    type=PATH,
     required=True,
     multiple=True,
     metavar="ADAPTER[:WEIGHT]",
     help="An adapter. Given again: the weighted sum of the effects.",
 )
-ADAPTER = Argument("adapter", help="An adapter's directory or tensor file.")
-OUT = option("--out", help="The output: a directory.")
+ADAPTER = Argument("adapter", type=PATH, help="An adapter's directory or tensor file.")
+OUT = option("--out", type=PATH, help="The output: a directory.")
 OVERWRITE = flag("--overwrite", help="Replace an existing output.")
 DRY_RUN = flag("--dry-run", help="Do everything but write.")
 BACKEND = option(
