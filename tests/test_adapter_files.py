@@ -504,6 +504,34 @@ def test_a_missing_configuration_is_said(tmp_path: Path) -> None:
     assert Adapter.load(folder, config=LoraConfig(r=2)).sites.keys() == {"fc"}
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "it holds a model; give an adapter"),
+        ("adapters.safetensors", "as mlx-lm saves it"),
+        ("pytorch_lora_weights.safetensors", "as diffusers saves it"),
+    ],
+)
+def test_what_is_no_adapter_of_pefts_is_told(name: str, words: str, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / name, {"a.lora_down.weight": np.ones((2, 3), "float32")})
+    refused(PeftError, words, tmp_path)
+    refused(ConfigError, "a LoRA of kohya's tools", tmp_path / name)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused(ConfigError, "GGUF file", tmp_path / "model.gguf")
+
+
+def test_mlx_has_a_configuration_of_the_same_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", under("fc."), fine_tune_type="lora")
+    (folder / PARTS[1]).rename(folder / "adapters.safetensors")
+    refused(FormatError, "as mlx-lm saves it", folder)
+
+
+def test_a_snapshot_of_the_cache_is_named(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    write(tmp_path / "snapshots" / "abc", under("fc."))
+    refused(ConfigError, r"\['snapshots/abc'\]", tmp_path)
+
+
 def test_adapters_in_sub_directories_are_named(tmp_path: Path) -> None:
     write(tmp_path / "other", under("fc."))
     refused(ConfigError, r"holds the adapters \['other'\]", tmp_path)

@@ -195,6 +195,10 @@ class TestChoice:
     def test_empty_directory(self, tmp_path: Path) -> None:
         self.refused(tmp_path, "holds no safetensors file")
 
+    def test_a_repository_of_the_cache(self, tmp_path: Path) -> None:
+        single(tmp_path / "snapshots" / "abc")
+        self.refused(tmp_path, r"give its snapshot .*abc$")
+
     def test_adapter(self, tmp_path: Path) -> None:
         write_safetensors(tmp_path / "adapter_model.safetensors", {})
         self.refused(tmp_path, "holds an adapter", FormatError)
@@ -223,7 +227,7 @@ class TestChoice:
     def test_pickles(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"PK\x03\x04" + b"\0" * 40)
         self.refused(tmp_path, "weights_only=True", FormatError)
-        self.refused(tmp_path / name, "zip archive.*weights_only=True", FormatError)
+        self.refused(tmp_path / name, "(?s)zip archive.*weights_only=True", FormatError)
 
     def test_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -603,6 +607,15 @@ class TestOutputDirectory:
         with pytest.raises(StorageError):
             build(output_directory(tmp_path / "out"), lambda _: single(tmp_path / "out"))
         assert listing(tmp_path) == ["out", "out/config.json", "out/model.safetensors"]
+
+    @pytest.mark.parametrize("name", ["out.safetensors", "out.gguf", "out.bin"])
+    def test_a_name_of_a_file(self, tmp_path: Path, name: str) -> None:
+        with (
+            pytest.raises(UsageError, match="it is a directory of safetensors files; leave out"),
+            output_directory(tmp_path / name),
+        ):
+            pytest.fail("it must not begin")
+        assert listing(tmp_path) == []
 
     def test_overwrite(self, tmp_path: Path) -> None:
         single(tmp_path / "out")

@@ -177,5 +177,5 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert cli.run([*command, "0:2,1:3"]) == StorageError.exit_code
     assert cli.run([*command, "0-2"]) == UsageError.exit_code
     assert "START:END" in capsys.readouterr().err
-    with pytest.raises(StorageError, match="is a directory"):
+    with pytest.raises(UsageError, match="is a directory"):
         replicate_checkpoint(base, RUNS, tmp_path / "deep.safetensors")

@@ -14,10 +14,13 @@ from peft_any.errors import PeftError, StorageError, UsageError
 from peft_any.io._faults import StrPath as StrPath
 from peft_any.io._faults import reporting as reporting
 from peft_any.io._faults import storage_error as storage_error
+from peft_any.io._faults import taken as taken
+from peft_any.io._foreign import FOREIGN
 from peft_any.io._leftovers import discard, exchange, journal_of, recover
 from peft_any.io._lock import claimed, hidden
 from peft_any.io._urls import is_url, local, path_of
 
+_FILES = {".safetensors", *FOREIGN}
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
@@ -151,7 +154,7 @@ def output_directory(
     StorageError
         Where `path` exists, another run is writing it, it cannot be written, or the disk is full.
     UsageError
-        Where `path` would touch one of `inputs`.
+        Where `path` would touch one of `inputs`, or ends as a weight file does.
 
     Warns
     -----
@@ -167,6 +170,11 @@ def output_directory(
     ...     os.listdir(f"{folder}/out")
     ['config.json']
     """
+    if Path(path).suffix in _FILES:
+        raise UsageError(
+            f"{path}: the output cannot go here: it is a directory of safetensors files; "
+            f"leave out {Path(path).suffix}"
+        )
     if is_url(path):
         from peft_any.io._outgoing import outgoing  # noqa: PLC0415 - URLs alone need it
 
@@ -219,10 +227,7 @@ def _check_existing(final: Path, overwrite: bool, *, directory: bool) -> None:
     if directory and not final.is_symlink() and not any(final.iterdir()):
         return
     if not overwrite:
-        raise StorageError(
-            f"{final}: the output cannot go here: it exists; choose another name or allow "
-            "overwriting"
-        )
+        raise taken(final)
     if directory:
         _refuse_precious(final)
 

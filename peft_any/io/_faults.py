@@ -46,6 +46,14 @@ def storage_error(path: StrPath, action: str, cause: Exception) -> StorageError:
     return made
 
 
+def taken(out: StrPath) -> StorageError:
+    """Give the error of an output that exists, where it may not be replaced."""
+    return StorageError(
+        f"{out}: the output cannot go here: it exists; choose another name, or give "
+        "overwrite=True (--overwrite)"
+    )
+
+
 @contextmanager
 def reporting(path: StrPath, action: str) -> Iterator[None]:
     """Turn the operating system's errors within the block into a `StorageError` about `path`."""

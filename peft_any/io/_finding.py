@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_any.errors import ConfigError, FormatError, StorageError, nearest
+from peft_any.io._foreign import PICKLES, conversion, disguise
 from peft_any.io._urls import local
 from peft_any.io.checkpoint import INDEX as INDEX
-from peft_any.io.checkpoint import Checkpoint
+from peft_any.io.checkpoint import Checkpoint, is_base
 from peft_any.io.safetensors import SafetensorsFile
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_OTHERS = {
+    "adapters.safetensors": "mlx-lm",
+    "pytorch_lora_weights.safetensors": "diffusers",
+}
+"""Whose adapters have their tensors in these files."""
 
 
 def find_config(folder: Path) -> Path:
@@ -27,10 +32,16 @@ def find_config(folder: Path) -> Path:
     path = folder / CONFIG_NAME
     if path.is_file():
         return path
-    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
-    names = [p.name for p in folder.glob("*.json")]
-    more = f": it holds the adapters {inside}; give one of these directories" if inside else ""
-    raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more or nearest(CONFIG_NAME, names)}")
+    _refuse_other(folder)
+    found = [*folder.glob(f"*/{CONFIG_NAME}"), *folder.glob(f"snapshots/*/{CONFIG_NAME}")]
+    inside = sorted(p.parent.relative_to(folder).as_posix() for p in found)
+    if inside:
+        more = f": it holds the adapters {inside}; give one of these directories"
+    elif any(map(is_base, (p.name for p in folder.iterdir()))):
+        more = ": it holds a model; give an adapter made for one"
+    else:
+        more = nearest(CONFIG_NAME, [p.name for p in folder.glob("*.json")])
+    raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more}")
 
 
 def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
@@ -58,7 +69,7 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         if not configured and not (path.name == TENSORS and beside.is_file()):
             raise ConfigError(
                 f"{path}: tensors alone cannot be an adapter: pass config=, or give the directory "
-                f"with its {CONFIG_NAME}"
+                f"with its {CONFIG_NAME}{_looks(path)}"
             )
         return path, beside
     found = path / CONFIG_NAME if configured else find_config(path)
@@ -68,8 +79,9 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         index = next((path / name for name in names if (path / name).is_file()), None)
         if index is not None and any(path.glob("adapter_model-*-of-*.safetensors")):
             return index, found
-        for pickle in sorted(p for p in path.iterdir() if p.suffix in _PICKLES):
+        for pickle in sorted(p for p in path.iterdir() if p.suffix in PICKLES):
             _refuse_pickle(pickle)
+        _refuse_other(path)
         names = [p.name for p in path.iterdir()]
         raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
     return tensors, found
@@ -89,11 +101,27 @@ def files_of(tensors: Path) -> list[Path]:
 
 
 def _refuse_pickle(path: Path) -> None:
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise FormatError(
-            f"{path}: a pickle is never loaded: it can run any code. Where you trust it and have "
-            'torch, convert it:\n  python -c "import torch, safetensors.torch as s; '
-            f"s.save_file({{k: v.contiguous() for k, v in torch.load({str(path)!r}, "
-            f"weights_only=True).items()}}, {str(path.with_name(TENSORS))!r}, "
-            "{'format': 'pt'})\""
+            f"{path}: a pickle is never loaded: it can run any code; "
+            f"{conversion(path, str(path.with_name(TENSORS)))}"
         )
+
+
+def _looks(path: Path) -> str:
+    with path.open("rb") as file:
+        hint = disguise(file.read(64))
+    if not hint and path.suffix == ".safetensors":
+        with SafetensorsFile(path) as tensors:
+            kohya = any(name.endswith(".lora_down.weight") for name in tensors)
+        hint = "; it looks like a LoRA of kohya's tools, which is not read" if kohya else ""
+    return hint
+
+
+def _refuse_other(folder: Path) -> None:
+    for name, whose in _OTHERS.items():
+        if (folder / name).is_file():
+            raise FormatError(
+                f"{folder}: holds {name}, an adapter as {whose} saves it: only Hugging Face "
+                "PEFT's files are read"
+            )

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
 FOREIGN = (
     ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".hdf5", ".msgpack", ".onnx",
     ".onnx_data", ".npz", ".npy", ".pkl", ".pickle", ".tflite", ".mlmodel", ".nemo", ".joblib",
 )  # fmt: skip
 """Endings of weight files that are never opened."""
 
-CONVERT = (
-    'convert it once, where torch is installed: python -c "import torch; from safetensors.torch '
-    "import save_file; save_file({k: v.clone().contiguous() for k, v in torch.load('IN', "
-    "map_location='cpu', weights_only=True).items()}, 'OUT.safetensors')\""
-)
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""Endings of what torch's and Python's own ways to save make."""
+
+
+def conversion(source: str | os.PathLike[str] = "IN", target: str = "OUT.safetensors") -> str:
+    """Give the command that converts a pickle, for those who trust it."""
+    places = (shlex.quote(os.fspath(path)) for path in (source, target))
+    return (
+        "convert it once, where torch is installed and you trust it:\n"
+        '  python -c "import sys, torch; from safetensors.torch import save_file; '
+        "save_file({k: v.clone().contiguous() for k, v in torch.load(sys.argv[1], "
+        "map_location='cpu', weights_only=True).items()}, sys.argv[2], {'format': 'pt'})\" "
+        f"{' '.join(places)}"
+    )
+
+
+CONVERT = conversion()
+
+
+def way_out(weights: Sequence[Path]) -> str:
+    """Say what to do with a directory whose only weights are these."""
+    if not weights[0].name.endswith(PICKLES):
+        return "use or make a safetensors version of it"
+    if len(weights) > 1:
+        return CONVERT
+    return conversion(weights[0], str(weights[0].with_name("model.safetensors")))
+
+
 _PICKLE = f"a pickle, which is never loaded here; {CONVERT}"
 _DISGUISES: dict[bytes, str] = {
     b"PK\x03\x04": f"a zip archive, as torch.save writes (or .npz); {CONVERT}",

@@ -14,7 +14,7 @@ from typing import Any, Self
 from peft_any.errors import FormatError, StorageError, nearest
 from peft_any.io._atomic import StrPath, output_directory, output_file, reporting, storage_error
 from peft_any.io._fingerprint import fingerprint as fingerprint
-from peft_any.io._foreign import CONVERT, FOREIGN, disguise
+from peft_any.io._foreign import FOREIGN, disguise, way_out
 from peft_any.io._header import TensorInfo
 from peft_any.io._json import read_json
 from peft_any.io._reader import HostArray, SafetensorsFile
@@ -97,7 +97,7 @@ class Checkpoint(Mapping[str, HostArray]):
             raise FormatError(f"{path}: cannot be a base: only safetensors files are read{hint}")
         names = sorted(os.listdir(path))
         indices = [name for name in names if name.endswith(INDEX)]
-        weights = [name for name in names if _is_base(name)]
+        weights = [name for name in names if is_base(name)]
         if f"model{INDEX}" in indices:
             indices = [f"model{INDEX}"]
         if len(indices) == 1 and "model.safetensors" not in weights:
@@ -119,12 +119,13 @@ class Checkpoint(Mapping[str, HostArray]):
             return StorageError(f"{start}it holds {several}; give the one that is meant")
         foreign = [name for name in names if name.endswith(FOREIGN)]
         if foreign:
-            torch = foreign[0].endswith((".bin", ".pt", ".pth", ".ckpt"))
-            hint = CONVERT if torch else "use or make a safetensors version of it"
+            hint = way_out([self.path / name for name in foreign])
             return FormatError(f"{start}it holds {_some(foreign)} but no safetensors file; {hint}")
         if any(name.endswith(".safetensors") for name in names):
             return FormatError(f"{start}it holds an adapter; give the model it was made for")
-        return StorageError(f"{start}it holds no safetensors file")
+        inside = sorted({p.parent for p in self.path.glob("snapshots/*/*.safetensors")})
+        more = f"; give its snapshot {' or '.join(map(str, inside))}" if inside else ""
+        return StorageError(f"{start}it holds no safetensors file{more}")
 
     def _inside(self, name: object) -> Path:
         """The path of a file named by the directory's own contents, which may not lead out."""
@@ -338,7 +339,8 @@ def _is_weights(name: str) -> bool:
     return name.endswith((*FOREIGN, ".safetensors", ".index.json"))
 
 
-def _is_base(name: str) -> bool:
+def is_base(name: str) -> bool:
+    """Whether a file of that name may be a model's, and not an adapter's."""
     adapter = name.startswith((".", "adapter", "pytorch_lora_weights"))
     return name.endswith(".safetensors") and not adapter
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from peft_any.backend import Backend, dtype_name, is_floating
-from peft_any.errors import BackendError, StorageError, UsageError, nearest
-from peft_any.io._atomic import StrPath
+from peft_any.errors import BackendError, UsageError, nearest
+from peft_any.io._atomic import StrPath, taken
 from peft_any.io._header import BITS
 from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
@@ -229,6 +229,4 @@ def _refuse_existing(out: Path | str | None, overwrite: bool, resume: bool) -> N
     if out is None or overwrite or not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink() or any(out.iterdir()):
-        raise StorageError(
-            f"{out}: the output cannot go here: it exists; choose another name or allow overwriting"
-        )
+        raise taken(out)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from peft_any.errors import StorageError
 from peft_any.io._atomic import StrPath
 from peft_any.io._header import RANK, byte_size
 from peft_any.io._writer import StreamWriter
@@ -112,8 +110,6 @@ def replicate_checkpoint(
     ((0, 1, 1, 2), 4)
     """
     limit = None if max_shard_size is None else byte_count(max_shard_size)
-    if Path(out).suffix == ".safetensors":
-        raise StorageError(f"{out}: a deeper model is a directory: leave out .safetensors")
     with Checkpoint(base) as checkpoint:
         found = origins(checkpoint, layer_replication, stack)
         place, layers = stack_of([*checkpoint], stack)
