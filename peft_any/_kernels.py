@@ -137,6 +137,47 @@ def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...
     return tuple(found)
 
 
+def mirrored(top: Any, rows: int, onto: Any = None) -> Any:
+    """Complete an even matrix, whose entry (−i, −j) is that at (i, j), by its last rows.
+
+    Parameters
+    ----------
+    top : array (rows // 2 + 1, n)
+    rows : int
+    onto : array (rows, n), optional
+        What it is added to.
+
+    Examples
+    --------
+    >>> mirrored(np.asarray([[0, 1, 2], [3, 4, 5]]), 3).tolist()
+    [[0, 1, 2], [3, 4, 5], [3, 5, 4]]
+    """
+    xp, half, name = namespace(top), top.shape[0], library_of(top).name
+    part = top[1 : rows - half + 1, :]
+    first, rest = xp.flip(part[:, :1], axis=(0,)), xp.flip(part[:, 1:], axis=(0, 1))
+    if name in ("numpy", "torch") and not any(map(is_differentiated, (top, onto))):
+        shape = rows, top.shape[1]
+        out = np.empty(shape, top.dtype) if name == "numpy" else top.new_empty(shape)
+        below = slice(half, None)
+        parts = (
+            ((slice(half), slice(None)), top),
+            ((below, slice(1)), first),
+            ((below, slice(1, None)), rest),
+        )
+        try:
+            for place, new in parts:
+                if onto is None:
+                    out[place] = new
+                else:
+                    xp.add(onto[place], new, out=out[place])
+        except RuntimeError:  # under a transformation
+            pass
+        else:
+            return out
+    whole = xp.concat([top, xp.concat([first, rest], axis=1)], axis=0)
+    return whole if onto is None else onto + whole
+
+
 def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> Any:
     """Give x + fresh, or x − fresh: in the memory of `fresh`, where the library lets it be written.
 

@@ -15,6 +15,7 @@ from peft_any.backend import (
     creation_device,
     dtype_name,
     from_numpy_like,
+    mirrored,
     namespace,
     to_numpy,
 )
@@ -135,7 +136,9 @@ def extreme_places(new: Fresh, weight: Array, count: int, *, largest: bool) -> A
     return new.array(order[:count].astype(np.int32))
 
 
-def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) -> Array:
+def real_inverse_transform(
+    values: Array, places: Host, shape: tuple[int, int], onto: Array | None = None
+) -> Array:
     """Real part of the inverse Fourier transform of a matrix that is zero but at few places.
 
     It is the transform of the spectrum's Hermitian part, half of which says all; without the
@@ -148,6 +151,8 @@ def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) 
         Flat, in the order of rows.
     shape : (int, int)
         (m, n).
+    onto : array (m, n), optional
+        What the transform is added to.
 
     Returns
     -------
@@ -162,12 +167,13 @@ def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) 
     xp, (m, n) = namespace(values), shape
     u, v = places // n, places % n
     if not hasattr(xp, "fft"):
-        return _by_waves(values, u, v, shape)
+        whole = _by_waves(values, u, v, shape)
+        return whole if onto is None else onto + whole
     if can_put(values):
         kind = "complex64" if dtype_name(values) == "float32" else "complex128"
         waves = _column_waves(places.astype("int64").tobytes(), shape, kind)
         if waves is not None:
-            return _by_columns(values, waves, shape)
+            return _by_columns(values, waves, shape, onto)
     width, half = n // 2 + 1, None
     for rows, columns in ((u, v), (-u % m, -v % n)):
         kept = np.nonzero(columns < width)[0]
@@ -178,7 +184,7 @@ def real_inverse_transform(values: Array, places: Host, shape: tuple[int, int]) 
     assert half is not None  # noqa: S101 - of v and −v one is at most n/2
     spectrum = xp.astype(0.5 * xp.reshape(half, (m, width)), _complex(xp, values))
     out: Array = xp.fft.irfftn(spectrum, s=shape, axes=(0, 1))
-    return out
+    return out if onto is None else onto + out
 
 
 def _complex(xp: Any, like: Array) -> Any:
@@ -226,7 +232,9 @@ def _column_waves(
     return slots, coarse, once * roots[np.arange(step) * at[:, :, None] % m], of_column
 
 
-def _by_columns(values: Array, waves: tuple[Host, ...], shape: tuple[int, int]) -> Array:
+def _by_columns(
+    values: Array, waves: tuple[Host, ...], shape: tuple[int, int], onto: Array | None
+) -> Array:
     """Sum each column's waves, and transform rows: half of them, since ΔW is even."""
     (columns, depth), (m, n), half = waves[0].shape, shape, shape[0] // 2 + 1
     at, left, right, of = (from_numpy_like(host, values) for host in waves)
@@ -236,10 +244,7 @@ def _by_columns(values: Array, waves: tuple[Host, ...], shape: tuple[int, int]) 
     sums = xp.reshape(left @ (taken * right), (columns, left.shape[1] * right.shape[2]))
     rows = packed(xp.matrix_transpose(xp.take(sums, of, axis=0)[:, :half]))
     top = xp.fft.irfft(rows, n=n, axis=1)
-    mirror = xp.flip(top[1 : m - half + 1, :], axis=0)
-    mirror = xp.concat([mirror[:, :1], xp.flip(mirror[:, 1:], axis=1)], axis=1)
-    whole: Array = xp.concat([top, mirror], axis=0)
-    return whole
+    return mirrored(top, m, onto)  # type: ignore[no-any-return]
 
 
 def _by_waves(values: Array, u: Host, v: Host, shape: tuple[int, int]) -> Array:

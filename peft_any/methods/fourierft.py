@@ -47,9 +47,16 @@ class FourierFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_typ
 
     def delta(self, p: Params, site: Site) -> Array:
         """The transform; of real values it needs half of the spectrum."""
-        shape = (site.n_out, site.n_in)
+        return self._transformed(p, site, self.scaling)
+
+    def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
+        """Add the transform as it is formed."""
+        return self._transformed(p, site, -self.scaling if minus else self.scaling, weight)
+
+    def _transformed(self, p: Params, site: Site, scale: float, onto: Array | None = None) -> Array:
+        shape = site.n_out, site.n_in
         places = random_places(self.random_loc_seed, site.n_out * site.n_in, self.n_frequency)
-        return real_inverse_transform(self.scaling * p["fourierft_spectrum"], places, shape)
+        return real_inverse_transform(scale * p["fourierft_spectrum"], places, shape, onto)
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward
