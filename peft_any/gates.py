@@ -7,10 +7,10 @@ from typing import Any
 
 from peft_any._typing import Array
 from peft_any.activations import clipped
-from peft_any.backend import astype, dtype_name, is_floating, namespace
+from peft_any.backend import astype, creation_device, dtype_name, is_floating, namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Site, linear
-from peft_any.mixtures import largest_shares, softmax
+from peft_any.mixtures import among_largest, softmax, softmax_but_zeros
 
 
 def scaled_experts(
@@ -98,12 +98,39 @@ def xlora_scalings(
     y = xp.reshape(y, (*lead, layers if layerwise_scalings else 1, count))
     if enable_softmax:
         y = softmax(y / softmax_temperature)
-    if top_k_lora is not None:
-        top: Any = largest_shares(y, top_k_lora)
-        y = top if enable_softmax_topk else y * astype(top > 0.0, dtype_name(y))
-    elif enable_softmax_topk:
-        y = softmax(y)
-    return global_scaling_weight * xp.broadcast_to(y, (*lead, layers, count))  # type: ignore[no-any-return]
+    y = _weighed(y, top_k_lora, enable_softmax_topk, global_scaling_weight)
+    return xp.broadcast_to(y, (*lead, layers, count))  # type: ignore[no-any-return]
+
+
+def _weighed(y: Any, top: int | None, again: bool, weight: float) -> Any:
+    """Keep the `top` largest shares alone, take their softmax `again`, and weigh them."""
+    if top is not None:
+        y = y * astype(among_largest(y, top), dtype_name(y))
+    return weight * (softmax_but_zeros(y) if again else y)
+
+
+def passing(config: Any, p: Mapping[str, Array], lead: Sequence[int]) -> Array:
+    """Give the scalings (…, experts) of the pass whose hidden states an X-LoRA's gate reads.
+
+    Parameters
+    ----------
+    config : XLoraConfig
+    p : mapping of str to array
+        Its net, for the library and dtype.
+    lead : sequence of int
+        The shape of the tokens.
+    """
+    like = next(iter(p.values()))
+    xp = namespace(like)
+    y = xp.full(
+        (*lead, config.count),
+        config.scaling_pass_value,
+        dtype=like.dtype,
+        device=creation_device(like),
+    )
+    return _weighed(  # type: ignore[no-any-return]
+        y, config.top_k_lora, config.enable_softmax_topk, config.global_scaling_weight
+    )
 
 
 _FIELDS = (

@@ -43,15 +43,48 @@ def largest_shares(logits: Array, count: int) -> Array:
     >>> largest_shares(np.asarray([0.0, -1.0, 0.0]), 2)
     array([0.5, 0. , 0.5])
     """
-    xp, left, chosen = namespace(logits), detach(logits), None
-    e = xp.exp(logits - xp.max(left, axis=-1, keepdims=True))
+    xp = namespace(logits)
+    e = xp.exp(logits - xp.max(detach(logits), axis=-1, keepdims=True))
+    e = xp.where(among_largest(logits, count), e, xp.zeros_like(e))
+    shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
+    return shares
+
+
+def among_largest(values: Array, count: int) -> Array:
+    """Whether each is among the largest along the last axis; of equal ones the first are.
+
+    Examples
+    --------
+    >>> among_largest(np.asarray([0.0, -1.0, 0.0, 0.0]), 2)
+    array([ True, False,  True, False])
+    """
+    xp, left = namespace(values), detach(values)
+    found = xp.zeros_like(left, dtype=xp.bool)
     for _ in range(count):
         place = xp.argmax(left, axis=-1, keepdims=True)
-        hit = _every(logits.shape[-1], place) == place
-        chosen = hit if chosen is None else xp.logical_or(chosen, hit)
+        hit = _every(values.shape[-1], place) == place
+        found = xp.logical_or(found, hit)
         left = xp.where(hit, xp.full_like(left, -float("inf")), left)
-    e = xp.where(chosen, e, xp.zeros_like(e))
-    shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
+    return found  # type: ignore[no-any-return]
+
+
+def softmax_but_zeros(logits: Array) -> Array:
+    """Softmax along the last axis of what is not 0; zeros stay so, and are all there is of none.
+
+    Examples
+    --------
+    >>> softmax_but_zeros(np.asarray([[0.0, -9.0, -9.0], [0.0, 0.0, 0.0]]))
+    array([[0. , 0.5, 0.5],
+           [0. , 0. , 0. ]])
+    """
+    xp, known = namespace(logits), detach(logits)
+    acts = known != 0.0
+    top = xp.max(xp.where(acts, known, xp.full_like(known, -float("inf"))), axis=-1, keepdims=True)
+    top = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
+    e = xp.exp(xp.where(acts, logits, xp.zeros_like(logits) + top) - top)
+    e = xp.where(acts, e, xp.zeros_like(e))
+    total = xp.sum(e, axis=-1, keepdims=True)
+    shares: Array = e / xp.where(total > 0.0, total, xp.ones_like(total))
     return shares
 
 

@@ -8,7 +8,7 @@ from peft_any.checks import refuse
 from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
 from peft_any.errors import ConfigError
 from peft_any.fields import Count, Positive, within
-from peft_any.gates import gated, scaled_experts
+from peft_any.gates import gated, passing, scaled_experts
 
 A, B = "xlora_A.weight", "xlora_B.weight"
 GATE = "internal_xlora_classifier"
@@ -24,7 +24,7 @@ class XLoraConfig(Routed, peft_type="XLORA"):
     side by side. A file has the net alone, and the experts' paths: `load_xlora` reads all.
 
     hidden_size: null is 4096. adapters: paths by name; numbers say the order.
-    global_scaling_weight: g. scaling_pass_value: `scalings` of the pass that gives `hidden`.
+    global_scaling_weight: g. scaling_pass_value: for p in the pass that gives `hidden`: `passing`.
     enable_softmax, softmax_temperature: p = softmax(net/T). top_k_lora: the largest p alone.
     enable_softmax_topk: softmax after that. layerwise_scalings: p for each layer, in `order`.
     xlora_size: the net's width. use_trainable_adapters: experts are trained, too.
@@ -123,6 +123,10 @@ class XLoraConfig(Routed, peft_type="XLORA"):
     def scalings(self, p: Mapping[str, Array], hidden: Array) -> Array:
         """Give g·p (…, E) of the net among `p`; with `layerwise_scalings` (…, layers, E)."""
         return gated(self, self.layers, p, hidden)
+
+    def passing(self, p: Mapping[str, Array], lead: Sequence[int]) -> Array:
+        """Give the `scalings` (*lead, E) of the pass that gives `hidden`; p is the net."""
+        return passing(self, p, lead)
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """Two products, with each token's shares in between."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
+
+from peft.tuners.xlora.layer import XLoraLayer  # noqa: E402
 
 from peft_any import Adapter, ConfigError, FormatError, PeftModel  # noqa: E402
 from peft_any.integrations.torch import attach  # noqa: E402
@@ -67,12 +70,30 @@ def test_xlora_is_hfs(depth: int, fields: dict[str, Any], dtype: str, tmp_path: 
     compare({"y": got.numpy()}, {"y": want.numpy()}, ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_shares_of_any_size_are_hfs(again: bool) -> None:
+    """A share among the largest acts however far it is below the first; 0 never does."""
+    y = torch.tensor([[0.0, -900.0, -1000.0], [300.0, 0.0, -700.0], [0.0, 0.0, 0.0]])
+    gate = SimpleNamespace(top_k_lora=2, enable_softmax_topk=again)
+    layer = SimpleNamespace(config=gate, layer_number=0)
+    want = XLoraLayer.get_maybe_topk_scalings(layer, y[None, :, None, :])[0]
+    p = {"layers.0.weight": torch.eye(3), "layers.0.bias": torch.zeros(3)}
+    fields = {"enable_softmax": False, "top_k_lora": 2, "enable_softmax_topk": again}
+    got = xlora_scalings(p, y[None], 1, **fields)[0, :, 0]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+AGAIN = {"enable_softmax_topk": True, "enable_softmax": False}
 GATES: dict[str, dict[str, Any]] = {
     "one": {"xlora_depth": 1, "softmax_temperature": 0.5},
     "no-dropout": {"xlora_depth": 2, "xlora_dropout_p": 0.0, "scaling_pass_value": 0.25},
     "layers": {"xlora_depth": 2, "layerwise_scalings": True, "top_k_lora": 2},
     "deep": {"xlora_depth": 3, "global_scaling_weight": 1.5, "use_trainable_adapters": True},
+    # what is done to the gate's shares is done to those of the first pass, too
+    "passing": {"scaling_pass_value": 0.25, "global_scaling_weight": 1.5, "top_k_lora": 2},
+    "passing-again": {**AGAIN, "scaling_pass_value": -0.5, "top_k_lora": 3},
+    "passing-nothing": {**AGAIN, "top_k_lora": 1},
 }
 
 
@@ -99,10 +120,9 @@ def gated(experts: list[str], name: str = "default", **fields: Any) -> Any:
 def logits(adapter: Adapter) -> Any:
     """Apply an adapter to a plain model: once for the hidden states, once for the logits."""
     ours = base_of("llama").eval()
-    first = adapter.config.scaling_pass_value
     task = attach(ours, adapter)
     with torch.no_grad():
-        with task.routed(scalings=torch.full((*IDS.shape, len(adapter.config.adapters)), first)):
+        with task.routed(scalings=adapter.config.passing(adapter.shared, IDS.shape)):
             hidden = ours(IDS, output_hidden_states=True).hidden_states[-1]
         with task.routed(hidden=hidden):
             return ours(IDS).logits.numpy()
