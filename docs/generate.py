@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, dataclass, fields
 from inspect import cleandoc, get_annotations
 from pathlib import Path
 from types import UnionType
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from peft_any.cli.report import WIDTH, described, merges, mode, parameters, trains  # noqa: E402 - from this tree
+from peft_any.fields import default_of  # noqa: E402
 from peft_any.layer import MATRICES, Kind, Site  # noqa: E402
 from peft_any.method import Tuner  # noqa: E402
 from peft_any.prompt import Attended  # noqa: E402
@@ -130,18 +131,12 @@ def kind(hint: Any) -> str:
 
 def default(field: Field[Any]) -> str:
     """Give a field's default as Python writes it."""
-    value = field.default_factory() if field.default_factory is not MISSING else field.default
-    return code(repr(value)).replace("'", '"')
+    return code(repr(default_of(field))).replace("'", '"')
 
 
 def settings(config: Config) -> str:
     """Write a configuration with what differs from the defaults."""
-    changed = [
-        f"{f.name}={getattr(config, f.name)!r}"
-        for f in fields(config)
-        if code(repr(getattr(config, f.name))).replace("'", '"') != default(f)
-    ]
-    return code(f"{type(config).__name__}({', '.join(changed)})").replace("'", '"')
+    return code(repr(config)).replace("'", '"')
 
 
 def layer(site: Site) -> str:

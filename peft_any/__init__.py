@@ -7,6 +7,7 @@ is ``peft_any.methods.lora.LoraConfig``).
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,13 @@ def __getattr__(name: str) -> Any:
 
         value = config_class(name)
     else:
-        raise AttributeError(f"module 'peft_any' has no attribute {name!r}")
+        package = sys.modules[__name__]
+        raise AttributeError(f"module 'peft_any' has no attribute {name!r}", name=name, obj=package)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    from peft_any.registry import method_for, method_names  # noqa: PLC0415 - loads every method
+
+    return sorted({*globals(), *__all__, *(method_for(name).__name__ for name in method_names())})

@@ -9,15 +9,7 @@ from math import prod
 from typing import Any, Self
 
 from peft_any._typing import Array, Params
-from peft_any.backend import (
-    Backend,
-    astype,
-    backend_of,
-    dtype_name,
-    from_numpy,
-    move,
-    resolve,
-)
+from peft_any.backend import Backend, astype, backend_of, dtype_name, from_numpy, move, resolve
 from peft_any.errors import FormatError
 from peft_any.extras import (
     check_copies,
@@ -42,7 +34,7 @@ from peft_any.selection import out_projection
 from peft_any.targets import place
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """What an adapter directory holds.
 
@@ -77,6 +69,10 @@ class Adapter:
     raw: Mapping[str, Any] | None = None
     spare: Params = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        where = f"{self.num_parameters:,} parameters at {len(self.sites)} layers"
+        return f"<Adapter {self.config.peft_type}: {where}>"
 
     @classmethod
     def load(

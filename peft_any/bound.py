@@ -18,7 +18,7 @@ from peft_any.parts import Part
 from peft_any.prompt import Attended
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BoundLayer:
     """An adapted layer as a callable.
 
@@ -40,6 +40,10 @@ class BoundLayer:
         parts, base = several.ready(self.parts, self.base, stacked=self.stacked)
         object.__setattr__(self, "_wide", (parts, base))
         object.__setattr__(self, "_names", (dtype_name(base.weight), dtype_name(self.base.weight)))
+
+    def __repr__(self) -> str:
+        site, by = self.base.site, [part.config.peft_type for part in self.parts]
+        return f"<BoundLayer {site.name} ({site.n_out}, {site.n_in}): {', '.join(by) or 'base'}>"
 
     @property
     def ready(self) -> tuple[list[Part], Dense]:
@@ -116,6 +120,9 @@ class Layers(Mapping[str, BoundLike]):
     def __contains__(self, name: object) -> bool:
         return name in self._adapted or name in self._every()
 
+    def __repr__(self) -> str:
+        return f"<Layers: {len(self)}, {len(self._adapted)} of them adapted>"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._every())
 
@@ -142,7 +149,7 @@ class Bound:
     """
 
     layers: Layers
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict, repr=False)
     weights: Mapping[str, Any] = field(default_factory=dict)
     attended: Mapping[str, tuple[Attended, float]] = field(default_factory=dict)
 

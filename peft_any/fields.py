@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass
 from functools import cache
 from math import inf
 from types import NoneType, UnionType
@@ -21,6 +21,11 @@ from typing import (
 )
 
 from peft_any.errors import ConfigError
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Give a field's default."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 class Rule(NamedTuple):

@@ -22,7 +22,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import attached, given, summed
+from peft_any.placed import attached, given, mapped, summed
 from peft_any.registry import Config
 from peft_any.routed import taken
 from peft_any.view import weights as view
@@ -56,13 +56,17 @@ class PeftModel:
     def __init__(
         self, weights: Mapping[str, Array], *, kinds: Mapping[str, Kind | Site] | None = None
     ) -> None:
-        self.weights = weights
+        self.weights = mapped(weights)
         self.kinds = kinds
         self._placed: dict[str, Placed] = {}
         self._active: dict[str, float] = {}
         self._stacked = True
         self._noise: Noise | None = None
         self._routing: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        named = [f"{name!r}{' (active)' * (name in self._active)}" for name in self]
+        return f"<PeftModel of {len(self.weights)} tensors: {', '.join(named) or 'no adapters'}>"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._placed)
@@ -117,13 +121,7 @@ class PeftModel:
         if name in self._placed:
             raise ConfigError(f"adapter {name!r} is already there: remove it first, or rename")
         placed = attached(
-            name,
-            adapter,
-            self.weights,
-            self.kinds,
-            seed=seed,
-            dtype=dtype,
-            rederive=rederive,
+            name, adapter, self.weights, self.kinds, seed=seed, dtype=dtype, rederive=rederive
         )
         self._placed[name] = placed
         if not self._active:

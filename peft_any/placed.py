@@ -130,6 +130,16 @@ def _refuse_nameless(config: Tuner, params: Params) -> None:
         )
 
 
+def mapped(weights: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Refuse what is no mapping of names to arrays for a base's weights."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError(
+            f"weights={weights!r:.60}: cannot be a base: give a mapping of names to arrays, as "
+            "read_safetensors reads one; a torch module takes integrations.torch.attach"
+        )
+    return weights
+
+
 def attached(
     name: str,
     adapter: Adapter | Config,

@@ -89,7 +89,7 @@ class Change:
         return self.delta_norm / self.base_norm if self.base_norm else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Receipt:
     """The record of a merge, or of the audit of one; `to_json` is what `--json` prints.
 
@@ -127,6 +127,12 @@ class Receipt:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+
+    def __repr__(self) -> str:
+        said = [f"{len(self.changes)} tensors changed", f"{self.copied} as in the base"]
+        said += [] if self.kept is None else [f"kept {self.kept:.4f}"]
+        said += [f"{len(self.problems)} problems"] if self.problems else []
+        return f"<Receipt of a {self.kind}: {', '.join(said)}>"
 
     @property
     def kept(self) -> float | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import abc
 import importlib
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar, dataclass_transform, final
 
 from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError, nearest
-from peft_any.fields import check_rules
+from peft_any.fields import check_rules, default_of
 from peft_any.plugins import GROUP, Plugin, chosen, plugins
 
 _known: dict[str, type[Config]] = {}
@@ -38,7 +39,7 @@ def absent() -> dict[str, tuple[str, str]]:
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Config(abc.ABC):
     """What every method's configuration holds: Hugging Face PEFT's common fields.
 
@@ -75,7 +76,7 @@ class Config(abc.ABC):
 
     def __init_subclass__(cls, *, peft_type: str = "", prefix: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclass(frozen=True, kw_only=True)(cls)
+        dataclass(frozen=True, kw_only=True, repr=False)(cls)
         peft_type = peft_type or cls.__dict__.get("peft_type", "")
         prefix = prefix or cls.__dict__.get("prefix", cls.prefix) or f"{peft_type.lower()}_"
         if peft_type:
@@ -93,6 +94,13 @@ class Config(abc.ABC):
                 )
             cls.peft_type, cls.prefix = peft_type, prefix
             _known[peft_type] = cls
+
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        said = [
+            f"{f.name}={given[f.name]!r}" for f in fields(self) if given[f.name] != default_of(f)
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     @final
     def __post_init__(self) -> None:
@@ -242,4 +250,5 @@ def config_class(name: str) -> type[Config]:
             found = method_for(peft_type)
             if found.__name__ == name:
                 return found
-    raise AttributeError(f"module 'peft_any' has no attribute {name!r}")
+    package = sys.modules["peft_any"]
+    raise AttributeError(f"module 'peft_any' has no attribute {name!r}", name=name, obj=package)

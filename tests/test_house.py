@@ -157,6 +157,12 @@ def test_public_names_exist() -> None:
     assert peft_any.LoraConfig.peft_type == "LORA"
     with pytest.raises(AttributeError, match="NoSuchConfig"):
         _ = peft_any.NoSuchConfig
+    classes = {method_for(name).__name__ for name in method_names()}
+    assert {*dir(peft_any)} >= {*peft_any.__all__, *classes, "__version__"}
+    for name in ("LoRAConfig", "read_safetensor"):
+        with pytest.raises(AttributeError, match=name) as caught:
+            getattr(peft_any, name)
+        assert (caught.value.name, caught.value.obj) == (name, peft_any)
 
 
 def test_importing_loads_no_method_and_no_other_library() -> None:

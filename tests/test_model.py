@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +18,8 @@ from peft_any import (
     PeftModel,
     ShapeError,
     TargetError,
+    merge_checkpoint,
+    write_safetensors,
 )
 from peft_any.backend import to_numpy
 from peft_any.layer import linear
@@ -449,3 +452,25 @@ def test_a_pattern_of_osf_that_is_no_expression_is_refused() -> None:
     model = PeftModel({"fc.weight": np.eye(6)})
     with pytest.raises(ConfigError, match="not a regular expression"):
         model.add("a", OSFConfig(rank_pattern={"(": 1}, target_modules=["fc"]))
+
+
+def test_what_is_shown_is_short(tmp_path: Path) -> None:
+    model = PeftModel({"a.weight": np.ones((3, 4), "float32"), "b.weight": np.ones((3, 4))})
+    assert repr(model) == "<PeftModel of 2 tensors: no adapters>"
+    adapter = model.add("x", LoraConfig(r=2, target_modules=["a"]))
+    model.add("y", adapter)
+    assert repr(adapter) == "<Adapter LORA: 14 parameters at 1 layers>"
+    assert repr(adapter.config) == "LoraConfig(target_modules=['a'], r=2)"
+    assert repr(model) == "<PeftModel of 2 tensors: 'x' (active), 'y'>"
+    bound = model.bind()
+    assert "array" not in repr(bound)
+    assert repr(bound.layers["a"]) == "<BoundLayer a (3, 4): LORA>"
+    assert repr(bound.layers["b"]) == "<BoundLayer b (3, 4): base>"
+    write_safetensors(tmp_path / "base.safetensors", model.weights)
+    receipt = merge_checkpoint(tmp_path / "base.safetensors", adapter, dry_run=True)
+    assert repr(receipt) == "<Receipt of a merge: 1 tensors changed, 1 as in the base>"
+
+
+def test_weights_are_a_mapping() -> None:
+    with pytest.raises(ConfigError, match="give a mapping of names to arrays"):
+        PeftModel("base")

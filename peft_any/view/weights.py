@@ -286,6 +286,9 @@ class Weights(Mapping[str, Any]):
             self._made[name] = made
         return self._made[name]
 
+    def __repr__(self) -> str:
+        return f"<Weights: {len(self)} tensors>"
+
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
