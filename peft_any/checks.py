@@ -7,7 +7,8 @@ from math import isfinite, nan
 from typing import Any, Final
 
 from peft_any._typing import Shape
-from peft_any.errors import ConfigError
+from peft_any.errors import ConfigError, ShapeError
+from peft_any.layer import Site
 
 OURS: Final = "peft_any"
 """What a field says in a file with arrays that Hugging Face PEFT's lacks: it refuses the value."""
@@ -30,6 +31,45 @@ def refuse(config: Any, **rules: tuple[bool, str]) -> None:
     for name, (fine, rule) in rules.items():
         if not fine:
             raise ConfigError(f"{config.where}: {name}={getattr(config, name)!r} must be {rule}")
+
+
+def check_site(config: Any, site: Site) -> None:
+    """Refuse a layer of a kind, or a convolution of a kernel, that a method does not support.
+
+    Raises
+    ------
+    ConfigError, ShapeError
+    """
+    if site.kind not in config.kinds:
+        raise ConfigError(
+            f"{site.name}: {config.peft_type} cannot adapt a {site.kind} layer: it supports "
+            f"{', '.join(sorted(config.kinds))}; leave it out of target_modules"
+        )
+    uneven = config.kernels == "square" and len({*site.kernel}) > 1
+    if config.kernels != "any" and (site.groups > 1 or uneven):
+        raise ShapeError(
+            f"{site.name}: {config.peft_type} cannot adapt a convolution with kernel {site.kernel} "
+            f"and {site.groups} groups: it needs one group, whose channels all are read"
+            f"{', and equal sides' * (config.kernels == 'square')}; leave it out of target_modules"
+        )
+
+
+def check_divides(
+    name: str, value: int, site: Site, *, inputs: bool = True, outputs: bool = True
+) -> None:
+    """Refuse a field's value that does not divide a layer's inputs, outputs or both.
+
+    Raises
+    ------
+    ShapeError
+        Naming the layer, the field and the sizes.
+    """
+    sizes = {"inputs": site.n_in} if inputs else {}
+    sizes |= {"outputs": site.n_out} if outputs else {}
+    if any(size % value for size in sizes.values()):
+        said = " and ".join(f"{size} {what}" for what, size in sizes.items())
+        of = "a divisor of both" if len(sizes) > 1 else "a divisor"
+        raise ShapeError(f"{site.name}: {name}={value} cannot divide {said}: give {of}")
 
 
 def alike(found: Mapping[str, Shape], said: Mapping[str, Shape]) -> bool:

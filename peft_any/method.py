@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, plus_product, resolve, summed
-from peft_any.checks import OURS, refuse_restart
+from peft_any.checks import OURS, check_site, refuse_restart
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.factors import paired
+from peft_any.initial import drawn
 from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.linalg import as_product
 from peft_any.prompt import Prompt as Prompt
@@ -32,6 +33,8 @@ class Tuner(Config):
 
     kinds: ClassVar[frozenset[Kind]] = MATRICES
     """Layer kinds that the method supports."""
+    kernels: ClassVar[Literal["any", "ungrouped", "square"]] = "any"
+    """Which convolutions: all, those of one group, or of these those with equal sides."""
     copied: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays that Hugging Face PEFT's files hold once more for every site."""
     thins: ClassVar[str] = ""
@@ -66,11 +69,7 @@ class Tuner(Config):
         ConfigError, ShapeError
             If the method cannot adapt this layer.
         """
-        if site.kind not in self.kinds:
-            raise ConfigError(
-                f"{site.name}: {self.peft_type} cannot adapt a {site.kind} layer: it supports "
-                f"{', '.join(sorted(self.kinds))}; leave it out of target_modules"
-            )
+        check_site(self, site)
         return self.per_site(site)
 
     def among(self, sites: Sequence[Site]) -> Self:  # noqa: ARG002
@@ -85,12 +84,12 @@ class Tuner(Config):
     def shapes(self, site: Site) -> dict[str, Shape]:
         """Name the site's parameters, by the checkpoint's suffixes, with their shapes.
 
-        A size of −1 is one that the base's values decide.
+        A shape may say how its array starts (`initial`). A size of −1 is for the base to decide.
         """
 
-    @abc.abstractmethod
     def init(self, site: Site, new: Fresh) -> Params:
-        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
+        """Draw fresh parameters as Hugging Face PEFT does; unless overridden, as `shapes` says."""
+        return drawn(self.shapes(site), new, self.where)
 
     @abc.abstractmethod
     def merge(self, p: Params, base: Dense) -> Dense:
@@ -142,9 +141,9 @@ class Tuner(Config):
         """Name the arrays that all sites share, with their shapes; most methods have none."""
         return {}
 
-    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:  # noqa: ARG002
+    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
         """Draw the arrays that all sites share; `merge` and `forward` get them among `p`."""
-        return {}
+        return drawn(self.shared_shapes(sites), new, self.where)
 
     def begin(self, site: Site, new: Fresh) -> Params:
         """Draw all that a single site needs: the shared arrays, and its own."""

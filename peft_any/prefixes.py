@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from peft_any._typing import Array, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.initial import normal
 from peft_any.prompt import Prompt
 from peft_any.prompts import count, fresh, prepend, spread
 
@@ -28,9 +29,9 @@ class Prefixed(Prompt):
             )
 
     def shapes(self) -> dict[str, Shape]:
-        """The table of all keys and values."""
+        """The table of all keys and values, standard normal."""
         width = 2 * self.size("num_layers") * self.size("token_dim")
-        return {"prompt_embeddings": (self.size("num_virtual_tokens"), width)}
+        return {"prompt_embeddings": normal(self.size("num_virtual_tokens"), width)}
 
     def table(self, p: Params) -> Array:
         """Give the table (T, 2·L·d), computed where a net makes it."""

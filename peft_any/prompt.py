@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from peft_any._typing import Array, Params, Shape
 from peft_any.errors import ConfigError
+from peft_any.initial import drawn
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 
@@ -37,9 +38,9 @@ class Attended(Config):
     def shapes(self, width: int) -> dict[str, Shape]:
         """Name the parameters of one module whose input has `width` channels."""
 
-    @abc.abstractmethod
     def init(self, new: Fresh, width: int) -> Params:
         """Draw the parameters of one module; they add nothing."""
+        return drawn(self.shapes(width), new, self.where)
 
     @abc.abstractmethod
     def attend(
@@ -100,9 +101,9 @@ class Prompt(Config):
     def shapes(self) -> dict[str, Shape]:
         """Name the parameters of the file, with their shapes."""
 
-    @abc.abstractmethod
     def init(self, new: Fresh) -> Params:
-        """Draw fresh parameters with Hugging Face PEFT's initial distributions."""
+        """Draw fresh parameters as Hugging Face PEFT does; unless overridden, as `shapes` says."""
+        return drawn(self.shapes(), new, self.where)
 
     def portable(self, p: Params) -> Params:
         """Give the parameters in the form that a file carries, `shapes`."""

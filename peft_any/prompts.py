@@ -20,6 +20,7 @@ from peft_any.backend import (
     to_numpy,
 )
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.initial import normal
 from peft_any.layer import Dense, Site
 from peft_any.prompt import Prompt
 from peft_any.rng import Fresh
@@ -32,9 +33,9 @@ class Prepended(Prompt):
     """
 
     def shapes(self) -> dict[str, Shape]:
-        """The table of virtual tokens."""
+        """The table of virtual tokens, standard normal."""
         rows = self.size("num_virtual_tokens") * self.submodules
-        return {"prompt_embeddings": (rows, self.size("token_dim"))}
+        return {"prompt_embeddings": normal(rows, self.size("token_dim"))}
 
     def prepend(self, p: Params, embeds: Array, submodule: int = 0) -> Array:
         """Put the virtual tokens before embedded input: see `before`."""

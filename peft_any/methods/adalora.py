@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
 from peft_any.checks import refuse
-from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
+from peft_any.contract import Additive, Array, Kind, Params, Shape, Site
 from peft_any.errors import ConfigError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Inside, Rate, within
+from peft_any.initial import normal, zeros
 from peft_any.linalg import orthogonality
 
 
@@ -30,6 +31,7 @@ class AdaLoraConfig(
 
     thins: ClassVar[str] = "lora_dropout"
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv1D", "Conv2d"})
+    kernels = "ungrouped"
     separable: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = {
         "target_parameters": "AdaLoRA adapts modules alone: name them in target_modules",
@@ -78,9 +80,6 @@ class AdaLoraConfig(
 
     def per_site(self, site: Site) -> Self:
         """Set r to the number of triplets kept."""
-        if site.groups > 1:
-            many = f"{site.name}: ADALORA cannot adapt a convolution of {site.groups} groups"
-            raise ConfigError(f"{many}: its A reads all channels; name it in exclude_modules")
         masked = f"{site.name}.lora_E" in (self.rank_pattern or {})
         return replace(self, r=sum(map(bool, self.kept(site.name))) if masked else self.init_r)
 
@@ -91,15 +90,11 @@ class AdaLoraConfig(
         return (self.lora_alpha if self.lora_alpha > 0 else float(self.r)) / (self.init_r + 1e-5)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """A, E and B, flat for a convolution too."""
-        r = self.r
-        return {"lora_A": (r, site.width), "lora_E": (r, 1), "lora_B": (site.n_out, r)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """A and B normal, E zero."""
-        std = 0.02 if self.init_lora_weights else 1.0
-        p = {k: new.normal(shape, std) for k, shape in self.shapes(site).items()}
-        return p | {"lora_E": new.zeros((self.r, 1))} if self.init_lora_weights else p
+        """A and B, normal, and E, zero; flat for a convolution too."""
+        r, usual = self.r, bool(self.init_lora_weights)
+        std = 0.02 if usual else 1.0
+        a, b = normal(r, site.width, std=std), normal(site.n_out, r, std=std)
+        return {"lora_A": a, "lora_E": zeros(r, 1) if usual else normal(r, 1), "lora_B": b}
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give s·B·diag(E) (n_out, r) and A (r, width)."""

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from peft_any.backend import namespace
-from peft_any.contract import Array, Attended, Fresh, Params, Shape
+from peft_any.contract import Array, Attended, Params, Shape
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.fields import Count
+from peft_any.initial import normal, zeros
 from peft_any.mixtures import softmax
 
 
@@ -47,15 +48,10 @@ class AdaptionPromptConfig(Attended, peft_type="ADAPTION_PROMPT", prefix="adapti
         return found[-count:]
 
     def shapes(self, width: int) -> dict[str, Shape]:
-        """Name the parameters of one block, for a model of `width` d."""
+        """Name the parameters of one block, for a model of `width` d: the gate is closed."""
         if self.adapter_len is None:
             raise ConfigError(f"{self.where}: adapter_len=None cannot size a prompt: give it")
-        return {"adaption_prompt": (1, self.adapter_len, width), "adaption_gate": (1,)}
-
-    def init(self, new: Fresh, width: int) -> Params:
-        """Draw the prompt of one block, standard normal, with a closed gate."""
-        prompt, gate = self.shapes(width).items()
-        return {prompt[0]: new.normal(prompt[1]), gate[0]: new.zeros(gate[1])}
+        return {"adaption_prompt": normal(1, self.adapter_len, width), "adaption_gate": zeros(1)}
 
     def attend(
         self,
@@ -110,4 +106,4 @@ class AdaptionPromptConfig(Attended, peft_type="ADAPTION_PROMPT", prefix="adapti
         q = xp.reshape(q, (batch, groups, heads // groups, tokens, c))
         shares = p["adaption_gate"] * softmax(xp.matmul(q, k) / c**0.5)
         y = xp.reshape(xp.matmul(shares, v), (batch, heads, tokens, c))
-        return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, tokens, heads * c))  # type: ignore[no-any-return]
+        return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, tokens, heads * c))

@@ -3,7 +3,8 @@
 from typing import ClassVar
 
 from peft_any.backend import creation_device, namespace
-from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.contract import Additive, Array, Dense, Kind, Layer, Params, Shape, Site
+from peft_any.initial import normal, zeros
 
 
 class BeftConfig(Additive, peft_type="BEFT"):
@@ -17,13 +18,8 @@ class BeftConfig(Additive, peft_type="BEFT"):
     init_weights: bool = True
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """β, as a row."""
-        return {"beft_bias": (1, site.n_out)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """Zero."""
-        draw = new.zeros if self.init_weights else new.normal
-        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+        """β, as a row: zero."""
+        return {"beft_bias": (zeros if self.init_weights else normal)(1, site.n_out)}
 
     def changes_bias(self, site: Site) -> bool:
         """Nothing but the bias."""
@@ -33,19 +29,16 @@ class BeftConfig(Additive, peft_type="BEFT"):
         """Zero."""
         xp, shift = namespace(p["beft_bias"]), p["beft_bias"]
         shape = (site.n_out, site.width)
-        zero: Array = xp.zeros(shape, dtype=shift.dtype, device=creation_device(shift))
-        return zero
+        return xp.zeros(shape, dtype=shift.dtype, device=creation_device(shift))
 
     def bias_delta(self, p: Params, site: Site) -> Array:
         """β."""
-        shift: Array = namespace(p["beft_bias"]).reshape(p["beft_bias"], (site.n_out,))
-        return shift
+        return namespace(p["beft_bias"]).reshape(p["beft_bias"], (site.n_out,))
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """β, for every input."""
         shape = (*x.shape[:-1], site.n_out)
-        shift: Array = namespace(x).broadcast_to(self.bias_delta(p, site), shape)
-        return shift
+        return namespace(x).broadcast_to(self.bias_delta(p, site), shape)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + β."""

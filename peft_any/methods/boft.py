@@ -8,9 +8,10 @@ from typing import ClassVar, Self
 
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import block_matmul, butterfly, cayley
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
+from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
+from peft_any.initial import normal
 
 
 class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"):
@@ -28,6 +29,7 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d"})
+    kernels = "square"
     separable: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
 
@@ -48,11 +50,6 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
 
     def per_site(self, site: Site) -> Self:
         """Resolve the block size, and check that blocks and factors fit the layer."""
-        if site.groups > 1 or (site.is_conv and site.kernel[0] != site.kernel[1]):
-            raise ShapeError(
-                f"{site.name}: BOFT cannot adapt a convolution with kernel {site.kernel} and "
-                f"{site.groups} groups: it rotates square kernels without groups"
-            )
         n, m = site.width, self.boft_n_butterfly_factor
         given = self.boft_block_size or self.boft_block_num
         b = self.boft_block_size or n // given
@@ -71,17 +68,11 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
         return replace(self, boft_block_size=b, boft_block_num=0)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The X of all blocks and factors, and the outputs' scale."""
-        b, m = self.boft_block_size, self.boft_n_butterfly_factor
+        """The X of all blocks and factors, and the outputs' scale: no rotation, no scale."""
+        b, std = self.boft_block_size, 0.0 if self.init_weights else 0.1
         scale = (1, site.n_out) if site.is_conv else (site.n_out, 1)
-        return {"boft_R": (m, site.width // b, b, b), "boft_s": scale}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """No rotation, no scale."""
-        of_r, of_s = self.shapes(site).values()
-        if self.init_weights:
-            return {"boft_R": new.zeros(of_r), "boft_s": new.ones(of_s)}
-        return {"boft_R": new.normal(of_r, 0.1), "boft_s": new.ones(of_s) + new.normal(of_s, 0.1)}
+        blocks = normal(self.boft_n_butterfly_factor, site.width // b, b, b, std=std)
+        return {"boft_R": blocks, "boft_s": normal(*scale, std=std, mean=1.0)}
 
     def factors(self, p: Params) -> list[tuple[Array, int, int]]:
         """Give R as few block-diagonal factors, as `butterfly` does."""
@@ -93,8 +84,7 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
         x = p["boft_R"]
         xp, (m, k, b, _) = namespace(x), x.shape
         x = xp.reshape(x, (m * k, b, b))
-        rotations: Array = xp.reshape(cayley(0.5 * (x - xp.matrix_transpose(x))), (m, k, b, b))
-        return rotations
+        return xp.reshape(cayley(0.5 * (x - xp.matrix_transpose(x))), (m, k, b, b))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """As `forward`, with some blocks of one factor, chosen anew in each step, held still."""
@@ -122,8 +112,7 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
         for r, *lie in reversed(self.factors(p)):
             x = block_matmul(x, r, *lie)
         y, s = base(x), namespace(x).reshape(p["boft_s"], (-1,))
-        scaled: Array = y * s if base.bias is None else (y - base.bias) * s + base.bias
-        return scaled
+        return y * s if base.bias is None else (y - base.bias) * s + base.bias
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """(W′/s)·R: every output within a few roundings of it, however small s; NaN where s = 0."""

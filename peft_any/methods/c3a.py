@@ -1,13 +1,15 @@
 """C3A: circular convolution adaptation. Chen et al. 2024, https://arxiv.org/abs/2407.19342."""
 
 from dataclasses import field, replace
+from functools import partial
 from math import prod, sqrt
 from typing import ClassVar, Literal, Self
 
 from peft_any.backend import namespace
-from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
-from peft_any.errors import ShapeError
+from peft_any.checks import check_divides
+from peft_any.contract import Additive, Array, Kind, Params, Shape, Site
 from peft_any.fields import Biases, ByLayer, Count
+from peft_any.initial import normal, uniform, zeros
 from peft_any.patterns import matching_end
 
 
@@ -30,28 +32,16 @@ class C3AConfig(Additive, Biases, ByLayer, peft_type="C3A"):
     def per_site(self, site: Site) -> Self:
         """Resolve the pattern, and check that the blocks fit."""
         b = matching_end(self.block_size_pattern, site.name, self.block_size)
-        if site.n_in % b or site.n_out % b:
-            raise ShapeError(
-                f"{site.name}: block_size={b} cannot divide {site.n_in} inputs and {site.n_out} "
-                "outputs: give a divisor of both (block_size_pattern)"
-            )
+        check_divides("block_size", b, site)
         return replace(self, block_size=b)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The first rows of all blocks."""
-        b = self.block_size
-        return {"c3a_kernel": (site.n_out // b, site.n_in // b, b)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """Random, unless `init_weights` is true."""
-        ((name, shape),) = self.shapes(site).items()
-        if self.init_weights is True:
-            return {name: new.zeros(shape)}
-        if self.init_weights == "gaussian":
-            return {name: new.normal(shape)}
-        fan = sqrt(6.0 / (site.n_in + site.n_out))
-        bound = 1 / sqrt(site.n_in) if self.init_weights == "kaiming_uniform" else fan
-        return {name: new.uniform(shape, bound)}
+        """The first rows of all blocks, random unless `init_weights` is true."""
+        b, init, total = self.block_size, self.init_weights, site.n_in + site.n_out
+        bound = 1 / sqrt(site.n_in) if init == "kaiming_uniform" else sqrt(6.0 / total)
+        known = {True: zeros, "gaussian": normal}
+        start = known.get(init, partial(uniform, bound))
+        return {"c3a_kernel": start(site.n_out // b, site.n_in // b, b)}
 
     def delta(self, p: Params, site: Site) -> Array:
         """The blocks, row by row: each is a piece of the kernel set twice."""
@@ -59,8 +49,7 @@ class C3AConfig(Additive, Biases, ByLayer, peft_type="C3A"):
         xp = namespace(w)
         twice = xp.concat([w, w], axis=2)
         rows = [twice[:, :, (b - i) % b : (b - i) % b + b] for i in range(b)]
-        whole: Array = xp.reshape(xp.stack(rows, axis=1), (site.n_out, site.n_in))
-        return whole
+        return xp.reshape(xp.stack(rows, axis=1), (site.n_out, site.n_in))
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """By Fourier transforms of length b, where the library has them: a product for each."""
@@ -72,5 +61,4 @@ class C3AConfig(Additive, Biases, ByLayer, peft_type="C3A"):
         f = xp.conj(xp.fft.rfft(w))  # a correlation, not a convolution
         stacked = xp.permute_dims(z, (2, 0, 1)) @ xp.permute_dims(f, (2, 1, 0))
         y = xp.fft.irfft(xp.permute_dims(stacked, (1, 2, 0)), n=b)
-        out: Array = xp.reshape(y, (*lead, site.n_out)) / site.n_in
-        return out
+        return xp.reshape(y, (*lead, site.n_out)) / site.n_in

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from peft_any.backend import detach, namespace
-from peft_any.contract import Array, Fresh, Params, Prefixed
+from peft_any.contract import Array, Params, Prefixed
 from peft_any.errors import ConfigError, ShapeError
 
 
@@ -28,10 +28,6 @@ class CartridgeConfig(Prefixed, peft_type="CARTRIDGE", prefix="prompt_"):
             raise ConfigError(
                 f"{self.where}: num_frozen_tokens={frozen} cannot be frozen: give 0 to {count}"
             )
-
-    def init(self, new: Fresh) -> Params:
-        """Draw the table, standard normal."""
-        return {name: new.normal(shape) for name, shape in self.shapes().items()}
 
     def of_cache(self, cache: Sequence[tuple[Array, Array]]) -> Params:
         """Take the first tokens of a model's key-value cache.
@@ -67,5 +63,4 @@ class CartridgeConfig(Prefixed, peft_type="CARTRIDGE", prefix="prompt_"):
         n = self.num_frozen_tokens
         if not n:
             return table
-        whole: Array = namespace(table).concat([detach(table[:n, :]), table[n:, :]], axis=0)
-        return whole
+        return namespace(table).concat([detach(table[:n, :]), table[n:, :]], axis=0)

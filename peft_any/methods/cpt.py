@@ -125,5 +125,4 @@ class CPTConfig(Prepended, peft_type="CPT", prefix="prompt_"):
             factor: Any = self.opt_loss_decay_factor or 0.0
             weights = counted * factor ** astype(distinct_above(kinds), dtype)
         xp = namespace(logits, weights)
-        total: Array = xp.sum(token_losses(logits[:, :-1, :], chosen) * weights) / xp.sum(counted)
-        return total
+        return xp.sum(token_losses(logits[:, :-1, :], chosen) * weights) / xp.sum(counted)

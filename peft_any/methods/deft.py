@@ -112,5 +112,4 @@ class DeftConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="DEFT"
         less = linear(x, taken)
         if not self.para:
             less = less - self.scaling * linear(thin, p["deft_R"])
-        applied: Array = y - less @ xp.matrix_transpose(q)
-        return applied
+        return y - less @ xp.matrix_transpose(q)

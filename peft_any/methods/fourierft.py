@@ -3,9 +3,10 @@
 from dataclasses import field, replace
 from typing import ClassVar, Self
 
-from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.contract import Additive, Array, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
+from peft_any.initial import normal, zeros
 from peft_any.patterns import matching_end
 from peft_any.spectra import random_places, real_inverse_transform
 
@@ -37,13 +38,8 @@ class FourierFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_typ
         return replace(self, n_frequency=count)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The spectrum's values."""
-        return {"fourierft_spectrum": (self.n_frequency,)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """Standard normal, unless `init_weights`."""
-        draw = new.zeros if self.init_weights else new.normal
-        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+        """The spectrum's values: standard normal, unless `init_weights`."""
+        return {"fourierft_spectrum": (zeros if self.init_weights else normal)(self.n_frequency)}
 
     def delta(self, p: Params, site: Site) -> Array:
         """The transform; of real values it needs half of the spectrum."""

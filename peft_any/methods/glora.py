@@ -1,10 +1,11 @@
 """GLoRA: generalised LoRA. Chavan et al. 2023, https://arxiv.org/abs/2306.07967."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from peft_any.backend import namespace
-from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.contract import Array, Dense, Kind, Params, Shape, Site, Tuner
 from peft_any.fields import Biases, Count
+from peft_any.initial import kaiming, normal, uniform, zeros
 
 
 class GloraConfig(Tuner, Biases, peft_type="GLORA"):
@@ -36,34 +37,25 @@ class GloraConfig(Tuner, Biases, peft_type="GLORA"):
         return fields.get(path, self.config_D_E) if site.bias or path in "AB" else "none"
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The parts of the five paths."""
+        """The parts of the five paths: Xu uniform, all else zero."""
         shapes: dict[str, Shape] = {}
         n, m, r = site.n_in, site.n_out, self.r
         whole: dict[str, Shape] = {"A": (m, n), "B": (m, n), "C": (n, 1), "D": (m,), "E": (m,)}
         for path, full in whole.items():
             form, key = self._form(path, site), f"glora_{path}"
             if form == "lora":
-                shapes |= {f"{key}.Xd": (full[0], r), f"{key}.Xu": (r, full[1])}
+                shapes |= {f"{key}.Xd": self._start(full[0], r), f"{key}.Xu": kaiming(r, full[1])}
             elif form == "none":
-                shapes[f"{key}.zeros"] = full
+                shapes[f"{key}.zeros"] = zeros(*full)
             else:
                 column = (full[0], 1) if len(full) == 2 else full
-                shapes[f"{key}.X"] = column if form == "vector" else (1,)
+                shapes[f"{key}.X"] = self._start(*(column if form == "vector" else (1,)))
         return shapes
 
-    def init(self, site: Site, new: Fresh) -> Params:
-        """Xu uniform, all else zero."""
-
-        def draw(name: str, shape: Shape) -> Any:
-            if name.endswith("Xu"):
-                return new.kaiming(shape)
-            if self.init_weights or name in self.frozen:
-                return new.zeros(shape)
-            if shape == (1,):
-                return new.normal(shape, 0.02)
-            return new.uniform(shape, shape[-1] ** -0.5)
-
-        return {name: draw(name, shape) for name, shape in self.shapes(site).items()}
+    def _start(self, *shape: int) -> Shape:
+        if self.init_weights:
+            return zeros(*shape)
+        return normal(1, std=0.02) if shape == (1,) else uniform(shape[-1] ** -0.5, *shape)
 
     def changes_bias(self, site: Site) -> bool:
         """Where there is one, unless C, D and E are none."""
@@ -72,8 +64,7 @@ class GloraConfig(Tuner, Biases, peft_type="GLORA"):
     def _path(self, p: Params, path: str, site: Site) -> Array | float:
         form, key = self._form(path, site), f"glora_{path}"
         if form == "lora":
-            product: Array = p[f"{key}.Xd"] @ p[f"{key}.Xu"]
-            return product
+            return p[f"{key}.Xd"] @ p[f"{key}.Xu"]
         return 0.0 if form == "none" else p[f"{key}.X"]
 
     def merge(self, p: Params, base: Dense) -> Dense:
@@ -90,8 +81,7 @@ class GloraConfig(Tuner, Biases, peft_type="GLORA"):
         """W·C (n_out,)."""
         if isinstance(c, float):
             return 0.0
-        seen: Array = namespace(w).reshape(w @ c, (w.shape[0],))
-        return seen
+        return namespace(w).reshape(w @ c, (w.shape[0],))
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """(W′ − B)/(1 + A), (b′ − E − W·C)/(1 + D): NaN or infinite where a divisor is 0."""

@@ -4,9 +4,8 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import refuse
+from peft_any.checks import check_divides, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
-from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate, within
 from peft_any.layer import linear
 
@@ -43,11 +42,7 @@ class GraloraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="GRALORA")
 
     def per_site(self, site: Site) -> Self:
         """Check that the blocks fit."""
-        if site.n_in % self.gralora_k or site.n_out % self.gralora_k:
-            raise ShapeError(
-                f"{site.name}: gralora_k={self.gralora_k} cannot divide {site.n_in} inputs and "
-                f"{site.n_out} outputs: give a divisor of both"
-            )
+        check_divides("gralora_k", self.gralora_k, site)
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
@@ -102,5 +97,4 @@ class GraloraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="GRALORA")
         z = xp.reshape(z, (k, rows, self.r)) @ b
         y = xp.reshape(xp.permute_dims(z, (1, 0, 2)), (*lead, site.n_out))
         pair = self._general(p)
-        out: Array = self.scaling * (y if pair is None else y + linear(linear(x, pair[1]), pair[0]))
-        return out
+        return self.scaling * (y if pair is None else y + linear(linear(x, pair[1]), pair[0]))

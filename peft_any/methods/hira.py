@@ -4,11 +4,11 @@ Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 """
 
 from dataclasses import field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
-from peft_any.errors import ShapeError
+from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.fields import ByLayer, Count, Excludes, FanInFanOut, Rate
+from peft_any.initial import kaiming, normal, zeros
 from peft_any.layer import flat, linear
 
 
@@ -22,6 +22,7 @@ class HiraConfig(Tuner, ByLayer, Excludes, FanInFanOut, peft_type="HIRA"):
     kinds: ClassVar[frozenset[Kind]] = frozenset(
         {"Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
     )
+    kernels = "ungrouped"
     thins: ClassVar[str] = "hira_dropout"
 
     r: Count = 32
@@ -29,32 +30,17 @@ class HiraConfig(Tuner, ByLayer, Excludes, FanInFanOut, peft_type="HIRA"):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: bool | Literal["gaussian"] | None = True
 
-    def per_site(self, site: Site) -> Self:
-        """Refuse grouped convolutions."""
-        if site.groups > 1:
-            raise ShapeError(
-                f"{site.name}: HIRA cannot adapt a convolution of {site.groups} groups: its A "
-                "reads all channels; name it in exclude_modules"
-            )
-        return self
-
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """A and B in the layouts of torch's own layers."""
+        """A and B in the layouts of torch's own layers; one is zero: B, or an embedding's A."""
         word = "embedding_" if site.kind == "Embedding" else ""
-        return {
-            f"hira_{word}A": (self.r, site.n_in, *site.kernel),
-            f"hira_{word}B": (site.n_out, self.r, *(1,) * len(site.kernel)),
-        }
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """One factor zero: B, or an embedding's A."""
-        (of_a, a), (of_b, b) = self.shapes(site).items()
-        if not self.init_weights:
-            return {of_a: new.normal(a), of_b: new.normal(b)}
-        if site.kind == "Embedding":
-            return {of_a: new.zeros(a), of_b: new.normal(b)}
-        gaussian = self.init_weights == "gaussian"
-        return {of_a: new.normal(a, 1 / self.r) if gaussian else new.kaiming(a), of_b: new.zeros(b)}
+        a, b = (self.r, site.n_in, *site.kernel), (site.n_out, self.r, *(1,) * len(site.kernel))
+        of_a, of_b = normal(*a), normal(*b)
+        if self.init_weights and word:
+            of_a = zeros(*a)
+        elif self.init_weights:
+            of_a = normal(*a, std=1 / self.r) if self.init_weights == "gaussian" else kaiming(*a)
+            of_b = zeros(*b)
+        return {f"hira_{word}A": of_a, f"hira_{word}B": of_b}
 
     def gains(self, p: Params) -> Array:
         """B·A (n_out, width)."""

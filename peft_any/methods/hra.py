@@ -1,11 +1,10 @@
 """HRA: Householder reflection adaptation. Yuan et al. 2024, https://arxiv.org/abs/2405.17484."""
 
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from peft_any.backend import creation_device, namespace
 from peft_any.blocks import inverse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
-from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes
 
 
@@ -21,20 +20,12 @@ class HRAConfig(Tuner, Biases, ByLayer, Excludes, peft_type="HRA"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d"})
+    kernels = "square"
     needs: ClassVar[tuple[str, ...]] = ("linalg",)
 
     r: Count = 8
     apply_GS: bool = False  # noqa: N815 - Hugging Face PEFT's name
     init_weights: bool = True
-
-    def per_site(self, site: Site) -> Self:
-        """Refuse convolutions that HF PEFT sizes otherwise."""
-        if site.groups > 1 or (site.is_conv and site.kernel[0] != site.kernel[1]):
-            raise ShapeError(
-                f"{site.name}: HRA cannot adapt a convolution with kernel {site.kernel} and "
-                f"{site.groups} groups: it reflects square kernels without groups"
-            )
-        return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """The vectors, as columns."""
@@ -71,8 +62,7 @@ class HRAConfig(Tuner, Biases, ByLayer, Excludes, peft_type="HRA"):
                 known = xp.concat(columns, axis=1)
                 v = v - known @ (xp.matrix_transpose(known) @ v)
             columns.append(v / xp.sqrt(xp.sum(v * v)))
-        whole: Array = xp.concat(columns, axis=1)
-        return whole
+        return xp.concat(columns, axis=1)
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Compute the factors once."""
@@ -102,5 +92,4 @@ class HRAConfig(Tuner, Biases, ByLayer, Excludes, peft_type="HRA"):
 
 def _less(x: Array, left: Array, right: Array) -> Array:
     """x·(I − left·rightᵀ)."""
-    reflected: Array = x - (x @ left) @ namespace(x).matrix_transpose(right)
-    return reflected
+    return x - (x @ left) @ namespace(x).matrix_transpose(right)

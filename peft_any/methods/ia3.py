@@ -9,9 +9,10 @@ from math import prod
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
+from peft_any.contract import Array, Dense, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError
 from peft_any.fields import Excludes, FanInFanOut
+from peft_any.initial import normal, ones
 from peft_any.patterns import expression
 
 
@@ -55,17 +56,12 @@ class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
         return not self.is_feedforward(site)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The vector l, as a row, a column or a convolution's channels."""
-        feed = self.is_feedforward(site)
+        """The vector l, as a row, a column or a convolution's channels: ones."""
+        feed, start = self.is_feedforward(site), ones if self.init_ia3_weights else normal
         size = site.n_in if feed else site.n_out
         if site.is_conv:
-            return {"ia3_l": (1, size, *(1,) * len(site.kernel))}
-        return {"ia3_l": (1, size) if feed else (size, 1)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """All ones."""
-        draw = new.ones if self.init_ia3_weights else new.normal
-        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+            return {"ia3_l": start(1, size, *(1,) * len(site.kernel))}
+        return {"ia3_l": start(1, size) if feed else start(size, 1)}
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """Scale W's rows and the bias, or W's columns."""
@@ -76,8 +72,7 @@ class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """l ⊙ base(x), or base(l ⊙ x)."""
         if not self.is_feedforward(base.site):
-            y: Array = base(x) * namespace(p["ia3_l"]).reshape(p["ia3_l"], (base.site.n_out,))
-            return y
+            return base(x) * namespace(p["ia3_l"]).reshape(p["ia3_l"], (base.site.n_out,))
         gain, _ = self._gains(p, base.site)
         if base.site.groups > 1:  # every group reads inputs of its own
             return super().forward(p, x, base)

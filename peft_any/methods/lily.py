@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from peft_any.backend import namespace
-from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
+from peft_any.contract import Array, Kind, Params, Routed, Shape, Site
 from peft_any.fields import ByLayer, Count, Excludes, within
+from peft_any.initial import kaiming, zeros
 from peft_any.layer import linear
 from peft_any.mixtures import softmax
 from peft_any.patterns import in_order
@@ -33,18 +34,13 @@ class LilyConfig(Routed, ByLayer, Excludes, peft_type="LILY"):
     init_weights: bool = True
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """A, the Bₑ, and the router."""
+        """A, the Bₑ, and the router: uniform, and B zero unless `init_weights` is false."""
+        blank = zeros if self.init_weights else kaiming
         return {
-            "lily_A.weight": (self.r, site.n_in),
-            "lily_B.weight": (self.num_B * self.r, site.n_out),
-            "lily_router.weight": (self.num_B, self.r),
+            "lily_A.weight": kaiming(self.r, site.n_in),
+            "lily_B.weight": blank(self.num_B * self.r, site.n_out),
+            "lily_router.weight": kaiming(self.num_B, self.r),
         }
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """A and the router uniform, B zero unless `init_weights` is false."""
-        a, b, router = self.shapes(site).items()
-        blank = new.zeros if self.init_weights else new.kaiming
-        return {a[0]: new.kaiming(a[1]), b[0]: blank(b[1]), router[0]: new.kaiming(router[1])}
 
     def ties(self, sites: Mapping[str, Params]) -> dict[tuple[str, str], str]:
         """B is the group's first layer's; A that of the first of each `stride_A` layers."""

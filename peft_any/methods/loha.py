@@ -6,8 +6,9 @@ from struct import pack, unpack
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.contract import Additive, Array, Kind, Layer, Params, Shape, Site
 from peft_any.fields import ByLayer, Count, Excludes, Rate
+from peft_any.initial import kaiming, zeros
 from peft_any.layer import linear
 from peft_any.linalg import khatri_rao, tucker
 from peft_any.patterns import matching
@@ -53,7 +54,7 @@ class LoHaConfig(Additive, ByLayer, Excludes, peft_type="LOHA", prefix="hada_"):
         return replace(self, r=rank, alpha=alpha)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """Two pairs of factors, and their cores in Tucker form."""
+        """Two pairs of factors, and their cores in Tucker form: uniform, but w2_b zero."""
         r = self.r
         a: Shape = (site.n_out, r)
         b: Shape = (r, site.width)
@@ -61,15 +62,11 @@ class LoHaConfig(Additive, ByLayer, Excludes, peft_type="LOHA", prefix="hada_"):
         if self.use_effective_conv2d and prod(site.kernel) > 1:
             a, b = (r, site.n_out), (r, site.n_in // site.groups)
             # HF gives a Conv1d's core a second spatial axis, of size 1.
-            core = (r, r, *(*site.kernel, 1)[:2])
+            core = kaiming(r, r, *(*site.kernel, 1)[:2])
             cores = {"hada_t1": core, "hada_t2": core}
-        return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b, **cores}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """All uniform but w2_b, which is zero."""
-        shapes = self.shapes(site)
-        p = {k: new.kaiming(shape) for k, shape in shapes.items()}
-        return p | {"hada_w2_b": new.zeros(shapes["hada_w2_b"])} if self.init_weights else p
+        left, right, blank = kaiming(*a), kaiming(*b), zeros if self.init_weights else kaiming
+        pairs = {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": blank(*b)}
+        return {**pairs, **cores}
 
     def _pairs(self, p: Params) -> tuple[Array, Array, Array, Array]:
         """s·w1_aᵀ (r, n_out), w1_b (r, width), w2_aᵀ (r, n_out), w2_b (r, width)."""
@@ -86,8 +83,7 @@ class LoHaConfig(Additive, ByLayer, Excludes, peft_type="LOHA", prefix="hada_"):
         a1, b1, a2, b2 = self._pairs(p)
         xp = namespace(a1, b1, a2, b2)
         # One expression: NumPy then multiplies into the first product instead of a third array.
-        product: Array = (xp.matrix_transpose(a1) @ b1) * (xp.matrix_transpose(a2) @ b2)
-        return product
+        return (xp.matrix_transpose(a1) @ b1) * (xp.matrix_transpose(a2) @ b2)
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give the r² products of rows, where they are fewer than ΔW's."""
@@ -104,8 +100,7 @@ class LoHaConfig(Additive, ByLayer, Excludes, peft_type="LOHA", prefix="hada_"):
                 return super().residual(p, x, site)
             p = self._with_rows(p)
         into, out = p["rows"]
-        y: Array = linear(x, into) @ out
-        return y
+        return linear(x, into) @ out
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Form the products of rows once, where they are fewer than ΔW's entries."""

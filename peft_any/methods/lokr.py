@@ -89,8 +89,7 @@ class LoKrConfig(Additive, ByLayer, Excludes, peft_type="LOKR"):
     def delta(self, p: Params, site: Site) -> Array:
         """s·w1 ⊗ w2."""
         w1, w2 = self._spread(p, site)
-        delta: Array = namespace(w1, w2).reshape(w1 * w2, (site.n_out, site.width))
-        return delta
+        return namespace(w1, w2).reshape(w1 * w2, (site.n_out, site.width))
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W + ΔW."""

@@ -4,9 +4,11 @@ from math import prod
 from typing import ClassVar, Literal, Self
 
 from peft_any.backend import creation_device, inv, namespace
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
+from peft_any.checks import check_divides
+from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, Rate
+from peft_any.initial import kaiming, zeros
 from peft_any.layer import merged_for_calls
 from peft_any.linalg import packed
 
@@ -34,27 +36,21 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
 
     def per_site(self, site: Site) -> Self:
         """Check that shards and tiles fit."""
-        n, m, r = site.n_in, site.n_out, self.r
+        n, r = site.n_in, self.r
         if r > n:
             raise ShapeError(f"{site.name}: r={r} cannot shard {n} inputs: give at most {n}")
-        if self.init_weights == "bat" and (n % r or m % r):
-            raise ShapeError(
-                f"{site.name}: r={r} cannot tile {n} inputs and {m} outputs: give a divisor of both"
-            )
-        if self.init_weights == "mini" and m % self.mini_r:
-            raise ShapeError(f"{site.name}: mini_r={self.mini_r} cannot divide {m} outputs")
+        if self.init_weights == "bat":
+            check_divides("r", r, site)
+        if self.init_weights == "mini":
+            check_divides("mini_r", self.mini_r, site, inputs=False)
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """M, or its repeated part, or the blocks of the tiles."""
+        """M, or its repeated part, or the blocks of the tiles: zero."""
         r, m = self.r, site.n_out
         forms: dict[bool | str, Shape] = {"bat": (m // r, r, r), "mini": (r, self.mini_r)}
-        return {"miss_block": forms.get(self.init_weights, (r, m))}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """All zero."""
-        draw = new.zeros if self.init_weights else new.kaiming
-        return {k: draw(shape) for k, shape in self.shapes(site).items()}
+        start = zeros if self.init_weights else kaiming
+        return {"miss_block": start(*forms.get(self.init_weights, (r, m)))}
 
     def shards(self, p: Params, site: Site) -> Array:
         """M (r, n_out)."""
@@ -98,7 +94,7 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
         xp, (m, n), r = namespace(w), w.shape, self.r
         product = xp.reshape(w, (m // r, n, r)) @ factor
         tiles = xp.reshape(product, (m // r, r, n // r, r)) + shift[:, :, None, :]
-        return xp.reshape(tiles, (m, n))  # type: ignore[no-any-return]
+        return xp.reshape(tiles, (m, n))
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + (the sum of x's shards)·M; tiles are merged."""
@@ -113,8 +109,7 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
             x = xp.concat([x, none], axis=-1)
         shards = xp.reshape(x, (prod(lead), (site.n_in + over) // self.r, self.r))
         y = xp.sum(shards, axis=1) @ self.shards(p, site)
-        added: Array = xp.reshape(y, (*lead, site.n_out))
-        return added
+        return xp.reshape(y, (*lead, site.n_out))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin what is sharded; tiles are never thinned, as in HF."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 from peft_any.backend import from_numpy_like, is_array, namespace
 from peft_any.contract import Array, Fresh, Params, Prepended, Shape
 from peft_any.errors import ConfigError, ShapeError
+from peft_any.initial import normal
 from peft_any.prompts import before
 
 Tasks: TypeAlias = Array | Sequence[int]
@@ -42,9 +43,9 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
         count, d = self.size("num_virtual_tokens") * self.submodules, self.size("token_dim")
         tasks, k = self.size("num_tasks"), self.size("num_ranks")
         return {
-            "prompt_embeddings": (count, d),
-            "prefix_task_cols": (tasks, count, k),
-            "prefix_task_rows": (tasks, k, d),
+            "prompt_embeddings": normal(count, d),
+            "prefix_task_cols": normal(tasks, count, k, std=0.02),
+            "prefix_task_rows": normal(tasks, k, d, std=0.02),
         }
 
     def init(self, new: Fresh) -> Params:
@@ -54,10 +55,7 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
                 f"{self.where}: prompt_tuning_init={self.prompt_tuning_init!r} cannot be computed "
                 "here: give 'RANDOM', or load the source task's file (and see `of_source`)"
             )
-        return {
-            name: new.normal(shape, 1.0 if name == "prompt_embeddings" else 0.02)
-            for name, shape in self.shapes().items()
-        }
+        return super().init(new)
 
     def of_source(self, p: Params, init: str, task: int = 0) -> Params:
         """Start one task's parameters from those of source tasks, as Hugging Face PEFT does.
@@ -104,8 +102,7 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
             chosen = from_numpy_like(list(chosen), cols)
         xp = namespace(cols)
         turned = xp.take(cols, chosen, axis=0) @ xp.take(rows, chosen, axis=0)
-        made: Array = p["prompt_embeddings"] * turned
-        return made
+        return p["prompt_embeddings"] * turned
 
     def prepend(
         self, p: Params, embeds: Array, submodule: int = 0, *, task_ids: Tasks = (0,)

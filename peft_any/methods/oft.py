@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar, Self
 from peft_any.backend import inv, namespace
 from peft_any.blocks import block_matmul, cayley, cayley_neumann, drawn_back, skew
 from peft_any.checks import refuse
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.contract import Array, Dense, Kind, Layer, Params, Shape, Site, Tuner
+from peft_any.errors import ConfigError
 from peft_any.fields import Biases, ByLayer, Excludes, FanInFanOut, Rate, Rule
+from peft_any.initial import normal
 
 
 class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
@@ -32,6 +33,7 @@ class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d", "Embedding"})
+    kernels = "square"
     separable: ClassVar[bool] = True
 
     r: int = 0
@@ -60,25 +62,16 @@ class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
 
     def per_site(self, site: Site) -> Self:
         """Choose the block size: a divisor of what is rotated."""
-        if site.groups > 1 or (site.is_conv and site.kernel[0] != site.kernel[1]):
-            raise ShapeError(
-                f"{site.name}: OFT cannot adapt a convolution with kernel {site.kernel} and "
-                f"{site.groups} groups: it rotates square kernels without groups"
-            )
         n = site.n_out if site.kind == "Embedding" else site.width
         b = n // nearest_divisor(n, self.r) if self.r else nearest_divisor(n, self.oft_block_size)
         return replace(self, r=0, oft_block_size=b)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The upper triangles of Q₁ … Q_k."""
+        """The upper triangles of Q₁ … Q_k, zero."""
         table, b = site.kind == "Embedding", self.oft_block_size
         k = 1 if self.block_share else (site.n_out if table else site.width) // b
-        return {"oft_embedding_R.weight" if table else "oft_R.weight": (k, b * (b - 1) // 2)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """All zero."""
-        ((name, shape),) = self.shapes(site).items()
-        return {name: new.zeros(shape) if self.init_weights else new.normal(shape, 0.1)}
+        start = normal(k, b * (b - 1) // 2, std=0.0 if self.init_weights else 0.1)
+        return {"oft_embedding_R.weight" if table else "oft_R.weight": start}
 
     def rotation(self, p: Params) -> Array:
         """R₁ … R_k (k, b, b), or (1, b, b) under `block_share`."""

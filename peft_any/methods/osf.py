@@ -110,7 +110,7 @@ class OSFConfig(Tuner, peft_type="OSF"):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Projects the cotangents of few rows, or the parameters' as `product` does."""
         if (merged := p.get("merged")) is not None:
-            return merged(x)  # type: ignore[no-any-return]
+            return merged(x)
         (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
         if prod(x.shape[:-1]) > v.shape[0]:
             left, right = self.product(p, base)

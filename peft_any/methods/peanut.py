@@ -4,8 +4,9 @@ from typing import Annotated, ClassVar
 
 from peft_any.activations import ACTIVATIONS, activation
 from peft_any.backend import namespace
-from peft_any.contract import Array, Dense, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.contract import Array, Dense, Kind, Params, Shape, Site, Tuner
 from peft_any.fields import ByLayer, Count, Excludes, among, within
+from peft_any.initial import kaiming, zeros
 from peft_any.layer import linear
 
 
@@ -30,20 +31,15 @@ class PeanutConfig(Tuner, ByLayer, Excludes, peft_type="PEANUT"):
     init_weights: bool = True
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """A, B, and the nets between them."""
-        r, m = self.r, site.n_out
-        shapes: dict[str, Shape] = {"peanut_A.weight": (r, m), "peanut_B.weight": (m, r)}
-        for net in ("encoders", "decoders"):
-            shapes |= {f"peanut_{net}.{i}.weight": (r, r) for i in range(self.depth)}
-        return shapes
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """B zero, all else uniform."""
-        shapes = self.shapes(site)
-        drawn = {name: new.kaiming(shape) for name, shape in shapes.items()}
-        if self.init_weights:
-            drawn["peanut_B.weight"] = new.zeros(shapes["peanut_B.weight"])
-        return drawn
+        """A, B, and the nets between them: uniform, and B zero."""
+        r, m, blank = self.r, site.n_out, zeros if self.init_weights else kaiming
+        nets = [
+            f"peanut_{net}.{i}.weight"
+            for net in ("encoders", "decoders")
+            for i in range(self.depth)
+        ]
+        ends = {"peanut_A.weight": kaiming(r, m), "peanut_B.weight": blank(m, r)}
+        return {**ends, **dict.fromkeys(nets, kaiming(r, r))}
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
         """s·B and h(W)ᵀ."""

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 from peft_any.activations import sigmoid
 from peft_any.backend import from_numpy_like, is_array, namespace
-from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
+from peft_any.checks import check_divides
+from peft_any.contract import Additive, Array, Kind, Layer, Noise, Params, Shape, Site
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.fields import Count, Excludes
+from peft_any.initial import uniform, zeros
 from peft_any.layer import linear
 
 
@@ -43,28 +46,18 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
 
     def per_site(self, site: Site) -> Self:
         """Check that the splits fit."""
-        if site.n_in % self.n_splits or site.n_out % self.n_splits:
-            raise ShapeError(
-                f"{site.name}: n_splits={self.n_splits} cannot divide {site.n_in} inputs and "
-                f"{site.n_out} outputs: give a divisor of both"
-            )
+        check_divides("n_splits", self.n_splits, site)
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """Factors by split and skill, and the router."""
-        q, k = self.n_splits, self.n_skills
+        """Factors by split and skill, B zero, and the router, near 0."""
+        q, k, n, m = self.n_splits, self.n_skills, site.n_in, site.n_out
+        blank = zeros if self.init_weights else partial(uniform, self.r**-0.5)
         return {
-            "poly_lora_A": (q, k, site.n_in // q, self.r),
-            "poly_lora_B": (q, k, self.r, site.n_out // q),
-            "poly_router.module_logits": (self.n_tasks, q * k),
+            "poly_lora_A": uniform((n // q) ** -0.5, q, k, n // q, self.r),
+            "poly_lora_B": blank(q, k, self.r, m // q),
+            "poly_router.module_logits": uniform(1e-3, self.n_tasks, q * k),
         }
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """A as of a linear layer, B zero unless `init_weights` is false, logits near 0."""
-        a, b, z = self.shapes(site).items()
-        blank = new.zeros(b[1]) if self.init_weights else new.uniform(b[1], self.r**-0.5)
-        logits = new.uniform(z[1], 1e-3)
-        return {a[0]: new.uniform(a[1], a[1][2] ** -0.5), b[0]: blank, z[0]: logits}
 
     def of_task(self, sites: Mapping[str, Params], task: int) -> tuple[Self, dict[str, Params]]:
         """Give configuration and parameters for one task alone, which can be merged."""
@@ -89,7 +82,7 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
                 raise ConfigError(f"{self.where}: task_ids={ids!r}: n_tasks={self.n_tasks}")
             ids = from_numpy_like(listed, logits)
         xp = namespace(logits)
-        return xp.take(logits, xp.reshape(ids, (-1,)), axis=0)  # type: ignore[no-any-return]
+        return xp.take(logits, xp.reshape(ids, (-1,)), axis=0)
 
     def _mixed(self, shares: Any, p: Params, site: Site) -> tuple[Array, Array]:
         """A (rows, n_in, r) and B/r (rows, r, n_out) of shares σ (rows, q·k)."""
@@ -121,7 +114,7 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
             raise ShapeError(f"{site.name}: {a.shape[0]} tasks for input of shape {x.shape}")
         xp = namespace(x, a)
         y = xp.reshape(x, (x.shape[0], -1, site.n_in)) @ a @ b
-        return xp.reshape(y, (*x.shape[:-1], site.n_out))  # type: ignore[no-any-return]
+        return xp.reshape(y, (*x.shape[:-1], site.n_out))
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x)."""

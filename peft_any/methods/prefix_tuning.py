@@ -33,7 +33,7 @@ class PrefixTuningConfig(Prefixed, peft_type="PREFIX_TUNING", prefix="prompt_"):
         if self.prefix_projection:
             sizes = (count, d, self.encoder_hidden_size or d, width)
             return draw_encoder(new, sizes, zero=zero)
-        return {"prompt_embeddings": (new.zeros if zero else new.normal)((count, width))}
+        return {"prompt_embeddings": new.zeros((count, width))} if zero else super().init(new)
 
     def portable(self, p: Params) -> Params:
         """Give the table, computed where its net is trained."""

@@ -41,7 +41,7 @@ class PromptTuningConfig(Prepended, peft_type="PROMPT_TUNING", prefix="prompt_")
         """Draw the table, or take rows of the embedding table that is `new`'s base."""
         shape, init = self.shapes()["prompt_embeddings"], self.prompt_tuning_init
         if init == "RANDOM":
-            return {"prompt_embeddings": new.normal(shape)}
+            return super().init(new)
         if init == "TEXT" and tokens is None:
             raise ConfigError(
                 f"{self.where}: prompt_tuning_init='TEXT' cannot be computed without a tokenizer: "

@@ -7,6 +7,7 @@ from peft_any.backend import namespace
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Noise, Params, Shape, Site
 from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
+from peft_any.initial import full, normal, ones, zeros
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
 
@@ -42,15 +43,11 @@ class PveraConfig(
     generator_seed: int | None = None
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """d and b."""
-        return {"pvera_lambda_d": (2 * self.r,), "pvera_lambda_b": (site.n_out,)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """d constant, b zero."""
-        d, b = self.shapes(site).values()
+        """d, constant, and b, zero."""
         if not self.init_weights:
-            return {"pvera_lambda_d": new.normal(d), "pvera_lambda_b": new.ones(b)}
-        return {"pvera_lambda_d": new.full(d, self.d_initial), "pvera_lambda_b": new.zeros(b)}
+            return {"pvera_lambda_d": normal(2 * self.r), "pvera_lambda_b": ones(site.n_out)}
+        d = full(self.d_initial, 2 * self.r)
+        return {"pvera_lambda_d": d, "pvera_lambda_b": zeros(site.n_out)}
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """A and B, as large as the largest of the sites needs."""
@@ -77,8 +74,7 @@ class PveraConfig(
             return super().residual(p, x, site)
         a, b, r = *self._own(p, site), self.r
         mean = linear(x, a[:r, :]) * p["pvera_lambda_d"][:r]
-        y: Array = linear(mean, b) * p["pvera_lambda_b"]
-        return y
+        return linear(mean, b) * p["pvera_lambda_b"]
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Draw z, from a thinned input."""
@@ -87,8 +83,7 @@ class PveraConfig(
         both = linear(thin, a) * p["pvera_lambda_d"]
         mean, spread = both[..., : self.r], namespace(both).exp(0.5 * both[..., self.r :])
         z = mean + spread * noise.at("latent").normal(tuple(mean.shape), mean)
-        y: Array = base(x) + linear(z, b) * p["pvera_lambda_b"]
-        return y
+        return base(x) + linear(z, b) * p["pvera_lambda_b"]
 
     def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
         """The site's part of A (2r, n_in) and B (n_out, r)."""

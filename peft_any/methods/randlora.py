@@ -8,6 +8,7 @@ from peft_any.backend import namespace
 from peft_any.contract import Additive, Array, Dense, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.errors import ConfigError
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
+from peft_any.initial import full, normal, zeros
 from peft_any.layer import linear, merged_for_calls
 from peft_any.linalg import khatri_rao
 from peft_any.projections import largest, random_bases
@@ -51,16 +52,11 @@ class RandLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="RANDLORA
         return min(n, m), max(n, m), -(-min(n, m) // self.r)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """λ and γ."""
-        d, _, q = self._sizes(site.n_in, site.n_out)
-        return {"randlora_lambda": (self.r, q), "randlora_gamma": (q, d)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """λ zero, γ constant."""
-        of_lambda, of_gamma = self.shapes(site).values()
-        draw = new.zeros if self.init_weights else new.normal
-        share = 1 / max(of_gamma if self.init_weights else (site.n_in, site.n_out))
-        return {"randlora_lambda": draw(of_lambda), "randlora_gamma": new.full(of_gamma, share)}
+        """λ, zero, and γ, constant."""
+        d, most, q = self._sizes(site.n_in, site.n_out)
+        if not self.init_weights:
+            return {"randlora_lambda": normal(self.r, q), "randlora_gamma": full(1 / most, q, d)}
+        return {"randlora_lambda": zeros(self.r, q), "randlora_gamma": full(1 / max(q, d), q, d)}
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """A and B, as large as the largest of the sites needs."""
@@ -79,8 +75,7 @@ class RandLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="RANDLORA
         b, scale, u = self._terms(p, site)
         xp = namespace(u)
         product = b @ (xp.reshape(scale, (-1, 1)) * u)
-        whole: Array = product if site.n_in == u.shape[1] else xp.matrix_transpose(product)
-        return whole
+        return product if site.n_in == u.shape[1] else xp.matrix_transpose(product)
 
     def residual(self, p: Params, x: Array, site: Site) -> Array:
         """Two products with the batch, by the terms or their transposes."""

@@ -4,9 +4,10 @@ from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
 from peft_any.backend import namespace, summed
-from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
-from peft_any.errors import ShapeError
+from peft_any.checks import check_divides
+from peft_any.contract import Array, Dense, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.fields import Count, Rule
+from peft_any.initial import normal
 
 _SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 """Angles for each output."""
@@ -32,26 +33,13 @@ class RoadConfig(Tuner, peft_type="ROAD"):
 
     def per_site(self, site: Site) -> Self:
         """Check that the groups fit."""
-        if site.n_out % self.group_size:
-            raise ShapeError(
-                f"{site.name}: group_size={self.group_size} cannot divide {site.n_out} outputs"
-            )
+        check_divides("group_size", self.group_size, site, inputs=False)
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """Angles and scales."""
-        size = (int(site.n_out * _SIZES[self.variant]),)
-        return {"road_theta": size, "road_alpha": size}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """No rotation, no scale."""
-        theta, alpha = self.shapes(site).values()
-        if self.init_weights:
-            return {"road_theta": new.zeros(theta), "road_alpha": new.ones(alpha)}
-        return {
-            "road_theta": new.normal(theta, 0.5),
-            "road_alpha": new.ones(alpha) + new.normal(alpha, 0.5),
-        }
+        """Angles and scales: no rotation, no scale."""
+        size, std = int(site.n_out * _SIZES[self.variant]), 0.0 if self.init_weights else 0.5
+        return {"road_theta": normal(size, std=std), "road_alpha": normal(size, std=std, mean=1.0)}
 
     def changes_bias(self, site: Site) -> bool:
         """It turns with the outputs."""
@@ -81,8 +69,7 @@ class RoadConfig(Tuner, peft_type="ROAD"):
         y, (own, other) = base(x), self.terms(p)
         xp = namespace(y, own)
         pairs = xp.reshape(y, (prod(y.shape[:-1]), *own.shape))
-        turned: Array = xp.reshape(pairs * own + xp.flip(pairs, axis=2) * other, y.shape)
-        return turned
+        return xp.reshape(pairs * own + xp.flip(pairs, axis=2) * other, y.shape)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """R·W and R·b."""
@@ -102,7 +89,7 @@ def _turned(layer: Dense, own: Array, other: Array) -> Dense:
 
     def turn(a: Array) -> Array:
         pairs, one, two = (xp.reshape(t, (*own.shape, -1)) for t in (a, own, other))
-        return xp.reshape(summed(pairs * one, xp.flip(pairs, axis=1) * two, ()), a.shape)  # type: ignore[no-any-return]
+        return xp.reshape(summed(pairs * one, xp.flip(pairs, axis=1) * two, ()), a.shape)
 
     bias = None if layer.bias is None else turn(layer.bias)
     return layer.replace(weight=turn(layer.weight), bias=bias)

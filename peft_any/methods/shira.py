@@ -53,8 +53,7 @@ class ShiraConfig(Additive, FanInFanOut, peft_type="SHIRA"):
     def delta(self, p: Params, site: Site) -> Array:
         """The values at their places."""
         flat = scattered(p["shira_weight"], self._places(p, site), site.n_out * site.n_in)
-        dense: Array = namespace(flat).reshape(flat, (site.n_out, site.n_in))
-        return dense
+        return namespace(flat).reshape(flat, (site.n_out, site.n_in))
 
     def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
         """Add the values, or take them away."""
@@ -65,8 +64,7 @@ class ShiraConfig(Additive, FanInFanOut, peft_type="SHIRA"):
         places = p["shira_indices"]
         if site.n_out * site.n_in > 2**31:  # more than the file's int32 can count
             places = astype(places, "int64")
-        flat: Array = astype(places[0, :] * site.n_in + places[1, :], "int64")
-        return flat
+        return astype(places[0, :] * site.n_in + places[1, :], "int64")
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward

@@ -81,7 +81,7 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING"):
     def _places(self, site: Site, new: Fresh) -> Array:
         """The places of the base's largest, or smallest, entries, in that order."""
         weight = new.base_for(site.name, "supertuning_indices").weight
-        return extreme_places(new, weight, self.count(site), largest=self.select_top)  # type: ignore[no-any-return]
+        return extreme_places(new, weight, self.count(site), largest=self.select_top)
 
     def lacks(self, p: Params) -> str | None:
         """The places, with `save_precomputed_indices` false."""
@@ -98,13 +98,11 @@ class SupertuningConfig(Additive, peft_type="SUPERTUNING"):
     def _sparse(self, p: Params, site: Site) -> Array:
         """The values at their places (n_out, n_in)."""
         flat = scattered(p["supertuning_values"], self._flat(p), site.n_out * site.n_in)
-        dense: Array = namespace(flat).reshape(flat, (site.n_out, site.n_in))
-        return dense
+        return namespace(flat).reshape(flat, (site.n_out, site.n_in))
 
     def _flat(self, p: Params) -> Array:
         """The flat places, of a type that indexes on every library."""
-        places: Array = astype(p["supertuning_indices"], "int64")
-        return places
+        return astype(p["supertuning_indices"], "int64")
 
     def _pair(self, p: Params) -> tuple[Array, Array] | None:
         """s·B and A, if there are any."""

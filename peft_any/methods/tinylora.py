@@ -7,6 +7,7 @@ from peft_any._tree import without
 from peft_any.backend import astype, dtype_name, namespace, to_numpy
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Positive, Rate, Share
+from peft_any.initial import normal, uniform, zeros
 from peft_any.projections import leading_pair, normal_projection, place_of
 
 
@@ -85,15 +86,10 @@ class TinyLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="TINYLORA
         return max(1, round(layers * (1.0 - self.weight_tying)))
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
-        """A v for each group."""
-        return {f"tinylora_v.{i}": (self.u,) for i in range(self._groups(len(sites)))}
-
-    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
-        """Zero, unless `init_weights` says otherwise."""
-        bound = self.init_v_bound
-        draw = new.normal if self.init_weights is False else lambda s: new.uniform(s, bound)
-        draw = new.zeros if self.init_weights is True else draw
-        return {name: draw(shape) for name, shape in self.shared_shapes(sites).items()}
+        """A v for each group: zero, unless `init_weights` says otherwise."""
+        v = zeros(self.u) if self.init_weights else normal(self.u)
+        v = uniform(self.init_v_bound, self.u) if self.init_weights == "uniform" else v
+        return {f"tinylora_v.{i}": v for i in range(self._groups(len(sites)))}
 
     def lacks(self, p: Params) -> str | None:
         """The group, and P without `save_projection`."""
@@ -115,7 +111,7 @@ class TinyLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="TINYLORA
         xp = namespace(p["tinylora_P"], *vectors)
         v = xp.take(xp.stack(vectors), p["tinylora_group"], axis=0)
         r: int = p["tinylora_P"].shape[1]
-        return xp.reshape(v @ xp.reshape(p["tinylora_P"], (self.u, r * r)), (r, r))  # type: ignore[no-any-return]
+        return xp.reshape(v @ xp.reshape(p["tinylora_P"], (self.u, r * r)), (r, r))
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """B (n_out, r) and R·A (r, n_in); Aᵀ and (B·R)ᵀ of an embedding."""

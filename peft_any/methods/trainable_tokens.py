@@ -69,5 +69,4 @@ class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS"):
         own = xp.take(numbers, xp.reshape(x, (-1,)))
         new = xp.take(rows, xp.where(own > 0, own - 1, xp.zeros_like(own)), axis=0)
         hits = xp.reshape(own > 0, (*x.shape, 1))
-        kept: Array = xp.where(hits, xp.reshape(new, (*x.shape, rows.shape[1])), base(x))
-        return kept
+        return xp.where(hits, xp.reshape(new, (*x.shape, rows.shape[1])), base(x))

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from peft_any.backend import astype, dtype_name, namespace
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Positive, Rate
+from peft_any.initial import normal, uniform
 from peft_any.projections import even_places
 
 
@@ -70,14 +71,9 @@ class UniLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="UNILORA")
         return found
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
-        """θ."""
-        return {"unilora_theta_d": (self.theta_d_length,)}
-
-    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
-        """Draw θ."""
-        ((name, shape),) = self.shared_shapes(sites).items()
-        bound = self.init_theta_d_bound
-        return {name: new.uniform(shape, bound) if self.init_weights else new.normal(shape)}
+        """θ, uniform."""
+        d, bound = self.theta_d_length, self.init_theta_d_bound
+        return {"unilora_theta_d": uniform(bound, d) if self.init_weights else normal(d)}
 
     def lacks(self, p: Params) -> str | None:
         """The places, without `save_indices`."""
@@ -101,4 +97,4 @@ class UniLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="UNILORA")
         places, theta = p[f"unilora_indices_{side}"], p["unilora_theta_d"]
         xp = namespace(theta, places)
         filled = xp.reshape(xp.take(theta, xp.reshape(places, (-1,)), axis=0), places.shape)
-        return filled * p[f"unilora_scales_{side}"]  # type: ignore[no-any-return]
+        return filled * p[f"unilora_scales_{side}"]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
-from peft_any.checks import refuse
+from peft_any.checks import check_divides, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
-from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
+from peft_any.initial import uniform
 from peft_any.mixtures import largest, largest_shares, placed_shares
 
 
@@ -47,11 +47,7 @@ class VBLoRAConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="
 
     def per_site(self, site: Site) -> Self:
         """Check that the pieces fit."""
-        if site.n_in % self.vector_length or site.n_out % self.vector_length:
-            raise ShapeError(
-                f"{site.name}: vector_length={self.vector_length} cannot divide {site.n_in} inputs "
-                f"and {site.n_out} outputs: give a divisor of both"
-            )
+        check_divides("vector_length", self.vector_length, site)
         return self
 
     def _logits(self, site: Site) -> dict[str, Shape]:
@@ -85,13 +81,9 @@ class VBLoRAConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="
         return found
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
-        """The bank."""
-        return {"vblora_vector_bank": (self.num_vectors, self.vector_length)}
-
-    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
-        """Draw the bank, uniform."""
-        ((name, shape),) = self.shared_shapes(sites).items()
-        return {name: new.uniform(shape, self.init_vector_bank_bound)}
+        """The bank, uniform."""
+        sizes = self.num_vectors, self.vector_length
+        return {"vblora_vector_bank": uniform(self.init_vector_bank_bound, *sizes)}
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """B (n_out, r) and A (r, n_in)."""

@@ -7,6 +7,7 @@ from peft_any.backend import namespace
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
 from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
+from peft_any.initial import full, normal, ones, zeros
 from peft_any.layer import linear
 from peft_any.projections import drawn, largest, own_part
 
@@ -35,16 +36,11 @@ class VeraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="VERA", prefi
     init_weights: bool = True
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """d and b."""
-        return {"vera_lambda_d": (self.r,), "vera_lambda_b": (site.n_out,)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """d constant, b zero."""
-        d: Shape = (self.r,)
+        """d, constant, and b, zero."""
         if not self.init_weights:
-            return {"vera_lambda_d": new.normal(d), "vera_lambda_b": new.ones((site.n_out,))}
-        d_initial = new.full(d, self.d_initial)
-        return {"vera_lambda_d": d_initial, "vera_lambda_b": new.zeros((site.n_out,))}
+            return {"vera_lambda_d": normal(self.r), "vera_lambda_b": ones(site.n_out)}
+        d = full(self.d_initial, self.r)
+        return {"vera_lambda_d": d, "vera_lambda_b": zeros(site.n_out)}
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
         """A and B, as large as the largest of the sites needs."""
@@ -71,8 +67,7 @@ class VeraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="VERA", prefi
         if "u" in p:
             return super().residual(p, x, site)
         a, b = self._own(p, site)
-        y: Array = linear(linear(x, a) * p["vera_lambda_d"], b) * p["vera_lambda_b"]
-        return y
+        return linear(linear(x, a) * p["vera_lambda_d"], b) * p["vera_lambda_b"]
 
     def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
         """The site's part of A (r, n_in) and B (n_out, r)."""

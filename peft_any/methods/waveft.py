@@ -5,9 +5,10 @@ from dataclasses import field, replace
 from typing import ClassVar, Self
 
 from peft_any.checks import refuse
-from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site, Tuner
+from peft_any.contract import Additive, Array, Kind, Params, Shape, Site, Tuner
 from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
+from peft_any.initial import normal
 from peft_any.patterns import matching
 from peft_any.spectra import placed_values, random_places
 from peft_any.tape.shapes import can_put
@@ -64,15 +65,8 @@ class WaveFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="
         return replace(self, n_frequency=count)
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The values of C."""
-        return {"waveft_spectrum": (self.n_frequency,)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """Zero, unless `init_weights` is false."""
-        shape = (self.n_frequency,)
-        return {
-            "waveft_spectrum": new.zeros(shape) if self.init_weights else new.normal(shape, 0.01)
-        }
+        """The values of C: zero, unless `init_weights` is false."""
+        return {"waveft_spectrum": normal(self.n_frequency, std=0.01 * (not self.init_weights))}
 
     def delta(self, p: Params, site: Site) -> Array:
         """Place the values, and synthesise."""

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Annotated, ClassVar, Self
 
 from peft_any.checks import refuse
-from peft_any.contract import Array, Fresh, Kind, Params, Routed, Shape, Site
+from peft_any.contract import Array, Kind, Params, Routed, Shape, Site
 from peft_any.errors import ConfigError
 from peft_any.fields import Count, Positive, within
 from peft_any.gates import gated, passing, scaled_experts
+from peft_any.initial import kaiming, uniform, zeros
 
 A, B = "xlora_A.weight", "xlora_B.weight"
 GATE = "internal_xlora_classifier"
@@ -90,14 +91,9 @@ class XLoraConfig(Routed, peft_type="XLORA"):
         return self
 
     def shapes(self, site: Site) -> dict[str, Shape]:
-        """The experts' factors."""
+        """The experts' factors: A uniform, B zero."""
         k = self.count * (self.r or 0)
-        return {A: (k, site.n_in), B: (site.n_out, k)}
-
-    def init(self, site: Site, new: Fresh) -> Params:
-        """A uniform, B zero."""
-        shapes = self.shapes(site)
-        return {A: new.kaiming(shapes[A]), B: new.zeros(shapes[B])}
+        return {A: kaiming(k, site.n_in), B: zeros(site.n_out, k)}
 
     @property
     def layers(self) -> list[str]:
@@ -106,19 +102,13 @@ class XLoraConfig(Routed, peft_type="XLORA"):
         return [f"{GATE}.layers.{step * i}" for i in range(self.xlora_depth)]
 
     def shared_shapes(self, sites: Sequence[Site]) -> dict[str, Shape]:
-        """The net."""
+        """The net, as of torch's linear layers."""
         last = self.count * (len(sites) if self.layerwise_scalings else 1)
         width = 4096 if self.hidden_size is None else self.hidden_size  # as HF takes it to be
         sizes = [width, *[self.xlora_size] * (self.xlora_depth - 1), last]
         pairs = [*zip(self.layers, sizes, sizes[1:], strict=False)]
-        biases: dict[str, Shape] = {f"{name}.bias": (m,) for name, _, m in pairs}
-        return biases | {f"{name}.weight": (m, n) for name, n, m in pairs}
-
-    def init_shared(self, sites: Sequence[Site], new: Fresh) -> Params:
-        """As of torch's linear layers."""
-        shapes = self.shared_shapes(sites)
-        fan = {k: shapes[f"{k.rpartition('.')[0]}.weight"][1] for k in shapes}
-        return {k: new.uniform(shape, fan[k] ** -0.5) for k, shape in shapes.items()}
+        biases: dict[str, Shape] = {f"{k}.bias": uniform(n**-0.5, m) for k, n, m in pairs}
+        return biases | {f"{k}.weight": uniform(n**-0.5, m, n) for k, n, m in pairs}
 
     def scalings(self, p: Mapping[str, Array], hidden: Array) -> Array:
         """Give g·p (…, E) of the net among `p`; with `layerwise_scalings` (…, layers, E)."""
