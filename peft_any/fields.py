@@ -109,8 +109,13 @@ def rules(cls: type) -> tuple[tuple[str, Rule], ...]:
     if issubclass(cls, Biases):
         own = f"{getattr(cls, 'prefix', '').partition('_')[0]}_only"
         said = f'"none", "all" or "{own}"'
-        found.append(("bias", Rule(lambda value: value in ("none", "all", own), said, words=True)))
+        found.append(("bias", Rule(_names_biases, said, words=True)))
     return tuple(found)
+
+
+def _names_biases(value: Any) -> bool:
+    """Hugging Face PEFT takes any "…_only", and documents "fourier_only" and "MiSS_only"."""
+    return str(value) in ("none", "all") or str(value).endswith("_only")
 
 
 def check_words(cls: type, values: Mapping[str, Any], where: str) -> None:

@@ -148,6 +148,8 @@ VALUES: dict[str, list[Any]] = {
     "modules_to_save": [["score"], ["score", "ln"]],
     "LN_TUNING.modules_to_save": [["score"], "score"],
     "bias": ["all", "only"],
+    "FOURIERFT.bias": ["all", "fourier_only"],
+    "MISS.bias": ["all", "MiSS_only"],
     "lora_bias": [],
     **{f"{m}.bias": ["all", f"{m.lower()}_only"] for m in ("PVERA", "VERA")},
     "rank_pattern": [{"fc1": 2}, {"layers.1.fc1": 1, r".*fc2": 4}],
