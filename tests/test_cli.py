@@ -322,6 +322,20 @@ def test_verify_finds_what_is_wrong(
     assert len(document["problems"]) == 2
 
 
+def test_what_is_said_of_many_tensors_is_said_once(
+    shell: Shell, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    given, out = ("--base", base, "--adapter", adapter), tmp_path / "out"
+    shell.ok("merge", *given, "--out", out)
+    half = {k: v.astype("float16") for k, v in read_safetensors(out / "model.safetensors").items()}
+    write_safetensors(out / "model.safetensors", half, overwrite=True)
+    code, text, err = shell("verify", *given, "--merged", out, "--json")
+    assert code == 0, err
+    assert "layers.0.q_proj.weight and 3 more: is float16, in the base float32" in err
+    assert len(err.splitlines()) == 2
+    assert len(json.loads(text)["warnings"]) == 5
+
+
 def test_inspect_tells_method_sites_ranks_and_norms(shell: Shell, adapter: Path) -> None:
     text = shell.ok("inspect", adapter)
     for part in ("LORA", "4 layers", "rank 2 (4×)", "layers.1.q_proj", "lora_A.weight: 2×6"):

@@ -19,6 +19,7 @@ from peft_any import __version__
 from peft_any.cli.commands import HELP, Commands, command, flag, option
 from peft_any.cli.console import (
     Table,
+    gathered,
     prepare_streams,
     progress,
     say,
@@ -236,7 +237,10 @@ def _run(given: list[str]) -> int:
                 raise KeyboardInterrupt
             code = 0
             if found is not None:
-                for text in [*found.document.get("warnings", ()), *found.document.get("notes", ())]:
+                told = (
+                    text for key in ("warnings", "notes") for text in found.document.get(key, ())
+                )
+                for text in gathered(told):
                     note(text)
                 code = show(found)
             sys.stdout.flush()

@@ -178,6 +178,7 @@ def compared(found: AdapterDifference | CheckpointDifference) -> list[str | Tabl
 
     if isinstance(found, CheckpointDifference):
         states = ", ".join(f"{count} {state}" for state, count in found.states.items())
+        states = states.replace("differs", "differ")
         rows = [one for one in found.tensors if one.state not in ("identical", "equal")]
         rows.sort(key=lambda one: -(inf if one.relative is None else one.relative))
         made = table("tensor", "state", "dtypes", "‖Δ‖/‖A‖", "largest", "cosine")

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
 
 _WIDTH, _LINES = 2_000, 1_000
+_ALIKE = 3
 _CONTROLS = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if i not in (9, 10)}
 
 
@@ -134,6 +135,25 @@ def tell(what: str, message: str, color: str = "red") -> None:
 
         said = text.Text.assemble((f"{what}: ", f"bold {color}"), clipped(message))
         console.Console(stderr=True, highlight=False).print(said, soft_wrap=True)
+
+
+def gathered(messages: Iterable[str]) -> Iterator[str]:
+    """Say once what is said of more than three: the first, and how many more.
+
+    Examples
+    --------
+    >>> [*gathered(["a: is one", *(f"{name}: is stored as float32" for name in "bcde")])]
+    ['a: is one', 'b and 3 more: is stored as float32']
+    """
+    alike: dict[str, list[str]] = {}
+    for message in messages:
+        name, colon, said = message.partition(": ")
+        alike.setdefault(colon + said or name, []).append(name if colon else "")
+    for said, names in alike.items():
+        if len(names) > _ALIKE:
+            yield f"{names[0]} and {len(names) - 1} more{said}"
+        else:
+            yield from (name + said for name in names)
 
 
 def silence() -> None:

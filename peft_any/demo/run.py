@@ -27,6 +27,7 @@ from peft_any.io.safetensors import read_safetensors
 from peft_any.model import PeftModel
 from peft_any.receipt import SCHEMA_VERSION, Host, Receipt
 from peft_any.surgery.merge import merge_checkpoint
+from peft_any.surgery.threads import one_blas_thread
 from peft_any.surgery.verify import verify_checkpoint
 
 ROUNDING = 1e-6
@@ -136,7 +137,8 @@ def train(
             if folder.exists():
                 raise StorageError(f"{folder}: is already there: name a new directory")
             folder.mkdir(parents=True)
-        found = specialise(to, methods=chosen, steps=steps, seed=seed, folder=folder, tell=tell)
+        with one_blas_thread():  # the products are so small that more only wait for one another
+            found = specialise(to, methods=chosen, steps=steps, seed=seed, folder=folder, tell=tell)
         counts = {row.method: row.trainable for row in found.rows}
         if out is not None:
             said.append(f"kept in {out}: the adapters")

@@ -151,7 +151,10 @@ def specialise(
     """
     for name in methods:
         if name not in METHODS:
-            raise UsageError(f"--method {name}: is not in the demo{nearest(name, METHODS)}")
+            raise UsageError(
+                f"--method {name}: is not in the demo{nearest(name, METHODS)}: choose of "
+                f"{', '.join(METHODS)}"
+            )
     if steps < 1 or seed < 0:
         raise UsageError(f"demo: steps={steps} must be 1 or more, and seed={seed} 0 or more")
     task, found = Task.draw(seed, backend), Found()
