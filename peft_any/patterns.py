@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -185,6 +184,8 @@ def _may_take_long(pattern: str, longest: int, count: int) -> bool:
 @lru_cache(64)
 def _tried(patterns: tuple[str, ...], names: tuple[str, ...]) -> int:
     """Count the expressions that were tried in time."""
+    import subprocess  # noqa: PLC0415 - for few patterns
+
     command = [sys.executable or "python", "-I", "-S", "-c", _TRIAL]
     task = json.dumps([patterns, names])
     try:

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import peft_any
 from peft_any import merge_checkpoint, read_safetensors, verify_checkpoint
 from peft_any.backend import numpy_dtype
 from peft_any.errors import FormatError, ShapeError, StorageError, UsageError, VerifyError
+from peft_any.io._threads import Behind, meanwhile
 from peft_any.io._writer import PlacedWriter
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.safetensors import SafetensorsFile, write_safetensors
@@ -452,6 +455,38 @@ class TestThreads:
         assert found[0]() == before
 
 
+class TestBeside:
+    """Work on a thread."""
+
+    def test_errors_are_raised_where_the_result_is_waited_for(self) -> None:
+        with meanwhile(lambda: 1 // 0) as result, pytest.raises(ZeroDivisionError):
+            result()
+
+    def test_work_is_done_in_order_and_told_of_when_none_is_left(self) -> None:
+        found: list[str] = []
+        with Behind(lambda: found.append("rest")) as behind:
+            for name in "abc":
+                behind.add(lambda name=name: found.append(name))
+        assert [name for name in found if name != "rest"] == [*"abc"]
+        assert found[-1] == "rest"
+
+    def test_after_an_exception_the_work_is_done_all_the_same(self) -> None:
+        found: list[int] = []
+        with pytest.raises(KeyError), Behind() as behind:  # noqa: PT012
+            behind.add(lambda: time.sleep(0.05))
+            behind.add(lambda: found.append(1))
+            raise KeyError
+        assert found == [1]
+
+    def test_an_error_ends_the_work_and_is_raised_at_the_end(self) -> None:
+        found: list[int] = []
+        with pytest.raises(ZeroDivisionError), Behind() as behind:  # noqa: PT012
+            behind.add(lambda: 1 // 0)
+            with suppress(ZeroDivisionError):  # unless it is known already
+                behind.add(lambda: found.append(1))
+        assert found == []
+
+
 @linux
 @pytest.mark.alone
 class TestForked:
@@ -468,6 +503,18 @@ class TestForked:
         assert [next(results) for _ in range(9)] == [i * i for i in range(9)]
         with pytest.raises(VerifyError, match="too little"):
             next(results)
+
+    def test_processes_have_files_of_their_own_while_there_are_enough(self) -> None:
+        def work() -> int:
+            time.sleep(0.01)
+            return os.getpid()
+
+        heard: dict[int, int] = {}
+        pids = [*forked([work] * 30, 2, (), [12, 0, 12, 6], heard.__setitem__)]
+        assert heard == dict(enumerate(pids))
+        assert len({*pids[:6]}) == len({*pids[12:18]}) == 1
+        assert pids[0] != pids[12]
+        assert len({*pids}) == 2
 
     def test_files_and_receipts_are_those_of_one_thread(
         self, large: tuple[Path, Path], tmp_path: Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from peft_any.io._faults import taken as taken
 from peft_any.io._foreign import FOREIGN
 from peft_any.io._leftovers import discard, exchange, journal_of, recover
 from peft_any.io._lock import claimed, hidden
+from peft_any.io._threads import sync, sync_all
 from peft_any.io._urls import is_url, local, path_of
 
 _FILES = {".safetensors", *FOREIGN}
@@ -105,12 +105,12 @@ def output_file(
             yield partial
             if not partial.is_file():
                 raise UsageError(f"{path}: the output cannot be finished: nothing was written")
-            _sync(partial)
+            sync(partial)
             if overwrite:
                 os.replace(partial, final)
             else:
                 _rename_new(partial, final)
-            _sync(final.parent)
+            sync(final.parent)
     except BaseException as cause:
         _remove_empty(made)
         _name_final(cause, partial, final)
@@ -194,10 +194,8 @@ def output_directory(
             stack.callback(_drop, partial, resume)
             partial.mkdir(exist_ok=resume)
             yield partial
-            for folder, _, names in os.walk(partial, topdown=False):
-                for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
+            walk = os.walk(partial, topdown=False)
+            sync_all([Path(folder, name) for folder, _, names in walk for name in (*names, ".")])
             _move_in(partial, final, overwrite)
     except BaseException as cause:
         _remove_empty(made)
@@ -293,16 +291,6 @@ def _remove_empty(made: list[Path]) -> None:
             parent.rmdir()
 
 
-def _sync(path: Path) -> None:
-    if path.is_symlink() or (os.name == "nt" and path.is_dir()):
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _rename_new(partial: Path, final: Path) -> None:
     # A hard link, unlike a rename, fails where the name has been taken in the meantime.
     try:
@@ -322,7 +310,7 @@ def _rename_new(partial: Path, final: Path) -> None:
 def _move_in(partial: Path, final: Path, overwrite: bool) -> None:
     if not (overwrite and os.path.lexists(final)):
         os.rename(partial, final)
-        _sync(final.parent)
+        sync(final.parent)
         return
     if exchange(partial, final):
         replaced = partial
@@ -335,10 +323,12 @@ def _move_in(partial: Path, final: Path, overwrite: bool) -> None:
             if os.path.lexists(replaced) and not os.path.lexists(final):
                 os.rename(replaced, final)
             raise
-    _sync(final.parent)
+    sync(final.parent)
     # From here on it is no output that could be put back, nor a partial one to go on with.
     aside = _sibling(final, "gone")
     try:
+        import shutil  # noqa: PLC0415 - only outputs that replace another need it
+
         os.rename(replaced, aside)
         if aside.is_symlink():
             aside.unlink()

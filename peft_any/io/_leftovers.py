@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -84,6 +83,8 @@ def leftovers(final: Path) -> dict[str, list[Path]]:
 def discard(path: Path) -> None:
     """Remove a file or a directory as far as that is possible."""
     if path.is_dir() and not path.is_symlink():
+        import shutil  # noqa: PLC0415 - after a failure alone
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

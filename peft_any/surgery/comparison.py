@@ -21,8 +21,9 @@ from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.config import CONFIG_NAME, TENSORS
 from peft_any.receipt import SCHEMA_VERSION, plain, to_json
+from peft_any.surgery.beside import described
 from peft_any.surgery.couple import Couple
-from peft_any.surgery.job import Progress, described
+from peft_any.surgery.job import Progress
 from peft_any.surgery.measure import equal_bytes, measure
 from peft_any.surgery.sources import Kinds
 

@@ -21,13 +21,14 @@ from peft_any.layer import Site
 from peft_any.origin import made_on
 from peft_any.receipt import peak_memory, versions
 from peft_any.selection import in_projection
+from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.couple import Couple
 from peft_any.surgery.division import Division, divide
 from peft_any.surgery.engines import Engine
 from peft_any.surgery.extracted import Extraction, Layer
 from peft_any.surgery.factoring import Factored, Factoring
-from peft_any.surgery.job import Progress, described
+from peft_any.surgery.job import Progress
 from peft_any.surgery.measure import all_finite
 from peft_any.surgery.merge import storage_dtype
 from peft_any.surgery.sources import Kinds

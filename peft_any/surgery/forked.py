@@ -13,8 +13,10 @@ import signal
 import sys
 import threading
 import warnings
+from array import array
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,7 +36,11 @@ def may_fork() -> bool:
 
 
 def forked(
-    tasks: Sequence[Callable[[], T]], workers: int, keep: Sequence[int] = ()
+    tasks: Sequence[Callable[[], T]],
+    workers: int,
+    keep: Sequence[int] = (),
+    files: Sequence[int] = (),
+    heard: Callable[[int, T], None] = lambda _, __: None,
 ) -> Generator[T]:
     """Carry tasks out on forked processes, and give their results in the order of the tasks.
 
@@ -45,6 +51,11 @@ def forked(
     workers : int
     keep : sequence of int
         Descriptors that the tasks use; all others are closed, locks among them.
+    files : sequence of int
+        How many tasks, one after another, write to each file: a process stays with a file, and
+        has it alone while there are enough, since a file can be written by one at a time.
+    heard : callable (place, result)
+        Called with each result when it comes, whosever turn it is.
 
     Examples
     --------
@@ -52,18 +63,20 @@ def forked(
     [1, 2, 3]
     """
     turns, pipes = os.pipe(), {}
+    stops = [*accumulate(files or [len(tasks)])]
     try:
-        os.write(turns[1], bytes(_WORD))
+        os.write(turns[1], array("q", [0, *stops[:-1], *[0] * len(stops)]).tobytes())
         for _ in range(workers):
             results = os.pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see `may_fork`
                 pid = os.fork()
             if not pid:
-                _work(tasks, turns, results[1], {*keep, *turns, results[1]})
+                turn = _Turns(turns, stops).take
+                _work(tasks, turn, results[1], {*keep, *turns, results[1]})
             os.close(results[1])
             pipes[results[0]] = pid
-        yield from _gathered(len(tasks), pipes)
+        yield from _gathered(len(tasks), pipes, heard)
     finally:
         for handle, pid in pipes.items():
             with suppress(ProcessLookupError):
@@ -75,10 +88,12 @@ def forked(
             os.close(handle)
 
 
-def _gathered(count: int, pipes: dict[int, int]) -> Generator[Any]:
+def _gathered(
+    count: int, pipes: dict[int, int], heard: Callable[[int, Any], None]
+) -> Generator[Any]:
     """Give results as their turn comes."""
     found: dict[int, tuple[bool, Any]] = {}
-    heard = {handle: bytearray() for handle in pipes}
+    texts = {handle: bytearray() for handle in pipes}
     poll = select.poll()
     for handle in pipes:
         poll.register(handle, select.POLLIN)
@@ -86,8 +101,11 @@ def _gathered(count: int, pipes: dict[int, int]) -> Generator[Any]:
         while place not in found:
             for handle, _ in poll.poll():
                 more = os.read(handle, 1 << 16)
-                heard[handle] += more
-                found |= _messages(heard[handle])
+                texts[handle] += more
+                for at, (fine, result) in _messages(texts[handle]).items():
+                    found[at] = fine, result
+                    if fine:
+                        heard(at, result)
                 if not more:
                     poll.unregister(handle)
                     _refuse_killed(pipes[handle])
@@ -117,7 +135,7 @@ def _messages(heard: bytearray) -> dict[int, tuple[bool, Any]]:
 
 
 def _work(
-    tasks: Sequence[Callable[[], Any]], turns: tuple[int, int], to: int, keep: set[int]
+    tasks: Sequence[Callable[[], Any]], turn: Callable[[], int | None], to: int, keep: set[int]
 ) -> NoReturn:
     """Take one task after another, in turn with the others; never comes back."""
     try:
@@ -129,7 +147,7 @@ def _work(
             if int(path.name) not in {0, 1, 2, *keep}:
                 with suppress(OSError):
                     os.close(int(path.name))
-        while (place := _turn(turns)) < len(tasks):
+        while (place := turn()) is not None:
             try:
                 said = pickle.dumps((place, True, tasks[place]()))
             except BaseException as error:  # noqa: BLE001 - the parent raises it
@@ -148,11 +166,30 @@ def _keep_memory() -> None:
             tune(option, _KEPT)
 
 
-def _turn(turns: tuple[int, int]) -> int:
-    """Take the number that goes round, and pass on the next."""
-    place = int.from_bytes(os.read(turns[0], _WORD), "little")
-    os.write(turns[1], (place + 1).to_bytes(_WORD, "little"))
-    return place
+class _Turns:
+    """What goes round among the processes: each file's next task, and how many work at it."""
+
+    def __init__(self, pipe: tuple[int, int], stops: Sequence[int]) -> None:
+        self.pipe, self.stops = pipe, stops
+        self.at: int | None = None
+
+    def take(self) -> int | None:
+        """Take a task of the file that this process is at, or else of one with the fewest."""
+        count = len(self.stops)
+        said = array("q", os.read(self.pipe[0], 2 * count * _WORD))
+        left = [i for i in range(count) if said[i] < self.stops[i]]
+        if self.at not in left:
+            if self.at is not None:
+                said[count + self.at] -= 1
+            self.at = min(left, key=lambda i: (said[count + i], i), default=None)
+            if self.at is not None:
+                said[count + self.at] += 1
+        place = None
+        if self.at is not None:
+            place = said[self.at]
+            said[self.at] += 1
+        os.write(self.pipe[1], said.tobytes())
+        return place
 
 
 def _send(to: int, said: bytes) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,13 +14,16 @@ from peft_any._typing import Shape
 from peft_any.errors import TargetError, UsageError
 from peft_any.io._faults import StrPath, reporting
 from peft_any.io._header import RANK, byte_size
+from peft_any.io._threads import Behind, nothing
 from peft_any.io._writer import PlacedWriter
-from peft_any.io.checkpoint import INDEX, Checkpoint, fingerprint, output_directory, output_file
+from peft_any.io.checkpoint import INDEX, Checkpoint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile
 from peft_any.receipt import Change, Receipt, peak_memory
 from peft_any.surgery.beside import (
     RECEIPT,
+    changed_config,
     copy_side_files,
+    described,
     receipt_path,
     write_index,
     write_json,
@@ -148,14 +150,18 @@ class Job:
     def _size(_: str, dtype: str, shape: tuple[int, ...]) -> int:
         return byte_size(dtype, shape) or 0
 
+    @contextmanager
     def run(
         self,
         folder: Path | None,
         names: dict[str, str] | None = None,
         journal: Journal | None = None,
         sent: Outgoing | None = None,
-    ) -> None:
-        """Compute everything, and write it into `folder`, or have it `sent`, if there is either."""
+    ) -> Iterator[None]:
+        """Compute everything, and write it into `folder`, or have it `sent`, if there is either.
+
+        Within the block all is written, and reaches the device until it ends.
+        """
         sizes = {
             name: sum(self._size(*spec) for spec in specs) for name, specs in self.layout.items()
         }
@@ -164,29 +170,33 @@ class Job:
         if folder is not None:
             shards = [(n, folder.absolute() / (names or {}).get(n, n)) for n in sizes]
         found: dict[str, Piece] = {} if journal is None else self._finished(journal, sizes)
+        rest = nothing if journal is None else journal.write
 
-        def done(item: ShardItem, piece: Piece) -> None:
-            name, path = item
-            found[name] = piece
+        def synced(item: ShardItem, piece: Piece) -> None:
             if sent is not None:
-                sent.hold(name)
-            if journal is not None and isinstance(path, Path):
-                journal.add(path, piece.changes, piece.copied)
+                sent.hold(item[0])
+            if journal is not None and isinstance(item[1], Path):
+                journal.add(item[1], piece.changes, piece.copied)
 
         def ticked(item: ShardItem, piece: Piece) -> None:
-            done(item, piece)
+            found[item[0]] = piece
+            synced(item, piece)
+            rest()
             self._tick(item[0], sizes[item[0]])
 
         left = [item for item in shards if item[0] not in found]
-        if self.elsewhere is not None:
-            self.elsewhere(left, ticked)
-        else:
+        with ExitStack() as stack:
+            if self.elsewhere is not None:
+                self.elsewhere(left, ticked)
+                left = []
             for start in range(0, len(left), _TOGETHER):
-                for item, piece in self.pieces(left[start : start + _TOGETHER]):
-                    done(item, piece)
-        for name in sizes:
-            self.changes += found[name].changes
-            self.copied += found[name].copied
+                stack.close()
+                pieces = self.pieces(left[start : start + _TOGETHER], synced, rest)
+                found |= {item[0]: piece for item, piece in stack.enter_context(pieces)}
+            for name in sizes:
+                self.changes += found[name].changes
+                self.copied += found[name].copied
+            yield
 
     def _finished(self, journal: Journal, sizes: dict[str, int]) -> dict[str, Piece]:
         """Count the shards that an earlier run finished."""
@@ -197,34 +207,55 @@ class Job:
                 self._tick(name, size)
         return found
 
-    def pieces(self, items: Sequence[ShardItem]) -> Iterator[tuple[ShardItem, Piece]]:
-        """Compute shards, and write those that have a path, or send them to their URLs."""
+    @contextmanager
+    def pieces(
+        self,
+        items: Sequence[ShardItem],
+        synced: Callable[[ShardItem, Piece], None] = lambda _, __: None,
+        rest: Callable[[], None] = nothing,
+    ) -> Iterator[Iterator[tuple[ShardItem, Piece]]]:
+        """Compute shards, and write those that have a path, or send them to their URLs.
+
+        They come when they are written, and are on the device when the block ends, or `synced`
+        is called, on a thread, with one after another; and `rest` when no other waits for that.
+        """
 
         def tick(tensor: str, dtype: str, shape: Shape) -> None:
             self._tick(tensor, self._size(tensor, dtype, shape))
 
         if any(isinstance(place, str) for _, place in items):
-            for name, place in items:
-                yield (name, place), self._sent(name, str(place))
+            yield self._all_sent(items, synced)
             return
         with ExitStack() as stack:
             outputs = [
                 Output(self.layout[item[0]], stack.enter_context(self._writer(*item)))
                 for item in items
             ]
+            behind = stack.enter_context(Behind(rest))
             filled = stack.enter_context(closing(fill(self.surgeon, outputs, self.threads, tick)))
-            for item, output, changes in zip(items, outputs, filled, strict=True):
-                if output.writer is not None:
-                    output.writer.close()
-                yield item, Piece(changes, len(output.specs) - len(changes))
 
-    def _sent(self, name: str, url: str) -> Piece:
-        """Compute a shard, which stands here until it was sent where it goes."""
+            def written() -> Iterator[tuple[ShardItem, Piece]]:
+                # Not strict: the processes that are at their end are not waited for yet.
+                for item, output, changes in zip(items, outputs, filled, strict=False):
+                    piece = Piece(changes, len(output.specs) - len(changes))
+                    if output.writer is not None:
+                        behind.add(output.writer.close)
+                    behind.add(partial(synced, item, piece))
+                    yield item, piece
+
+            yield written()
+
+    def _all_sent(
+        self, items: Sequence[ShardItem], synced: Callable[[ShardItem, Piece], None]
+    ) -> Iterator[tuple[ShardItem, Piece]]:
+        """Compute shards, each of which stands here until it was sent where it goes."""
         from peft_any.io._outgoing import passing  # noqa: PLC0415 - URLs alone need it
 
-        with passing(url) as path:
-            [(_, piece)] = self.pieces([(name, path)])
-        return piece
+        for item in items:
+            with passing(str(item[1])) as path, self.pieces([(item[0], path)]) as pieces:
+                [(_, piece)] = pieces
+            synced(item, piece)
+            yield item, piece
 
     def _writer(
         self, name: str, path: Path | str | None
@@ -265,26 +296,27 @@ class Job:
         if isinstance(self.out, str):
             from peft_any.io._outgoing import outgoing  # noqa: PLC0415 - URLs alone need it
 
-            with outgoing(self.out, overwrite, inputs=inputs) as sent:
-                self.run(None, sent=sent)
+            sending = outgoing(self.out, overwrite, inputs=inputs)
+            with sending as sent, self.run(None, sent=sent):
                 done = self._completed(sent.mirror, made, since)
             return done
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
-            with beside as text, output_file(self.out, overwrite, inputs=inputs) as partial:
-                self.run(partial.parent, dict.fromkeys(self.base.named_shards, partial.name))
-                with SafetensorsFile(partial) as written:
-                    out = described(self.out, written, self.full_hash)
-                done = self.finish(made, since, out)
-                text.write_text(done.to_json() + "\n", encoding="utf-8")
+            with beside as text, output_file(self.out, overwrite, inputs=inputs) as whole:
+                names = dict.fromkeys(self.base.named_shards, whole.name)
+                with self.run(whole.parent, names):
+                    with SafetensorsFile(whole) as written:
+                        out = described(self.out, written, self.full_hash)
+                    done = self.finish(made, since, out)
+                    text.write_text(done.to_json() + "\n", encoding="utf-8")
             return done
         directory = output_directory(self.out, overwrite, inputs=inputs, resume=self.resume)
         with directory as folder:
             task = task_of(made, self.plan, self.kinds)
             journal = Journal(folder, task, str(self.out), whole=self.resume)
             self.plan.warnings.extend(journal.notes)
-            self.run(folder, journal=journal)
-            done = self._completed(folder, made, since)
+            with self.run(folder, journal=journal):
+                done = self._completed(folder, made, since)
         return done
 
     def _completed(self, folder: StrPath, made: Receipt, since: float) -> Receipt:
@@ -302,7 +334,7 @@ class Job:
         copy_side_files(base, folder, without=RECEIPT)
         if (base.index is not None) if self.max_shard is None else (len(self.layout) > 1):
             self._index(folder / self._index_name, base.index or {})
-        changed = self._config()
+        changed = changed_config(self.plan)
         if changed is not None:
             write_json(folder / "config.json", changed)
 
@@ -312,34 +344,3 @@ class Job:
             homes = {spec[0]: name for name, specs in self.layout.items() for spec in specs}
             weight_map = dict(sorted(homes.items()))
         write_index(path, index, weight_map, self.total)
-
-    def _config(self) -> dict[str, Any] | None:
-        """Give the changed config.json; None where it stays as it is."""
-        before = self.base.config
-        config = json.loads(json.dumps(before))
-        inner = config.get("text_config")
-        places = [config, inner] if isinstance(inner, dict) else [config]
-        if self.plan.untied:
-            config["tie_word_embeddings"] = False
-            for place in places:
-                if "tie_word_embeddings" in place:
-                    place["tie_word_embeddings"] = False
-        for name, array in self.plan.view.grown.items():
-            rows = len(self.plan.view.stored(name))
-            for place in places:
-                if place.get("vocab_size") == rows:
-                    place["vocab_size"] = len(array)
-        return None if config == before else config
-
-
-def described(
-    path: StrPath, written: Checkpoint | SafetensorsFile, full: bool = False
-) -> dict[str, Any]:
-    """Say which checkpoint it is, and how large; with a digest of all its bytes if `full`."""
-    found = {
-        "path": str(path),
-        "fingerprint": fingerprint(written),
-        "tensors": len(written),
-        "bytes": sum(written.info(name).nbytes for name in written),
-    }
-    return found | ({"sha256": fingerprint(written, full=True)} if full else {})

@@ -83,6 +83,7 @@ class Journal:
         self._out = out
         self._task = plain({"form": _FORM, **task})
         self.finished: dict[str, Finished] = {}
+        self._noted: list[Finished] = []
         if self.path.exists():
             self._go_on()
 
@@ -93,16 +94,23 @@ class Journal:
         return [f"{self._out}: continued; {count} shards were finished before"] if count else []
 
     def add(self, path: Path, changes: Sequence[Change], copied: int) -> None:
-        """Write down that a shard is finished; its bytes are on the device already."""
+        """Note that a shard is finished; its bytes are on the device already."""
         done = Finished(self._name(path), _mark(path, self.whole), tuple(changes), copied)
+        self._noted.append(done)
+
+    def write(self) -> None:
+        """Write down what was noted."""
+        if not self._noted:
+            return
         begun = self.path.exists() and self.path.stat().st_size
         head = [] if begun else [self._task]
-        text = "".join(json.dumps(line) + "\n" for line in (*head, asdict(done)))
+        text = "".join(json.dumps(line) + "\n" for line in (*head, *map(asdict, self._noted)))
         with reporting(self.path, "be written"), self.path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self.finished[done.file] = done
+        self.finished |= {done.file: done for done in self._noted}
+        self._noted.clear()
 
     def _name(self, path: Path) -> str:
         return path.absolute().relative_to(self.folder.absolute()).as_posix()

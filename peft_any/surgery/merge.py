@@ -14,15 +14,15 @@ from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, versions
+from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.engines import Local
 from peft_any.surgery.fitting import Fitting
-from peft_any.surgery.job import Job, Progress, described
+from peft_any.surgery.job import Job, Progress
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.shards import byte_count
 from peft_any.surgery.sources import Adapters, Kinds
-from peft_any.surgery.tasks import merging
 from peft_any.surgery.threads import thread_count
 from peft_any.surgery.ties import settle_ties
 
@@ -166,6 +166,8 @@ def merge_checkpoint(
             job.threads = 1
         job.max_shard = limit
         if not isinstance(work, Local):
+            from peft_any.surgery.tasks import merging  # noqa: PLC0415 - for engines alone
+
             job.elsewhere = merging(work, job, adapter, fit)
         settle_ties(plan, lambda name: job.surgeon.value(name)[0])
         job.refuse_lone_file()
@@ -191,8 +193,8 @@ def merge_checkpoint(
         ready = time.perf_counter()
         job.seconds = {"prepare": ready - start}
         if dry_run:
-            job.run(None)
-            return job.finish(made, ready)
+            with job.run(None):
+                return job.finish(made, ready)
         return job.write(made, ready, overwrite)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, chain
 from typing import TypeAlias
 
 from peft_any._typing import Shape
@@ -61,7 +63,7 @@ def fill(
     outputs : sequence of Output
     threads : int
     tick : callable (name, dtype, shape)
-        Called when a tensor is finished, in their order.
+        Called when the last piece of a tensor is done.
 
     Yields
     ------
@@ -70,42 +72,53 @@ def fill(
     """
     size = sum(byte_size(*spec[1:]) or 0 for output in outputs for spec in output.specs)
     threads = threads if size > _ALONE else 1
-    tasks = (
-        task
+    work = [
+        [(spec, task) for spec in output.specs for task in _tasks(surgeon, spec, output.writer)]
         for output in outputs
-        for spec in output.specs
-        for task in _tasks(surgeon, spec, output.writer)
-    )
+    ]
+    every, files = [*chain.from_iterable(work)], [*map(len, work)]
     keep = [output.writer.handle for output in outputs if output.writer is not None]
-    with closing(in_order(tasks, threads, keep)) as results:
+    flushes = [_flushes(output.writer, count) for output, count in zip(outputs, files, strict=True)]
+
+    def heard(place: int, done: _Done) -> None:
+        flushes[bisect(stops, place)](done)
+        if not done[-1]:
+            tick(*every[place][0])
+
+    stops = [*accumulate(files)]
+    tasks = [task for _, task in every]
+    with closing(in_order(tasks, threads, keep, files, heard)) as results:
         for output in outputs:
-            yield tuple(_filled(surgeon, output, results, tick))
+            yield tuple(_filled(surgeon, output, results))
 
 
-def _filled(
-    surgeon: Surgeon,
-    output: Output,
-    results: Iterator[_Done],
-    tick: Callable[[str, str, Shape], None],
-) -> Iterator[Change]:
-    """Take the results of one file as they come."""
+def _flushes(writer: PlacedWriter | None, left: int) -> Callable[[_Done], None]:
+    """Have the device begin to write a file every so often as tasks are done, and at its end."""
     dirty = 0
+
+    def done(result: _Done) -> None:
+        nonlocal dirty, left
+        dirty, left = dirty + result[0], left - 1
+        if writer is not None and (dirty >= _FLUSHED or not left):
+            writer.flush()
+            dirty = 0
+
+    return done
+
+
+def _filled(surgeon: Surgeon, output: Output, results: Iterator[_Done]) -> Iterator[Change]:
+    """Take the results of one file in order."""
     for spec in output.specs:
         name, sums = spec[0], []
         for size, moments, left in results:
             sums += [] if moments is None else [moments]
-            dirty += size
             if output.writer is not None:
                 output.writer.count(name, size)
-                if dirty >= _FLUSHED:
-                    output.writer.flush()
-                    dirty = 0
             if not left:
                 break
         source = surgeon.plan.source(name)
         if source is not None:
             yield replace(surgeon.change(source, spec[1], sums), tensor=name)
-        tick(*spec)
 
 
 def _tasks(surgeon: Surgeon, spec: Spec, writer: PlacedWriter | None) -> Iterator[_Task]:

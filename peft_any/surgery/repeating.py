@@ -13,8 +13,8 @@ from peft_any.io._writer import StreamWriter
 from peft_any.io.checkpoint import INDEX, Checkpoint, output_directory
 from peft_any.receipt import SCHEMA_VERSION, plain, to_json
 from peft_any.replication import Layers, origins, stack_of
-from peft_any.surgery.beside import RECEIPT, copy_side_files, write_index, write_json
-from peft_any.surgery.job import Progress, described
+from peft_any.surgery.beside import RECEIPT, copy_side_files, described, write_index, write_json
+from peft_any.surgery.job import Progress
 from peft_any.surgery.shards import Spec, byte_count, packed
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")

@@ -19,6 +19,7 @@ from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._finding import files_of, find_adapter, opened
 from peft_any.io._header import BITS, TensorInfo, byte_size
+from peft_any.io._threads import meanwhile
 from peft_any.io._urls import fetched
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.keys import Place, read_keys
@@ -35,6 +36,8 @@ Adapters: TypeAlias = (
     AdapterLike | Mapping[StrPath, float] | Iterable[AdapterLike | tuple[AdapterLike, float]]
 )
 """One adapter; ``{path: weight}``; or several, each alone or with its weight."""
+_CHUNK = 1 << 22
+"""Bytes that are digested at a time: Python's lock is taken between them."""
 Kinds: TypeAlias = Mapping[str, Kind | Site] | None
 
 
@@ -97,7 +100,7 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
     for item, weight in pairs(adapters):
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight):
             raise UsageError(f"adapter {item}: {weight!r} cannot be a weight: give a number")
-        given = given_one(item, float(weight), strict=strict)
+        given = given_one(item, float(weight), strict=strict, sound=True)
         if given.adapter.config.refusal is not None:
             raise ConfigError(f"{given.label}: {given.adapter.config.refusal}")
         if isinstance(given.adapter.config, Prompt):
@@ -105,7 +108,6 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
                 f"{given.label}: {given.source.peft_type} cannot be merged: it makes virtual "
                 "tokens and changes no weight; keep it beside the base"
             )
-        _refuse_damaged(given)
         twins = sum(other.label.partition("#")[0] == given.label for other in found)
         if twins:
             label = f"{given.label}#{twins + 1}"
@@ -116,11 +118,11 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
     return found
 
 
-def _refuse_damaged(given: Given) -> None:
+def _refuse_damaged(label: str, adapter: Adapter) -> None:
     try:
-        given.adapter.check_finite()
+        adapter.check_finite()
     except FormatError as error:
-        raise FormatError(f"{given.label}: {error}") from error
+        raise FormatError(f"{label}: {error}") from error
 
 
 def pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
@@ -138,24 +140,29 @@ def pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
             yield item if isinstance(item, tuple) else (item, 1.0)
 
 
-def given_one(item: Any, weight: float = 1.0, *, strict: bool = True) -> Given:
-    """Load one adapter, with digests of its files."""
+def given_one(item: Any, weight: float = 1.0, *, strict: bool = True, sound: bool = False) -> Given:
+    """Load one adapter, with digests of its files; if `sound`, refuse NaN and infinities."""
     if isinstance(item, Given):
+        if sound:
+            _refuse_damaged(item.label, item.adapter)
         return item
     if isinstance(item, Adapter):
         method = item.config.peft_type
+        if sound:
+            _refuse_damaged(f"<{method}>", item)
         return Given(Source(f"<{method}>", weight, method), item, dict(_own_places(item)))
     if not isinstance(item, str | os.PathLike):
         raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
     with fetched(item) as here:
         tensors, config = find_adapter(here)
-        adapter = Adapter.load(here, "numpy", strict=strict, mapped=True)
-        with opened(tensors) as file:
-            places, unknown = read_keys(adapter.config, file)
-        digests = {
-            path.name: _digest(path) for path in (config, *files_of(tensors))
-        }  # known to be no holes
-    source = Source(str(item), weight, adapter.config.peft_type, str(item), digests)
+        with opened(tensors) as file:  # known to be no holes from here on
+            paths = config, *files_of(tensors)
+            with meanwhile(lambda: {path.name: _digest(path) for path in paths}) as digests:
+                adapter = Adapter.load(here, "numpy", strict=strict, mapped=True)
+                places, unknown = read_keys(adapter.config, file)
+                if sound:
+                    _refuse_damaged(str(item), adapter)
+            source = Source(str(item), weight, adapter.config.peft_type, str(item), digests())
     return Given(source, adapter, places, tuple(unknown))
 
 
@@ -174,8 +181,11 @@ def _own_places(adapter: Adapter) -> Iterator[tuple[str, Place]]:
 
 
 def _digest(path: Path) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     with reporting(path, "be read"), reading(path) as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+    return f"sha256:{digest.hexdigest()}"
 
 
 class View(Mapping[str, Host]):

@@ -84,8 +84,10 @@ def product(parts: list[Part], site: Site) -> tuple[Host, Host]:
     for part in parts:
         config: Any = part.config
         u, v = map(to_numpy, config.factors(cast(part.params, "float64"), site))
-        pairs.append((part.weight * u, v))
-    u, v = (np.concatenate(some, axis=1 - i) for i, some in enumerate(zip(*pairs, strict=True)))
+        pairs.append((u if part.weight == 1 else part.weight * u, v))
+    u, v = pairs[0]
+    if len(pairs) > 1:
+        u, v = (np.concatenate(some, axis=1 - i) for i, some in enumerate(zip(*pairs, strict=True)))
     return (v.T, u.T) if site.kind in ("Conv1D", "Embedding") else (u, v)
 
 

@@ -76,7 +76,7 @@ class Sums:
     @classmethod
     def of(cls, u: Host, v: Host, sample: Host) -> Sums | None:
         """Bound the errors; None where too many of weights like `sample` would be doubtful."""
-        largest = max(float(np.abs(a).max(initial=0.0)) for a in (u, v))
+        largest = max(float(max(a.max(initial=0.0), -a.min(initial=0.0))) for a in (u, v))
         if not largest <= _LARGE:
             return None
         # Higham 2002, Accuracy and Stability of Numerical Algorithms, eq. 3.5, with Cauchy-Schwarz:

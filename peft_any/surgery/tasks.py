@@ -96,11 +96,13 @@ class Merging(Recipe[ShardItem, Piece]):
             def work(item: ShardItem) -> Piece:
                 name, path = item
                 if not isinstance(path, Path):
-                    [(_, piece)] = job.pieces([item])
+                    with job.pieces([item]) as pieces:
+                        [(_, piece)] = pieces
                     return piece
                 # A worker that was taken for lost may still write: each attempt has its own file.
                 own = path.with_name(f"{path.name}.{uuid4().hex}")
-                [(_, piece)] = job.pieces([(name, own)])
+                with job.pieces([(name, own)]) as pieces:
+                    [(_, piece)] = pieces
                 with reporting(path, "be written"):
                     own.replace(path)
                 return piece

@@ -6,16 +6,18 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from peft_any.errors import UsageError
 from peft_any.surgery.forked import forked, may_fork
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 _MOST = 16
@@ -40,7 +42,11 @@ def thread_count(given: int | None) -> int:
 
 
 def in_order(
-    tasks: Iterable[Callable[[], T]], threads: int, keep: Sequence[int] = ()
+    tasks: Iterable[Callable[[], T]],
+    threads: int,
+    keep: Sequence[int] = (),
+    files: Sequence[int] = (),
+    heard: Callable[[int, T], None] = lambda _, __: None,
 ) -> Generator[T]:
     """Carry tasks out on threads or forked processes, and give their results in their order.
 
@@ -53,8 +59,8 @@ def in_order(
         Taken one after another, as threads become free.
     threads : int
         One: this thread itself. More are processes where this one may be forked.
-    keep : sequence of int
-        Descriptors that the tasks use.
+    keep, files, heard
+        As for `forked`.
 
     Examples
     --------
@@ -62,16 +68,19 @@ def in_order(
     [1, 2, 3]
     """
     with one_blas_thread():
-        if threads == 1:
-            for task in tasks:
-                yield task()
-        elif may_fork():
-            yield from forked([*tasks], threads, keep)
-        else:
-            yield from _pooled(tasks, threads)
+        if threads > 1 and may_fork():
+            yield from forked([*tasks], threads, keep, files, heard)
+            return
+        made = (task() for task in tasks) if threads == 1 else _pooled(tasks, threads)
+        with closing(made):
+            for place, result in enumerate(made):
+                heard(place, result)
+                yield result
 
 
 def _pooled(tasks: Iterable[Callable[[], T]], threads: int) -> Generator[T]:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - where none may fork
+
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, "peft_any") as pool:
         try:

@@ -10,11 +10,12 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, peak_memory, versions
 from peft_any.surgery.audit import Audit
+from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.engines import Local
 from peft_any.surgery.fitting import Fitting
-from peft_any.surgery.job import Progress, described
+from peft_any.surgery.job import Progress
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.tasks import auditing
