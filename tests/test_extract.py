@@ -373,7 +373,7 @@ def test_damaged_and_quantised_tensors(shop: Shop) -> None:
     with pytest.raises(TargetError) as error:
         shop.extract(base, made, rank=2)
     assert "norm.weight: cannot be compared" in str(error.value)
-    assert "layers.0.q_proj.weight_scale quantises it" in str(error.value)
+    assert str(error.value).count("layers.0.q_proj.weight_scale quantises it") == 1
 
 
 def test_equal_models_are_refused(shop: Shop) -> None:

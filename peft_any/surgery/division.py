@@ -207,7 +207,7 @@ def _misfits(couple: Couple) -> tuple[list[str], list[str]]:
             here, other = (
                 (couple.base, couple.model) if model is None else (couple.model, couple.base)
             )
-            lost.append(f"{name}: {here.path} has it, {other.path} not{nearest(name, other)}")
+            lost.append(f"{name}: {here.source} has it, {other.source} not{nearest(name, other)}")
             continue
         one, two = tuple(base.shape), tuple(model.shape)
         table = looks_like_embedding(name.rpartition(".")[0])
@@ -228,9 +228,9 @@ def _damaged(couple: Couple, changed: Iterable[str], low: Mapping[str, Site]) ->
             stored = couple.tensors(name)[side is couple.model]
             if floating and not all_finite(stored):
                 faults.append(
-                    f"{name}: cannot be compared: {side.path} has NaN or infinities there"
+                    f"{name}: cannot be compared: {side.source} has NaN or infinities there"
                 )
-    return faults
+    return [*dict.fromkeys(faults)]  # one scale may quantise both
 
 
 def _notes(couple: Couple, changed: Iterable[str]) -> tuple[str, ...]:

@@ -162,7 +162,7 @@ def merge_checkpoint(
         job = Job(plan, Surgeon(plan, fit.backend, dtype), out, min_kept)
         job.progress, job.resume, job.kinds = progress, resume, kinds
         job.full_hash, job.threads = full_hash, thread_count(threads)
-        if checkpoint.is_remote:  # what fetches has threads of its own, which none may fork
+        if checkpoint.is_remote or isinstance(out, str):  # that has threads of its own: no forks
             job.threads = 1
         job.max_shard = limit
         if not isinstance(work, Local):
