@@ -441,7 +441,12 @@ CASES = [
         "oft-r-no-divisor", OFTConfig(r=5, oft_block_size=0), FC, reverts=TRUNCATED
     ),  # 4 blocks of 3
     Case("oft-prime", OFTConfig(oft_block_size=5), Site("fc", 13, 7)),  # blocks of 1: no rotation
-    Case("oft-1-term", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=1), FC),  # no rotation
+    Case(
+        "oft-1-term",
+        OFTConfig(oft_block_size=4, num_cayley_neumann_terms=1),  # no rotation
+        FC,
+        idle=("oft_R.weight",),
+    ),
     Case("oft-3-terms", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=3), FC),
     Case("oft-8-terms", OFTConfig(oft_block_size=4, num_cayley_neumann_terms=8), FC),
     Case("oft-exact", OFTConfig(oft_block_size=4, use_cayley_neumann=False), FC),
@@ -712,6 +717,7 @@ CASES = [
         VBLoRAConfig(**LOUD, r=2, num_vectors=5, vector_length=2, topk=1),
         FC,
         identity=DRAWN,
+        idle=("vblora_logits_A", "vblora_logits_B"),  # the one of the best one
     ),
     Case(
         "vblora-spread",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pytest_peft_any
-from peft_any.backend import backend_of, creation_device, detach, namespace, resolve
+from peft_any.backend import astype, backend_of, creation_device, detach, namespace, resolve
 from peft_any.custom import custom_vjp
 from peft_any.errors import ConfigError, UsageError
 from peft_any.layer import Site
@@ -179,12 +179,42 @@ def test_a_wrong_gradient_is_caught() -> None:
 
 def test_what_is_detached_counts_as_constant() -> None:
     def merge(self, p, base):
-        return base.replace(weight=base.weight * (1.0 + detach(p["scale_v"]))[:, None])
+        v = p["scale_v"]
+        return base.replace(weight=base.weight * (1.0 + v * detach(v))[:, None])
 
     def forward(self, p, x, base):
         return self.merge(p, base)(x)
 
-    check_method(scaling("DETACHED", merge=merge, forward=forward), FC, reverts=200, **HOST)
+    def unmerge(self, p, merged):
+        return merged.replace(weight=merged.weight / (1.0 + p["scale_v"] ** 2)[:, None])
+
+    made = scaling("DETACHED", merge=merge, forward=forward, unmerge=unmerge)
+    check_method(made, FC, reverts=200, **HOST)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_parameter_without_a_gradient_is_caught(*, known: bool) -> None:
+    def forward(self, p, x, base):
+        from peft_any.backend import detach as constant  # a name that no module holds
+
+        v = detach(p["scale_v"]) if known else constant(p["scale_v"])
+        return base.replace(weight=base.weight * (1.0 + v)[:, None])(x)
+
+    still = scaling(f"STILL_{known}".upper(), forward=forward)
+    said = complaint(still, reverts=200)
+    assert laws_of(said) == {"gradients"}
+    how = "no" if known else "a wrong"
+    assert f"forward has {how} gradient by scale_v" in said
+    if known:
+        check_method(still, FC, reverts=200, idle=["scale_v"], **HOST)
+
+
+def test_another_dtype_is_caught() -> None:
+    def forward(self, p, x, base):
+        return astype(self.merge(p, base)(x), "float64")
+
+    said = complaint(scaling("WIDE", forward=forward), reverts=200)
+    assert "forward gives float64 of float32" in said
 
 
 def test_dropping_the_bias_is_caught() -> None:

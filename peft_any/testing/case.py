@@ -52,6 +52,8 @@ class Case:
         Bound of ‖unmerge(merge(W)) − W‖/‖W‖ in units of the dtype's rounding; 0: Irreversible.
     routing : dict
         What a call needs beside its input (`Tuner.takes`), for an input whose first axis is 2.
+    idle : tuple of str
+        Trained parameters on which the output does not depend, with the configuration's numbers.
 
     Examples
     --------
@@ -67,6 +69,7 @@ class Case:
     identity: str | None = None
     reverts: float = 20.0
     routing: dict[str, Any] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
 
     @property
     def merges(self) -> bool:

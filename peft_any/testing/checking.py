@@ -48,6 +48,7 @@ def check_method(
     reverts: float = 20.0,
     measured: Collection[str] = (),
     routing: Mapping[str, Any] | None = None,
+    idle: Collection[str] = (),
     start: Mapping[str, Any] | None = None,
     backends: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
@@ -82,6 +83,8 @@ def check_method(
         Parameters whose initial values are computed from the base weight.
     routing : mapping, optional
         What a call needs beside its input, for an input whose first axis is 2.
+    idle : collection of str
+        Trained parameters on which the output does not depend, with the configuration's numbers.
     start : mapping, optional
         What a prompt's `init` needs beside its draws, by keyword.
     backends : sequence of str
@@ -119,7 +122,7 @@ def check_method(
         if start is not None:
             raise UsageError(f"{config.where}: start= is for prompts alone")
         cases = [
-            Case(site.name, config, site, identity, reverts, {**(routing or {})})
+            Case(site.name, config, site, identity, reverts, {**(routing or {})}, (*idle,))
             for site in _accepted(config, sites, skipped)
         ]
         every = _laws(cases, measured, backends, seeds)

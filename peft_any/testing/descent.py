@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from types import ModuleType
@@ -18,7 +18,7 @@ from peft_any.testing.case import Case
 from peft_any.testing.gradients import difference, gradients, like
 
 Way = Literal["forward", "merge"]
-_OWNERS = {"peft_any", "peft_any.backend", "peft_any._arrays", __name__}
+_OWNERS = {"peft_any", "peft_any.backend", "peft_any._arrays", "peft_any.tape.var", __name__}
 Outputs = Callable[..., list[Any]]
 _STEPS = 1e-4, 1e-6
 """Steps of finite differences: a kink, as max(·, 0) has one, lies rarely within the second."""
@@ -35,7 +35,11 @@ class Problem:
     trained : dict of arrays
     rest : tuple
         Arrays, dicts of them, and None.
+    idle : collection of str, optional
+        What has no gradient; where None, that is not looked at.
     """
+
+    idle: Collection[str] | None = None
 
     def __init__(
         self, where: str, what: str, outputs: Outputs, trained: dict[str, Any], *rest: Any
@@ -81,7 +85,9 @@ def of_layer(case: Case, way: Way) -> Problem:
         return [merged.weight] if bias is None else [merged.weight, merged.bias]
 
     x = case.inputs(dtype="float64")
-    return Problem(case.where, way, outputs, trained, frozen, x, base.weight, base.bias)
+    made = Problem(case.where, way, outputs, trained, frozen, x, base.weight, base.bias)
+    made.idle = case.idle if way == "forward" else None
+    return made
 
 
 class Constants:
@@ -142,6 +148,7 @@ def differences(problem: Problem) -> None:
             return off <= 1e-6 * max(size, 1.0)
 
         if all(agree(problem.trained) for _ in range(3)):
+            _refuse_idle(problem, grads)
             return
         wrong = [k for k in problem.trained if not agree([k])]
     raise AssertionError(
@@ -149,6 +156,18 @@ def differences(problem: Problem) -> None:
         f"{', '.join(wrong or problem.trained)}: it is not what finite differences give; look for "
         "a custom_vjp, and for what is rounded or chosen"
     )
+
+
+def _refuse_idle(problem: Problem, grads: dict[str, Any]) -> None:
+    if problem.idle is None:
+        return
+    still = [k for k, g in grads.items() if g.size and not np.any(g) and k not in problem.idle]
+    if still:
+        raise AssertionError(
+            f"{problem.where}: {problem.what} has no gradient by {', '.join(still)}: training "
+            "would leave them as they are; do not detach them, or name them in `frozen`; where "
+            "the numbers of the configuration leave no other choice, say so with idle="
+        )
 
 
 def engines(problem: Problem, engine: str) -> None:

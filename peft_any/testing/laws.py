@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from peft_any.adapter import Adapter
-from peft_any.backend import resolve
+from peft_any.backend import dtype_name, resolve
 from peft_any.checks import alike
 from peft_any.dropout import Noise
 from peft_any.errors import Irreversible
@@ -200,9 +200,14 @@ def libraries(case: Case, lib: Lib) -> None:
     made = "forward or merge fail on it: where they make arrays, these need device= and dtype="
     with told(case, f"{lib.row}: {made}"):
         y, weight, bias, stored = lib.call(adapt, p, x, base.weight, base.bias)
-    merged = config.merge(p, base)
+    merged, applied = config.merge(p, base), config.forward(p, x, base)
+    for what, array in {"forward": applied, "merge": merged.weight}.items():
+        kind, found = dtype_name(base.weight), dtype_name(array)
+        must(
+            found == kind, case, f"{what} gives {found} of {kind}: arrays that meet have one dtype"
+        )
     where = f"{case.where}: {lib.row}"
-    lib.check(y, config.forward(p, x, base), rtol=TOLD, where=f"{where}: forward")
+    lib.check(y, applied, rtol=TOLD, where=f"{where}: forward")
     lib.check(weight, merged.weight, rtol=TOLD, where=f"{where}: the merged weight")
     lib.check(stored, merged.stored(), rtol=TOLD, where=f"{where}: the stored weight")
     must(tuple(stored.shape) == case.site.stored_shape, case, "the stored weight's shape is off")
