@@ -91,6 +91,7 @@ def layout(
     norms = "Norm" in getattr(config, "kinds", ())
     parameters = tuple(getattr(config, "target_parameters", None) or ())
     proofs = _proofs(shapes)
+    real = _has_real(proofs, kinds)
     unused = dict(kinds or {})
     sites = {}
     guess: Kind
@@ -102,7 +103,7 @@ def layout(
             guess = "MultiheadAttention"
         elif last == "weight" and len(shape) == 2:
             named = is_parameter(tensor, parameters)
-            guess = "Linear" if named else _matrix_kind(module, shapes, proofs, flag)
+            guess = "Linear" if named else _matrix_kind(module, shapes, proofs, flag, real)
         elif last == "weight" and 3 <= len(shape) <= 5:
             guess = (*CONVOLUTIONS,)[len(shape) - 3]
         elif last == "weight" and len(shape) == 1 and norms:
@@ -162,12 +163,18 @@ def _proofs(shapes: Mapping[str, Shape]) -> dict[str, Kind]:
     return proven
 
 
+def _has_real(proofs: Mapping[str, Kind], kinds: Mapping[str, Kind | Site] | None) -> bool:
+    """Whether a Conv1D is proven, or said to be there."""
+    said = {v.kind if isinstance(v, Site) else v for v in (kinds or {}).values()}
+    return "Conv1D" in {*proofs.values(), *said}
+
+
 def _matrix_kind(
-    module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind], flag: bool
+    module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind], flag: bool, real: bool
 ) -> Kind:
     if not _has_bias(module, shapes) and _EMBEDDING.fullmatch(module.rpartition(".")[2]):
         return "Embedding"
-    told = _told(module, shapes, proofs)
+    told = _told(module, shapes, proofs, real)
     return told or ("Conv1D" if flag and not OUTPUT.fullmatch(module) else "Linear")
 
 
@@ -175,7 +182,9 @@ def _has_bias(module: str, shapes: Mapping[str, Shape]) -> bool:
     return (f"{module}.bias" if module else "bias") in shapes
 
 
-def _told(module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind]) -> Kind | None:
+def _told(
+    module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind], real: bool
+) -> Kind | None:
     """Read a matrix's orientation from the biases of the checkpoint, where they tell it."""
     if module in proofs:
         return proofs[module]
@@ -184,7 +193,7 @@ def _told(module: str, shapes: Mapping[str, Shape], proofs: Mapping[str, Kind]) 
         return "Linear"  # the output half of torch's packed attention
     if not _has_bias(module, shapes):
         # transformers' Conv1D always has a bias: one without is linear where there are real ones.
-        return "Linear" if "Conv1D" in proofs.values() else None
+        return "Linear" if real else None
     for peers in ([m for m in proofs if m.rpartition(".")[2] == last], proofs):
         found = {proofs[m] for m in peers}
         if len(found) == 1:
@@ -218,7 +227,7 @@ def orientations(
     for module in asked:
         given = next((v for k, v in (kinds or {}).items() if is_named(k, module)), None)
         kind = given.kind if isinstance(given, Site) else given
-        kind = kind or _told(module, shapes, proofs)
+        kind = kind or _told(module, shapes, proofs, _has_real(proofs, kinds))
         if kind is not None or len({*proofs.values()}) > 1:
             told[module] = kind
     return told

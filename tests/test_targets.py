@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.extras import fresh_copies
 from peft_any.layer import KINDS, Site
 from peft_any.layout import layout
+from peft_any.methods.fourierft import FourierFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lora import LoraConfig
@@ -390,3 +392,15 @@ def test_a_task_saves_its_head_if_it_is_there() -> None:
     weights = WEIGHTS | shaped(score__weight=(2, 4))
     extra, _ = fresh_copies(LoraConfig(task_type="SEQ_CLS"), weights, {})
     assert [*extra] == ["score.weight"]
+
+
+def test_where_one_layer_is_said_to_be_transposed_those_without_a_bias_are_not() -> None:
+    """Hugging Face PEFT writes one fan_in_fan_out for all layers: that of the last."""
+    weights = {"a.fc.weight": np.zeros((8, 12)), "a.c.weight": np.eye(8), "a.c.bias": np.zeros(8)}
+    config = FourierFTConfig(fan_in_fan_out=True, n_frequency=3, target_modules=["fc", "c"])
+    assert layout(weights, config=config)["a.fc"].kind == "Conv1D"
+    sites = layout(weights, {"c": "Conv1D"}, config)
+    assert {name: (s.kind, s.n_in, s.n_out) for name, s in sites.items()} == {
+        "a.fc": ("Linear", 12, 8),
+        "a.c": ("Conv1D", 8, 8),
+    }
