@@ -63,8 +63,12 @@ class Both:
         """What a call needs beside its input."""
         return getattr(self.case, "routing", {})
 
-    def theirs(self) -> Any:
-        """Give Hugging Face PEFT's layer with these parameters."""
+    def theirs(self, *, shared: bool = True) -> Any:
+        """Give Hugging Face PEFT's layer with these parameters.
+
+        It has the base in the same memory, unless it is to write there: else ours, which NumPy and
+        torch share, would be the one that the processor's caches hold.
+        """
         with reference.quietly():
             model = reference.attach(self.case, self.base, reference.model_of(self.base))
         values = reference.file_keys(self.case, self.p)
@@ -74,6 +78,10 @@ class Both:
         assert isinstance(layer, BaseTunerLayer)
         if hasattr(layer, "fbd_cuda_available"):
             layer.fbd_cuda_available = self.config.boft_n_butterfly_factor > 1
+        own = {"weight": self.base.stored(), "bias": self.base.bias}
+        for name, held in layer.get_base_layer().named_parameters(recurse=False) if shared else ():
+            if np.array_equal(held.detach().numpy(), own.get(name)):  # OSF keeps what W is not
+                held.data = torch.from_numpy(own[name])
         return layer
 
     def layer(self, library: str) -> BoundLayer:
@@ -213,7 +221,7 @@ class Both:
         """Merge the layer, and unmerge it again, each by turns."""
         if isinstance(self.config, Routed) or self.case.routing:
             return {}
-        layer, (p, base) = self.theirs(), self.moved()
+        layer, (p, base) = self.theirs(shared=False), self.moved()
         ways = {"numpy": (self.p, self.base), "torch": (p, base)}
         merged: dict[str, Any] = {}
 

@@ -36,10 +36,11 @@ MIXED = 3.0
 
 NOTES = f"""
 How it is measured: one layer of {N}×{N}, float32, {BATCH} inputs, the same parameters on both
-sides, whose calls are first held to agree to 10⁻³. Both sides run in one process of one thread, in
-turn; a figure is the median of the ratios of neighbours, in the processor's time. "torch" is our
-method on torch's tensors, "NumPy" the same on NumPy's, each against Hugging Face PEFT on torch's
-CPU. Above 1, ours is faster.
+sides, and but for merges the very same base in memory, so that neither finds it alone in the
+processor's caches; calls are first held to agree to 10⁻³. Both sides run in one process of one
+thread, in turn; a figure is the median of the ratios of neighbours, in the processor's time.
+"torch" is our method on torch's tensors, "NumPy" the same on NumPy's, each against Hugging Face
+PEFT on torch's CPU. Above 1, ours is faster.
 
 - forward: a call in evaluation, parameters bound (`model.bind()`).
 - step: binding, forward, a mean of squares, backward and AdamW; on NumPy by the tape.
@@ -58,11 +59,15 @@ rounds: to copy the weight, since ours writes a new array and Hugging Face PEFT 
 OSF and RandLoRA, whose factors are of full rank, to multiply two matrices of {N}×{N}, which both
 sides do. Where the target lies above it, no way of computing the merge would reach it.
 
-Other work ran on the machine's two cores meanwhile (load averages from 5 to 9) and shared their
-caches: a figure near 1 moves by a tenth from run to run. What misses by more: FourierFT, where half
-of an inverse transform is left to do; unmerges of VB-LoRA and Uni-LoRA on NumPy, a product of rank
-4 that its OpenBLAS takes twice as long for as torch's MKL; and a step of LN tuning on NumPy, which
-trains all the weights of the layer, in passes of AdamW over arrays that torch fuses.
+Other work ran on the machine's two cores meanwhile (load averages from 10 to 14) and shared their
+caches and memory: a figure near 1 moves by a tenth from run to run, and merges that mostly wait for
+memory come nearer to each other (OFT's were 19 and more beside less work). What misses: FourierFT,
+where half of an inverse transform and a transposition are left to do; unmerges by factors and by
+few entries, which read one array and write another where Hugging Face PEFT writes into the one it
+reads; what is a product of large matrices alone on NumPy (OSF, PVeRA, VeRA, calls), which its
+OpenBLAS takes up to a fifth longer for than torch's MKL; and a step of LN tuning on NumPy, which
+trains all weights of the layer, and whose optimiser gives new arrays where torch's writes into the
+old.
 
 Targets: no figure against Hugging Face PEFT below 1 (below {NOISE} is called a miss: equal calls
 vary by that much); in merges 10 for OFT and BOFT, and 5 for C3A, FourierFT, HRA, RandLoRA and
