@@ -112,7 +112,7 @@ class Adapter:
             if config is None:
                 raw = files.renewed(read_json(found))
                 config, more = files.config_from_dict(raw, str(found))
-                notes = files.unheard(more, str(found))
+                notes = files.unheard(more, found.name)
             files.refuse_unconverted(config, str(found))
             with files.opened(tensors) as file:
                 copied = (file[key] if mapped else file[key].copy() for key in file)

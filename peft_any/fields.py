@@ -149,8 +149,15 @@ def check_rules(cls: type, values: Mapping[str, Any]) -> None:
     peft_any.errors.ConfigError: HRAConfig: r=0 must be at least 1
     """
     for name, rule in rules(cls):
-        if name in values and not rule.holds(values[name]):
+        if name in values and not _holds(rule, values[name]):
             raise ConfigError(f"{cls.__name__}: {name}={values[name]!r} must be {rule.text}")
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    except TypeError:  # no number
+        return False
 
 
 def _rules_of(hint: Any) -> list[Rule]:

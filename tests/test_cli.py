@@ -612,6 +612,16 @@ def test_a_dtype_that_cannot_store_weights(
     shell.refused(2, "merge", *given, "--dtype", "int8", says=("int8", "bfloat16", "fp8"))
 
 
+def test_a_base_that_does_not_fit_is_told_the_one_that_would(
+    shell: Shell, adapter: Path, tmp_path: Path
+) -> None:
+    change_config(adapter, base_model_name_or_path="some/model")
+    write_safetensors(tmp_path / "other.safetensors", weights(modules=MODULES[:2]))
+    given = "--base", tmp_path / "other.safetensors", "--adapter", adapter
+    says = ("was made for 'some/model', as its configuration says", MODULES[2])
+    shell.refused(3, "merge", *given, "--out", tmp_path / "out", says=says)
+
+
 def test_the_output_may_not_be_an_input(shell: Shell, base: Path, adapter: Path) -> None:
     given = "--base", base, "--adapter", adapter, "--overwrite", "--out"
     shell.refused(2, "merge", *given, base, says=(str(base),))

@@ -182,7 +182,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     one, two, *_ = models(tmp_path)
     assert cli.run(["diff", str(one), str(two)]) == 0
     out = capsys.readouterr().out
-    assert "2 differs, 1 equal, 1 only a, 1 identical" in out
+    assert "2 differ, 1 equal, 1 only a, 1 identical" in out
     lora(0).save(tmp_path / "x")
     lora(1).save(tmp_path / "y")
     assert cli.run(["diff", str(tmp_path / "x"), str(tmp_path / "y")]) == 0

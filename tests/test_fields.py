@@ -54,6 +54,7 @@ del _known["TEST_RULED"]
         ({"few": 1}, "few=1 must be from 2 to 4"),
         ({"few": 5}, "few=5 must be from 2 to 4"),
         ({"even": 0}, "even=0 must be at least 1"),
+        ({"even": "2"}, "even='2' must be at least 1"),
         ({"even": 3}, "even=3 must be even"),
         ({"some": 0}, "some=0 must be at least 1 or null"),
         ({"way": "left"}, 'way=\'left\' must be "up", "down" or null'),

@@ -22,7 +22,7 @@ from peft_any.origin import KEY, other_base, sampled
 from peft_any.selection import out_projection
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.plan import fit_one
-from peft_any.surgery.sources import Given, View
+from peft_any.surgery.sources import Given, View, misfit
 from peft_any.targets import configured, site_of
 
 Base: TypeAlias = StrPath | Mapping[str, Array] | None
@@ -138,8 +138,7 @@ def placed(
         except PeftError as error:
             faults.append((one, error))
     if faults:
-        text = "\n".join(f"{one.label}: {error}" for one, error in faults)
-        raise type(faults[0][1])(text) from faults[0][1]
+        raise misfit(faults) from faults[0][1]
     if view is not None and not fit.any_base:
         _refuse_other_base(given, out, view)
     return out

@@ -278,38 +278,25 @@ class Checkpoint(Mapping[str, HostArray]):
         Regular files of the directory and of those subdirectories that hold no weights of their
         own. Empty where a single file was given.
         """
-        along, _ = self._surroundings
+        along = tuple(self._along())
         if self._mirror is not None:
             self._mirror.fetch(path.as_posix() for path in along)
         return along
 
-    @cached_property
-    def left_files(self) -> tuple[Path, ...]:
-        """What stays behind, relative to `root`: weights, adapters, hidden files, links out."""
-        return self._surroundings[1]
-
-    @cached_property
-    def _surroundings(self) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    def _along(self) -> Iterator[Path]:
         if not (self.path.is_dir() or self.index_path):
-            return (), ()
+            return
         used = {shard.path for shard in self.shards} | {self.index_path}
-        along: list[Path] = []
-        behind: list[Path] = []
         for folder, folders, names in os.walk(self.root):
             here = Path(folder)
             if here != self.root and any(_is_weights(name) for name in names):
-                behind.append(here.relative_to(self.root))
                 folders.clear()
                 continue
-            aside = [n for n in folders if n.startswith(".") or (here / n).is_symlink()]
-            folders[:] = sorted(set(folders).difference(aside))
-            for name in sorted([*names, *aside]):
-                file = here / name
-                if file not in used:
-                    (along if self._may_follow(file) else behind).append(
-                        file.relative_to(self.root)
-                    )
-        return tuple(along), tuple(behind)
+            inside = (n for n in folders if not n.startswith(".") and not (here / n).is_symlink())
+            folders[:] = sorted(inside)
+            for file in (here / name for name in sorted(names)):
+                if file not in used and self._may_follow(file):
+                    yield file.relative_to(self.root)
 
     def _may_follow(self, file: Path) -> bool:
         if file.name.startswith((".", "adapter_")) or _is_weights(file.name):

@@ -17,7 +17,7 @@ from peft_any.receipt import Source, Target, Use
 from peft_any.selection import Rules, in_projection, saved_whole
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.mapping import mapped
-from peft_any.surgery.sources import Given, View, given_adapters, pruned, uses
+from peft_any.surgery.sources import Given, View, given_adapters, misfit, pruned, uses
 from peft_any.targets import configured, place
 from peft_any.traversal import known_parts
 
@@ -140,9 +140,7 @@ def make_plan(
         except PeftError as error:
             faults.append((one, error))
     if faults:
-        first = faults[0][1]
-        text = "\n".join(f"{one.label}: {error}" for one, error in faults)
-        raise type(first)(text) from first
+        raise misfit(faults) from faults[0][1]
     plan = Plan(base, view, given, placed, _touched(view, given, placed))
     for one in given:
         notes = dict.fromkeys((*one.adapter.notes, *one.lost))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from peft_any._dtypes import numpy_dtype
 from peft_any.adapter import Adapter
 from peft_any.backend import astype
-from peft_any.errors import ConfigError, FormatError, ShapeError, UsageError
+from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._finding import files_of, find_adapter, opened
 from peft_any.io._header import BITS, TensorInfo, byte_size
@@ -123,6 +123,18 @@ def _refuse_damaged(label: str, adapter: Adapter) -> None:
         adapter.check_finite()
     except FormatError as error:
         raise FormatError(f"{label}: {error}") from error
+
+
+def misfit(faults: Sequence[tuple[Given, PeftError]]) -> PeftError:
+    """Join what is wrong with adapters, and the names of the bases they were made for."""
+    said = [f"{one.label}: {error}" for one, error in faults]
+    said += [
+        f"{one.label}: was made for {base!r}, as its configuration says; is this another base?"
+        for one, error in faults
+        if (base := one.adapter.config.base_model_name_or_path)
+        and isinstance(error, ShapeError | TargetError)
+    ]
+    return type(faults[0][1])("\n".join(said))
 
 
 def pairs(adapters: Adapters) -> Iterator[tuple[Any, Any]]:
