@@ -66,7 +66,7 @@ del _known["TEST_RULED"]
         ({"inside": 0.0}, r"inside=0.0 must be in \(0, 1\)"),
         ({"size": 0.0}, "size=0.0 must be above 0"),
         ({"size": float("nan")}, "size=nan must be above 0"),
-        ({"bias": "lora_only"}, 'bias=\'lora_only\' must be "none", "all" or "test_only"'),
+        ({"bias": "lora"}, 'bias=\'lora\' must be "none", "all" or "test_only"'),
         ({"few": 4, "even": 4}, "both 4"),
     ],
 )
