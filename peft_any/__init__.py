@@ -49,6 +49,52 @@ if TYPE_CHECKING:
     from peft_any.method import Additive as Additive
     from peft_any.method import Prompt as Prompt
     from peft_any.method import Tuner as Tuner
+    from peft_any.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from peft_any.methods.adamss import AdamssConfig as AdamssConfig
+    from peft_any.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
+    from peft_any.methods.beft import BeftConfig as BeftConfig
+    from peft_any.methods.boft import BOFTConfig as BOFTConfig
+    from peft_any.methods.c3a import C3AConfig as C3AConfig
+    from peft_any.methods.cartridge import CartridgeConfig as CartridgeConfig
+    from peft_any.methods.cpt import CPTConfig as CPTConfig
+    from peft_any.methods.deft import DeftConfig as DeftConfig
+    from peft_any.methods.delora import DeloraConfig as DeloraConfig
+    from peft_any.methods.fourierft import FourierFTConfig as FourierFTConfig
+    from peft_any.methods.frod import FrodConfig as FrodConfig
+    from peft_any.methods.glora import GloraConfig as GloraConfig
+    from peft_any.methods.gralora import GraloraConfig as GraloraConfig
+    from peft_any.methods.hira import HiraConfig as HiraConfig
+    from peft_any.methods.hra import HRAConfig as HRAConfig
+    from peft_any.methods.ia3 import IA3Config as IA3Config
+    from peft_any.methods.lily import LilyConfig as LilyConfig
+    from peft_any.methods.ln_tuning import LNTuningConfig as LNTuningConfig
+    from peft_any.methods.loha import LoHaConfig as LoHaConfig
+    from peft_any.methods.lokr import LoKrConfig as LoKrConfig
+    from peft_any.methods.lora import LoraConfig as LoraConfig
+    from peft_any.methods.miss import MissConfig as MissConfig
+    from peft_any.methods.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+    )
+    from peft_any.methods.oft import OFTConfig as OFTConfig
+    from peft_any.methods.osf import OSFConfig as OSFConfig
+    from peft_any.methods.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from peft_any.methods.peanut import PeanutConfig as PeanutConfig
+    from peft_any.methods.poly import PolyConfig as PolyConfig
+    from peft_any.methods.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from peft_any.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from peft_any.methods.psoft import PsoftConfig as PsoftConfig
+    from peft_any.methods.pvera import PveraConfig as PveraConfig
+    from peft_any.methods.randlora import RandLoraConfig as RandLoraConfig
+    from peft_any.methods.road import RoadConfig as RoadConfig
+    from peft_any.methods.shira import ShiraConfig as ShiraConfig
+    from peft_any.methods.supertuning import SupertuningConfig as SupertuningConfig
+    from peft_any.methods.tinylora import TinyLoraConfig as TinyLoraConfig
+    from peft_any.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from peft_any.methods.unilora import UniLoraConfig as UniLoraConfig
+    from peft_any.methods.vblora import VBLoRAConfig as VBLoRAConfig
+    from peft_any.methods.vera import VeraConfig as VeraConfig
+    from peft_any.methods.waveft import WaveFTConfig as WaveFTConfig
+    from peft_any.methods.xlora import XLoraConfig as XLoraConfig
     from peft_any.model import PeftModel as PeftModel
     from peft_any.oneshot import merge as merge
     from peft_any.oneshot import stack as stack
