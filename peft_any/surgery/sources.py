@@ -168,13 +168,14 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True, sound: boo
     with fetched(item) as here:
         tensors, config = find_adapter(here)
         with opened(tensors) as file:  # known to be no holes from here on
-            paths = config, *files_of(tensors)
-            with meanwhile(lambda: {path.name: _digest(path) for path in paths}) as digests:
+            parts = files_of(tensors)
+            with meanwhile(lambda: {path.name: _digest(path) for path in parts}) as digests:
                 adapter = Adapter.load(here, "numpy", strict=strict, mapped=True)
                 places, unknown = read_keys(adapter.config, file)
                 if sound:
                     _refuse_damaged(str(item), adapter)
-            source = Source(str(item), weight, adapter.config.peft_type, str(item), digests())
+            sums = {config.name: _digest(config), **digests()}
+            source = Source(str(item), weight, adapter.config.peft_type, str(item), sums)
     return Given(source, adapter, places, tuple(unknown))
 
 
