@@ -656,7 +656,7 @@ class TestPrompts:
     def test_a_prefix_does_not_train_without_the_cache(self) -> None:
         net = Reader()
         attach(net, PrefixTuningConfig(num_virtual_tokens=3))
-        net.is_gradient_checkpointing = True
+        net.gradient_checkpointing = True
         with pytest.raises(ConfigError, match="cannot train with gradient checkpointing"):
             net(self.ids)
 

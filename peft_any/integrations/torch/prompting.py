@@ -147,7 +147,9 @@ def _prompted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given |= given.pop(key, {})
     call = _Call(module, config, share.params, more.get("task_ids"))
     if config.peft_type in _CACHED:
-        if module.training and getattr(module, "is_gradient_checkpointing", False):
+        if module.training and any(
+            getattr(m, "gradient_checkpointing", 0) for m in module.modules()
+        ):
             raise ConfigError(
                 f"adapter {share.adapter!r}: {config.peft_type} cannot train with gradient "
                 "checkpointing, under which a model keeps no cache to hold it: call "
