@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -964,6 +965,10 @@ ROUTED = [
         ),
         Site("a.fc", 13, 7, bias=False),
         routing={"scalings": HIDDEN[..., :3]},
+        idle=tuple(  # the gate, of which these are the results
+            f"internal_xlora_classifier.layers.{i}.{leaf}"
+            for i, leaf in product((0, 3, 6), ("weight", "bias"))
+        ),
         hf=WHOLE,
     ),
     RoutedCase("lily-random", LilyConfig(r=4, init_weights=False), FC, identity=RANDOM),

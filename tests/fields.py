@@ -411,6 +411,7 @@ TREATED: dict[str, Treatment | None] = {
     "PVERA.generator_seed": Idle("it acts with sample_at_inference alone"),
     "PVERA.sample_at_inference": Elsewhere("test_fields.py::test_pveras_samples_are_around_ours"),
     "C3A.init_weights=False": Idle("Hugging Face PEFT starts alike"),
+    "TINYLORA.init_weights=False": Idle("the start alone is another"),
     "PEANUT.act_fn=relu6": Alike("no value is above 6"),
     "PEANUT.act_fn=prelu": Elsewhere(
         "../test_activations.py::test_activations_are_those_of_transformers"),

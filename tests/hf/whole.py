@@ -39,12 +39,14 @@ def fill(model: Any, name: str, seed: int) -> None:
     with quietly():
         state = peft.get_peft_model_state_dict(model, adapter_name=name)
     noise: dict[Any, torch.Tensor] = {}
-    new = dict(state)
+    new, config = dict(state), model.peft_config[name]
     for key, value in state.items():
         if value.is_floating_point() and not FROZEN & {*key.split(".")}:
             at = value.data_ptr(), value.shape
             moved = noise.setdefault(at, 0.2 * torch.randn_like(value))
-            new[key] = value + moved  # of tensors that layers share, alike
+            unset = "tinylora_v" in key and config.init_weights is False  # what memory held
+            start = 0 if unset else value
+            new[key] = start + moved  # of tensors that layers share, alike
     load(model, new, name)
 
 
