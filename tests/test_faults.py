@@ -198,7 +198,7 @@ class Broken:
     """Has the n-th call that changes or opens a file fail, and later ones that write."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None, code: int) -> None:
-        self.count, self.at, self.code, self.calls = 0, at, code, []
+        self.count, self.at, self.code = 0, at, code
         self.failing: str | None = None
         for home, name in CALLS:
             if hasattr(home, name):
@@ -207,7 +207,6 @@ class Broken:
     def wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
-            self.calls.append(name)
             if self.count == self.at:
                 self.failing = name
             if self.count == self.at or (name == self.failing and name in LASTING):
@@ -237,7 +236,8 @@ def test_every_call_may_fail(
         with pytest.MonkeyPatch.context() as patch:
             broken = Broken(patch, at, code)
             result = merge(small, out, *(["--overwrite"] if overwrite else []))
-        said = f"call {at} of {total}, {broken.calls[at - 1]}: exit {result}"
+        # Syncs beside the work are as many as it takes: the last calls need not come.
+        said = f"call {at} of {total}, {broken.failing or 'not made'}: exit {result}"
         assert result in (0, 5), said
         assert [state(p) for p in small] == inputs, said
         assert [p.name for p in tmp_path.iterdir() if p != out] == [], said

@@ -324,13 +324,13 @@ class TestMalformed:
         with pytest.raises(FormatError, match=message) as caught:
             SafetensorsFile(file)
         assert str(file) in str(caught.value)
-        assert len(str(caught.value)) < 500
+        assert len(str(caught.value).partition("\n")[0]) < 500
         assert caught.value.exit_code == 5
 
     def test_torch_archive(self, file: Path) -> None:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("archive/data.pkl", b"\x80\x02}.")
-        with pytest.raises(FormatError, match=r"zip archive.*save_file"):
+        with pytest.raises(FormatError, match=r"(?s)zip archive.*save_file"):
             SafetensorsFile(file)
 
     def test_missing(self, file: Path) -> None:

@@ -197,7 +197,9 @@ def attach_tree(
             )
         model = PeftModel(read.arrays(), kinds=read.kinds)
     held, fresh = ([*adapter.sites], None) if isinstance(adapter, Adapter) else ([], adapter)
-    refuse_named(fresh, held, layout(read.arrays(), read.kinds), read.refused)
+    config = adapter.config if isinstance(adapter, Adapter) else adapter
+    if read.refused:
+        refuse_named(fresh, held, layout(read.arrays(), read.kinds, config), read.refused)
     added = model.add(name, adapter, seed=seed, dtype=dtype, rederive=rederive)
     if not isinstance(added.config, Tuner):
         raise ConfigError(
