@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_any.errors import ConfigError, FormatError, StorageError, nearest
+from peft_any.io._faults import reporting
 from peft_any.io._foreign import PICKLES, conversion, disguise
 from peft_any.io._urls import local
 from peft_any.io.checkpoint import INDEX as INDEX
@@ -32,15 +33,16 @@ def find_config(folder: Path) -> Path:
     path = folder / CONFIG_NAME
     if path.is_file():
         return path
-    _refuse_other(folder)
-    found = [*folder.glob(f"*/{CONFIG_NAME}"), *folder.glob(f"snapshots/*/{CONFIG_NAME}")]
-    inside = sorted(p.parent.relative_to(folder).as_posix() for p in found)
-    if inside:
-        more = f": it holds the adapters {inside}; give one of these directories"
-    elif any(map(is_base, (p.name for p in folder.iterdir()))):
-        more = ": it holds a model; give an adapter made for one"
-    else:
-        more = nearest(CONFIG_NAME, [p.name for p in folder.glob("*.json")])
+    with reporting(folder, "be read"):  # it may vanish
+        _refuse_other(folder)
+        found = [*folder.glob(f"*/{CONFIG_NAME}"), *folder.glob(f"snapshots/*/{CONFIG_NAME}")]
+        inside = sorted(p.parent.relative_to(folder).as_posix() for p in found)
+        if inside:
+            more = f": it holds the adapters {inside}; give one of these directories"
+        elif any(map(is_base, (p.name for p in folder.iterdir()))):
+            more = ": it holds a model; give an adapter made for one"
+        else:
+            more = nearest(CONFIG_NAME, [p.name for p in folder.glob("*.json")])
     raise ConfigError(f"{folder}: has no {CONFIG_NAME}{more}")
 
 
@@ -74,7 +76,9 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         return path, beside
     found = path / CONFIG_NAME if configured else find_config(path)
     tensors = path / TENSORS
-    if not tensors.is_file():
+    if tensors.is_file():
+        return tensors, found
+    with reporting(path, "be read"):
         names = [TENSORS.replace(".safetensors", INDEX), f"model{INDEX}"]
         index = next((path / name for name in names if (path / name).is_file()), None)
         if index is not None and any(path.glob("adapter_model-*-of-*.safetensors")):
@@ -84,7 +88,6 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         _refuse_other(path)
         names = [p.name for p in path.iterdir()]
         raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
-    return tensors, found
 
 
 def opened(tensors: Path) -> SafetensorsFile | Checkpoint:
