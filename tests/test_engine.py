@@ -499,6 +499,8 @@ class TestForked:
         tasks: list[Callable[[], int]] = [lambda i=i: i * i for i in range(300)]
         assert [*forked(tasks, 3)] == [i * i for i in range(300)]
         assert [*forked([], 2)] == []
+        many = [lambda i=i: i for i in range(10_000)]
+        assert [*forked(many, 2, files=[1] * 10_000)] == [*range(10_000)]
         results = forked([*tasks[:9], fail, *tasks], 2)
         assert [next(results) for _ in range(9)] == [i * i for i in range(9)]
         with pytest.raises(VerifyError, match="too little"):

@@ -22,17 +22,12 @@ from peft_any.io._outgoing import CLAIM
 from peft_any.surgery.compute import Surgeon
 from tests.test_cluster import client as client
 from tests.test_cluster import killing, slow_down
-from tests.test_urls import contents, make_inputs, same
+from tests.test_cluster import pytestmark as pytestmark
+from tests.test_urls import contents, same
+from tests.test_urls import here as here
 
 distributed = pytest.importorskip("distributed")
 
-pytestmark = [
-    pytest.mark.cluster,
-    # what Dask itself leaves open when workers are killed
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
 BASE, LORA, OUT = "shelf://base", "shelf://lora", "shelf://out"
 
 
@@ -52,14 +47,6 @@ def register(root: str) -> None:
             super().__init__(path=root, fs=LocalFileSystem())
 
     fsspec.register_implementation("shelf", Shelf, clobber=True)
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give local files, and what one process makes of them."""
-    folder = make_inputs(tmp_path_factory.mktemp("here"))
-    merge_checkpoint(folder / "base", folder / "lora", folder / "merged")
-    return folder
 
 
 @pytest.fixture

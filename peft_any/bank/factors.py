@@ -50,14 +50,14 @@ def even(layers: Sequence[BoundLayer], rows: Sequence[int]) -> bool:
 
     Nothing is formed for it: `Additive.rank` bounds the rank of each method's factors.
     """
-    site, groups = layers[0].base.site, _groups(rows, len(layers))
+    site, groups = layers[0].base.site, groups_of(rows, len(layers))
     ranks = [p.config.rank(site) for one in layers for p in one.parts if factored(p.config, site)]
     numbers = max(ranks, default=1) * (site.n_out + site.width) * len(layers)
     return numbers <= STACKED and len(layers) * max(map(len, groups)) <= 2 * len(rows)
 
 
-def _groups(rows: Sequence[int], count: int) -> list[list[int]]:
-    """The rows of each adapter."""
+def groups_of(rows: Sequence[int], count: int) -> list[list[int]]:
+    """Give the rows of each adapter."""
     groups: list[list[int]] = [[] for _ in range(count)]
     for i, k in enumerate(rows):
         groups[k].append(i)
@@ -176,7 +176,7 @@ def stacked(found: Sequence[Mapping[str, Array]], base: Dense, rows: Sequence[in
     found, base, rows
         As for `joined`.
     """
-    each, groups = alike(found, base), _groups(rows, len(found))
+    each, groups = alike(found, base), groups_of(rows, len(found))
     xp = namespace(base.weight, *(array for f in each for array in f.values()))
     most = max(map(len, groups))
     order, place = np.zeros(len(found) * most, "int64"), np.zeros(len(rows), "int64")

@@ -31,6 +31,7 @@ from peft_any.bank.factors import (
     factors_of,
     few,
     finite,
+    groups_of,
     joined,
     stacked,
     total_rank,
@@ -193,7 +194,7 @@ class MixedLayer:
     @cached_property
     def _order(self) -> tuple[list[list[int]], list[int]]:
         """Rows by adapter, and where each row then is."""
-        groups = [[i for i, k in enumerate(self.rows) if k == n] for n in range(len(self.layers))]
+        groups = groups_of(self.rows, len(self.layers))
         where = [0] * len(self.rows)
         for place, i in enumerate(i for group in groups for i in group):
             where[i] = place

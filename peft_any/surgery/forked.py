@@ -13,12 +13,16 @@ import signal
 import sys
 import threading
 import warnings
-from array import array
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from itertools import accumulate
+from mmap import mmap
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from peft_any.receipt import Host
 
 T = TypeVar("T")
 _WORD = 8
@@ -65,14 +69,17 @@ def forked(
     turns, pipes = os.pipe(), {}
     stops = [*accumulate(files or [len(tasks)])]
     try:
-        os.write(turns[1], array("q", [0, *stops[:-1], *[0] * len(stops)]).tobytes())
+        shared = mmap(-1, 2 * len(stops) * _WORD)
+        said = np.frombuffer(shared, np.int64).reshape(2, len(stops))
+        said[0, 1:] = stops[:-1]
+        os.write(turns[1], b"0")
         for _ in range(workers):
             results = os.pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see `may_fork`
                 pid = os.fork()
             if not pid:
-                turn = _Turns(turns, stops).take
+                turn = _Turns(turns, said, stops).take
                 _work(tasks, turn, results[1], {*keep, *turns, results[1]})
             os.close(results[1])
             pipes[results[0]] = pid
@@ -167,28 +174,30 @@ def _keep_memory() -> None:
 
 
 class _Turns:
-    """What goes round among the processes: each file's next task, and how many work at it."""
+    """What processes share: each file's next task, and how many work at it.
 
-    def __init__(self, pipe: tuple[int, int], stops: Sequence[int]) -> None:
-        self.pipe, self.stops = pipe, stops
+    The byte in the pipe is whose turn it is: who has taken it may look and write.
+    """
+
+    def __init__(self, pipe: tuple[int, int], said: Host, stops: Sequence[int]) -> None:
+        self.pipe, self.stops = pipe, np.asarray(stops)
+        self.next, self.workers = said
         self.at: int | None = None
 
     def take(self) -> int | None:
         """Take a task of the file that this process is at, or else of one with the fewest."""
-        count = len(self.stops)
-        said = array("q", os.read(self.pipe[0], 2 * count * _WORD))
-        left = [i for i in range(count) if said[i] < self.stops[i]]
-        if self.at not in left:
+        turn, place = os.read(self.pipe[0], 1), None
+        if self.at is None or self.next[self.at] >= self.stops[self.at]:
             if self.at is not None:
-                said[count + self.at] -= 1
-            self.at = min(left, key=lambda i: (said[count + i], i), default=None)
+                self.workers[self.at] -= 1
+            left = np.flatnonzero(self.next < self.stops)
+            self.at = int(left[np.argmin(self.workers[left])]) if left.size else None
             if self.at is not None:
-                said[count + self.at] += 1
-        place = None
+                self.workers[self.at] += 1
         if self.at is not None:
-            place = said[self.at]
-            said[self.at] += 1
-        os.write(self.pipe[1], said.tobytes())
+            place = int(self.next[self.at])
+            self.next[self.at] += 1
+        os.write(self.pipe[1], turn)
         return place
 
 
