@@ -144,7 +144,7 @@ def test_files_of_a_size_are_a_task_each(client: Any, folder: Path) -> None:
 
 @contextmanager
 def killing(client: Any, after: int) -> Iterator[Any]:
-    """Give a progress callback that kills a worker process after some shards."""
+    """Give a progress callback that kills a worker after some shards; wait for its successor."""
     killed: list[int] = []
 
     def step(done: int, total: int, name: str) -> None:
@@ -158,6 +158,7 @@ def killing(client: Any, after: int) -> Iterator[Any]:
     yield step
     assert killed
     assert killed[0] not in client.run(os.getpid).values()
+    client.wait_for_workers(2, timeout=60)  # what the next test runs on all has to reach both
 
 
 @dataclass(frozen=True)
