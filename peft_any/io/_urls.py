@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft_any.errors import StorageError, UsageError
 from peft_any.io._faults import StrPath
-
-if TYPE_CHECKING:
-    from peft_any.io._remote import Mirror
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[^:]+)*:/(/|(?=[^/]))")
 """A scheme has two letters, unlike a drive; pathlib has made one slash of two."""
@@ -71,31 +65,3 @@ def local(path: StrPath, action: str) -> Path:
             "output directories alone: mount the file system, or copy the file"
         )
     return here
-
-
-@contextmanager
-def mirror_of(path: StrPath) -> Iterator[Mirror | None]:
-    """Give what stands here for a path, if it is a URL; a mirror stands for itself."""
-    if isinstance(path, str | Path) and not is_url(path):
-        yield None
-        return
-    from peft_any.io._remote import Mirror, mirrored  # noqa: PLC0415 - URLs alone need it
-
-    if isinstance(path, Mirror) or not is_url(path):
-        yield path if isinstance(path, Mirror) else None
-        return
-    with mirrored(os.fspath(path)) as mirror:
-        yield mirror
-
-
-@contextmanager
-def fetched(path: StrPath) -> Iterator[Path]:
-    """Give an adapter's path: its own, or that of a copy while the block runs."""
-    with mirror_of(path) as mirror:
-        if mirror is None:
-            yield Path(path_of(path))
-            return
-        with mirror.telling():
-            wanted = [n for n in mirror.away if n.endswith((".json", ".safetensors"))]
-            mirror.fetch([n for n in wanted if n.count("/") <= 1])  # as PEFT nests them
-            yield mirror.path

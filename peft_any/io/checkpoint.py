@@ -13,13 +13,14 @@ from typing import Any, Self
 
 from peft_any.errors import FormatError, StorageError, nearest
 from peft_any.io._atomic import StrPath, output_directory, output_file, reporting, storage_error
+from peft_any.io._fetching import mirror_of
 from peft_any.io._fingerprint import fingerprint as fingerprint
 from peft_any.io._foreign import FOREIGN, disguise, way_out
 from peft_any.io._header import TensorInfo
 from peft_any.io._json import read_json
 from peft_any.io._reader import HostArray, SafetensorsFile
 from peft_any.io._ties import tied_groups
-from peft_any.io._urls import mirror_of, path_of
+from peft_any.io._urls import path_of
 
 __all__ = ["Checkpoint", "fingerprint", "output_directory", "output_file"]
 

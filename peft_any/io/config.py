@@ -17,6 +17,7 @@ from peft_any.checks import OURS
 from peft_any.errors import ConfigError, PeftError
 from peft_any.fields import check_words
 from peft_any.io._atomic import StrPath
+from peft_any.io._fetching import fetched as fetched
 from peft_any.io._finding import CONFIG_NAME as CONFIG_NAME
 from peft_any.io._finding import TENSORS as TENSORS
 from peft_any.io._finding import find_adapter as find_adapter
@@ -24,7 +25,6 @@ from peft_any.io._finding import opened as opened
 from peft_any.io._former import renewed as renewed
 from peft_any.io._json import parse_object, read_json
 from peft_any.io._lost import lost_layers as lost_layers
-from peft_any.io._urls import fetched as fetched
 from peft_any.registry import Config, method_for, method_names
 
 _LEARNT: set[type[Config]] = set()

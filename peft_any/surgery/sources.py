@@ -17,10 +17,10 @@ from peft_any.adapter import Adapter
 from peft_any.backend import astype
 from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
+from peft_any.io._fetching import fetched
 from peft_any.io._finding import files_of, find_adapter, opened
 from peft_any.io._header import BITS, TensorInfo, byte_size
 from peft_any.io._threads import meanwhile
-from peft_any.io._urls import fetched
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.io.keys import Place, read_keys
 from peft_any.layer import Kind, Site
