@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from peft_any._typing import Shape
@@ -22,6 +23,10 @@ OUTPUT = re.compile(
     r"|generator_lm_head|lm_loss|pred_layer\.proj)|proj_out"
 )
 """Output embeddings in transformers' usual models: what "all-linear" leaves out."""
+_RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+(_reverse)?)?|weight|bias")
+"""Tensors of torch's and Equinox's recurrent layers, of which some are matrices."""
+_SHOWN = 3
+"""How many tensors or layers an error names."""
 
 
 def looks_like_embedding(module: str) -> bool:
@@ -120,8 +125,9 @@ def layout(
         site = _site(module, shape, kind, groups)
         sites[module] = replace(site, bias=site.bias_name in shapes)
     if unused:
-        lost = "\n".join(f"kinds[{k!r}]: matches no layer{nearest(k, sites)}" for k in unused)
-        raise TargetError(lost)
+        hints = ((k, unadapted(partial(is_named, k), weights, sites)) for k in unused)
+        lost = (f"kinds[{k!r}]: matches no layer{h or nearest(k, sites)}" for k, h in hints)
+        raise TargetError("\n".join(lost))
     return sites
 
 
@@ -244,3 +250,69 @@ def is_named(key: str, module: str) -> bool:
     if module == key or module.endswith(f".{key}"):
         return True
     return expression(key, "kinds").fullmatch(module) is not None
+
+
+def unadapted(
+    wanted: Callable[[str], bool], weights: Mapping[str, Any], layers: Collection[str]
+) -> str:
+    """Say what a base has under a name that is none of its layers, and the way out.
+
+    Parameters
+    ----------
+    wanted : callable
+        Whether a module's or a tensor's name is meant.
+    weights : mapping of str to array, or anything with ``shape``
+    layers : collection of str
+        The layers, as `layout` finds them.
+
+    Returns
+    -------
+    str
+        What follows a message, as after `nearest`; empty where the base has nothing of the name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unadapted("fc.weight".__eq__, {"fc.weight": np.zeros((8, 4))}, ["fc"])
+    ": fc.weight is a tensor: name its module, 'fc'"
+    """
+    own: dict[str, list[str]] = {}
+    hit = None
+    for tensor in weights:
+        module, _, last = tensor.rpartition(".")
+        own.setdefault(module, []).append(last)
+        if wanted(tensor):
+            if module in layers:
+                return f": {tensor} is a tensor: name its module, {module!r}"
+            hit = module
+    hit = next((module for module in own if wanted(module)), hit)
+    if hit is not None:
+        return _stranger(hit, own[hit], weights)
+    parts = (name.split(".") for name in layers)
+    above = {".".join(p[:n]): ".".join(p[: n + 1]) for p in parts for n in range(1, len(p))}
+    hit = next((module for module in above if wanted(module)), None)
+    if hit is None:
+        return ""
+    within = [name.rpartition(".")[2] for name in layers if name.startswith(f"{hit}.")]
+    named = ", ".join(map(repr, [*dict.fromkeys(within)][:_SHOWN]))
+    return f": {hit} holds layers and is none: name those within, such as {named}"
+
+
+def _stranger(module: str, own: list[str], weights: Mapping[str, Any]) -> str:
+    """Say what a module with tensors of its own is, why no adapter goes on it, and what does."""
+    shapes = {last: shape_of(weights, f"{module}.{last}" if module else last) for last in own}
+    shown = ", ".join(f"{last} {shape}" for last, shape in [*shapes.items()][:_SHOWN])
+    more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    ways = f"train it whole (modules_to_save=[{module.rpartition('.')[2]!r}]), or leave it out"
+    sizes = {len(shape) for shape in shapes.values()}
+    if 2 in sizes and all(map(_RECURRENT.fullmatch, own)):
+        what, why = "a recurrent layer", "no adapter goes on one"
+    elif max(sizes) < 2:
+        what, why = "a norm or another layer without a matrix", "this method adapts none"
+        ways = f"LNTuningConfig adapts norms; {ways}"
+    else:
+        what = "of no kind that adapters know"
+        why = "they go on linear layers, convolutions and embeddings, whose array is called weight"
+        if 3 in sizes:
+            ways = f"name stacks of matrices in target_parameters, {ways}"
+    return f": {module or 'the model itself'} is {what} ({shown}{more}), and {why}: {ways}"

@@ -98,7 +98,9 @@ def fresh(
     refuse_unrepeated(config, weights)
     config = with_experts(config, weights)
     every = layout(weights, kinds, config)
-    sites = {name: every[name] for name in nesting.registered(select(config, every), every)}
+    sites = {
+        name: every[name] for name in nesting.registered(select(config, every, weights), every)
+    }
     configs = configured(config, sites)
     order = order_of(config, sites, weights, vouched=vouched)
     root = root_of(weights, sites, order, seed, dtype)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from peft_any.errors import ConfigError, PeftError, TargetError, nearest
 from peft_any.layer import EXPERTS, Site
-from peft_any.layout import OUTPUT
+from peft_any.layout import OUTPUT, unadapted
 from peft_any.method import Tuner
 from peft_any.patterns import expression, is_parameter
 from peft_any.registry import Config
@@ -40,7 +42,9 @@ def saved_whole(config: Any) -> list[str]:
     return [*named, *_HEADS.get(str(config.task_type), ())]
 
 
-def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
+def select(
+    config: Tuner, sites: Mapping[str, Site], weights: Mapping[str, Any] | None = None
+) -> list[str]:
     """List the modules that a configuration targets, by Hugging Face PEFT's rules.
 
     A list of `target_modules` matches whole names or what follows a dot; a string is a regular
@@ -56,6 +60,8 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
     config : Tuner
     sites : mapping of str to Site
         All layers of the base, as `layout` finds them.
+    weights : mapping of str to array, optional
+        The base: an error then tells what it has under a name that is no layer's.
 
     Returns
     -------
@@ -87,7 +93,7 @@ def select(config: Tuner, sites: Mapping[str, Site]) -> list[str]:
             f"{config.where}: target_modules is not set: name the modules to adapt, such as "
             f"{', '.join(map(repr, names[:_LISTED]))}, or 'all-linear'"
         )
-    lost = rules.unmatched(sites)
+    lost = rules.unmatched(sites, weights or {})
     if lost:
         raise TargetError("\n".join(lost))
     chosen = [name for name, site in sites.items() if rules.wants(name, site)]
@@ -253,15 +259,19 @@ class Rules:
         found = next((m for p in self.patterns if (m := p.match(name))), None)
         return None if found is None else int(found["idx"])
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """Describe every configured entry that matches nothing."""
+    def unmatched(self, names: Iterable[str], weights: Mapping[str, Any]) -> list[str]:
+        """Describe every configured entry that matches nothing, or no layer of the base."""
         known = list(names)
-        lost = self.unmatched_targets(known)
+        lost = self.unmatched_targets(known, weights)
         if not isinstance(self.exclude, str):
-            lost += self._unmatched("exclude_modules", self.exclude, known)
+            there = {entry for entry in self.exclude if unadapted(_named(entry), weights, known)}
+            exclude = [entry for entry in self.exclude if entry not in there]
+            lost += self._unmatched("exclude_modules", exclude, known)
         return lost
 
-    def unmatched_targets(self, names: Iterable[str]) -> list[str]:
+    def unmatched_targets(
+        self, names: Iterable[str], weights: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[str]:
         """Describe every target and layer index that matches nothing."""
         known, where = list(names), self.config.where
         tensors = {*known, *(f"{name}.weight" for name in known)}
@@ -273,10 +283,12 @@ class Rules:
                 for p in strange
             ]
         if isinstance(self.targets, str):
-            if self.all_linear or any(map(expression(self.targets, where).fullmatch, known)):
+            named = expression(self.targets, where).fullmatch
+            if self.all_linear or any(map(named, known)):
                 return []
-            return [f"{where}: target_modules={self.targets!r} matches no layer"]
-        lost = self._unmatched("target_modules", self.targets, known)
+            hint = unadapted(lambda name: named(name) is not None, weights, known)
+            return [f"{where}: target_modules={self.targets!r} matches no layer{hint}"]
+        lost = self._unmatched("target_modules", self.targets, known, weights)
         there = {self.layer(n) for n in known if self.layers and _ends(n, self.targets)}
         gone = [i for i in self.layers if i not in there and not lost]
         if gone:
@@ -284,16 +296,27 @@ class Rules:
             lost.append(f"{where}: layers_to_transform {gone} match no layer: there are {numbers}")
         return lost
 
-    def _unmatched(self, field: str, entries: list[str], known: list[str]) -> list[str]:
-        return [
-            f"{self.config.where}: {field} entry {entry!r} matches no layer{_near(entry, known)}"
-            for entry in entries
-            if not any(_ends(n, [entry]) for n in known)
-        ]
+    def _unmatched(
+        self,
+        field: str,
+        entries: list[str],
+        known: list[str],
+        weights: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[str]:
+        lost = []
+        for entry in entries:
+            if not any(map(_named(entry), known)):
+                hint = unadapted(_named(entry), weights, known) or _near(entry, known)
+                lost.append(f"{self.config.where}: {field} entry {entry!r} matches no layer{hint}")
+        return lost
 
 
 def _ends(name: str, entries: Iterable[str]) -> bool:
     return any(name == e or name.endswith(f".{e}") for e in entries)
+
+
+def _named(entry: str) -> Callable[[str], bool]:
+    return partial(_ends, entries=[entry])
 
 
 def _near(entry: str, names: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.extras import uncarried
 from peft_any.hints import empty_hint, experts_hint, prefix_hint
 from peft_any.layer import CONVOLUTIONS, EXPERTS, Kind, Site
-from peft_any.layout import layout, orientations
+from peft_any.layout import layout, orientations, unadapted
 from peft_any.method import Tuner
 from peft_any.patterns import refuse_endless
 from peft_any.replication import refuse_unrepeated
@@ -99,10 +99,11 @@ def sites_of_params(
     refuse_alone(config)
     missing = [name for name in params if name not in base]
     if missing:
-        hint = prefix_hint(missing, base) + experts_hint(missing, weights)
-        raise TargetError(
-            "\n".join(f"{n}: the base has no such layer{nearest(n, base)}" for n in missing) + hint
+        hints = {n: unadapted(n.__eq__, weights, base) or nearest(n, base) for n in missing}
+        lost = "\n".join(
+            f"{name}: the base has no such layer{hint}" for name, hint in hints.items()
         )
+        raise TargetError(lost + prefix_hint(missing, base) + experts_hint(missing, weights))
     sites, undecided, wrong = {}, [], []
     here = {name: base[name] for name in params}
     config = config.among([*here.values()])

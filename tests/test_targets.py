@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.extras import fresh_copies
 from peft_any.layer import KINDS, Site
@@ -20,6 +21,7 @@ from peft_any.methods.fourierft import FourierFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.loha import LoHaConfig
 from peft_any.methods.lora import LoraConfig
+from peft_any.model import PeftModel
 from peft_any.selection import Rules, select
 from peft_any.targets import configured, place, sites_of_params
 
@@ -235,6 +237,54 @@ def test_entries_that_match_nothing_are_listed_all_at_once() -> None:
     assert "'q_porj' matches no layer (nearest: 'q_proj'" in lines[0]
     assert "'upproj' matches no layer (nearest: 'up_proj'" in lines[1]
     assert "exclude_modules entry 'lm_heat' matches no layer (nearest: 'lm_head'" in lines[2]
+
+
+_OTHERS = {
+    "h.rnn.weight_ih_l0": (32, 4),
+    "h.rnn.weight_hh_l0": (32, 8),
+    "h.rnn.bias_ih_l0": (32,),
+    "h.rnn.bias_hh_l0": (32,),
+    "h.norm.weight": (8,),
+    "h.own.matrix": (3, 4),
+    "h.mlp.experts.up": (2, 3, 4),
+    "h.fc.weight": (8, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            "rnn",
+            r"h.rnn is a recurrent layer \(weight_ih_l0 \(32, 4\), .*modules_to_save=\['rnn'\]",
+        ),
+        ("weight_hh_l0", "h.rnn is a recurrent layer .*leave it out"),
+        ("norm", r"h.norm is a norm .*\(weight \(8,\)\).*: LNTuningConfig adapts norms"),
+        ("own", r"h.own is of no kind that adapters know \(matrix \(3, 4\)\).*called weight"),
+        ("experts", "h.mlp.experts is of no kind.*: name stacks of matrices in target_parameters"),
+        ("fc.weight", "h.fc.weight is a tensor: name its module, 'h.fc'"),
+        ("h", "h holds layers and is none: name those within, such as 'fc'"),
+    ],
+)
+def test_what_is_there_and_takes_no_adapter_is_told_by_what_it_is(entry: str, words: str) -> None:
+    weights = {name: np.zeros(shape, "float32") for name, shape in _OTHERS.items()}
+    for named in ([entry], ["fc", entry], f"(.*\\.)?{entry}"):
+        with pytest.raises(TargetError, match=f"matches no layer: {words}"):
+            PeftModel(weights).add("new", LoraConfig(target_modules=named))
+    excluded = LoraConfig(target_modules=["fc"], exclude_modules=["rnn"])
+    assert [*PeftModel(weights).add("new", excluded).sites] == ["h.fc"]
+
+
+def test_a_file_for_what_takes_no_adapter_is_told_what_it_is() -> None:
+    weights = {name: np.zeros(shape, "float32") for name, shape in _OTHERS.items()}
+    pair = {"lora_A.weight": np.zeros((8, 4)), "lora_B.weight": np.zeros((32, 8))}
+    adapter = Adapter(LoraConfig(target_modules=["rnn"]), {"h.rnn": pair})
+    with pytest.raises(TargetError, match=r"has no such layer: h.rnn is a recurrent layer"):
+        PeftModel(weights).add("read", adapter)
+    with pytest.raises(
+        TargetError, match=r"kinds\['rnn'\]: matches no layer: h.rnn is a recurrent"
+    ):
+        PeftModel(weights, kinds={"rnn": "Linear"}).add("new", LoraConfig(target_modules=["fc"]))
 
 
 @pytest.mark.parametrize(

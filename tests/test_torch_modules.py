@@ -536,8 +536,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("made", "said"),
         [
-            (lambda: nn.ConvTranspose2d(6, 6, 3), "it is a ConvTranspose2d"),
-            (lambda: nn.Bilinear(6, 6, 3), "it is a Bilinear"),
+            (lambda: nn.ConvTranspose2d(6, 6, 3), "it is of the class ConvTranspose2d"),
+            (lambda: nn.Bilinear(6, 6, 3), "it is of the class Bilinear"),
+            (lambda: nn.LSTM(6, 6), r"it is of the class LSTM.*modules_to_save=\['0'\]"),
+            (lambda: nn.GRUCell(6, 6), "it is of the class GRUCell"),
             (lambda: weight_norm(nn.Linear(6, 6)), "its weight is computed from others"),
             (lambda: weight_norm(nn.Conv1d(6, 6, 3)), "its weight is computed from others"),
         ],
@@ -551,7 +553,7 @@ class TestRefused:
             with pytest.raises(TargetError, match=f"^0: cannot be adapted: {said}"):
                 attach(net, config)
         assert not attached(net)
-        attach(net, replace(config, target_modules=["1"]))
+        attach(net, replace(config, exclude_modules=["0"]))
 
     def test_a_prompt(self) -> None:
         config = PromptTuningConfig(num_virtual_tokens=2, token_dim=4)

@@ -17,8 +17,11 @@ CONVOLUTIONS: dict[type[nn.Module], Kind] = dict(
     zip((nn.Conv1d, nn.Conv2d, nn.Conv3d), KINDS, strict=True)
 )
 """torch's classes of convolutions."""
-_UNKNOWN = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear
-"""Its classes whose weights only look like those of convolutions."""
+_UNKNOWN = (
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear),
+    *(nn.RNNBase, nn.RNNCellBase),
+)
+"""Its classes that have matrices or kernels, but not as layers that adapters know."""
 
 
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -63,9 +66,11 @@ def refused(root: nn.Module) -> dict[str, tuple[Site, str]]:
     found = {}
     for name, module in modules(root):
         if isinstance(module, _UNKNOWN):
-            rank = getattr(module, "weight").ndim - 2  # noqa: B009 - a Tensor in all of them
-            passes = Site(name, 1, 1, (*KINDS,)[rank - 1], (1,) * rank)
-            why = f"it is a {type(module).__name__}, which no adapter knows: leave it out"
+            passes = Site(name, 1, 1, "Conv1d", (1,))
+            why = (
+                f"it is of the class {type(module).__name__}, which no adapter knows: train it "
+                f"whole (modules_to_save=[{name.rpartition('.')[2]!r}]), or leave it out"
+            )
             found[name] = passes, why
         elif (site := _described(name, module)) is not None and not _holds_weight(module):
             found[name] = (
