@@ -26,7 +26,7 @@ from peft_any import (
     write_safetensors,
 )
 from peft_any.algebra.lowrank import Cut
-from peft_any.errors import UsageError, VerifyError
+from peft_any.errors import TargetError, UsageError, VerifyError
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.methods.lora import LoraConfig
@@ -337,6 +337,37 @@ def test_an_adapter_is_extracted_to_the_same(client: Any, folder: Path, how: Any
     assert alike[0] == alike[1]
     assert len(steps) == 2 * SHARDS
     assert steps[-1][0] == steps[-1][1]
+
+
+def test_an_extraction_compares_on_the_workers(
+    client: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge_checkpoint(folder / "base", folder / "lora", folder / "tuned", dtype="float32")
+    asked: Any = {"base": folder / "base", "model": folder / "tuned", "rank": 2}
+    here = extract(**asked)
+
+    def unread(*_: Any) -> Any:
+        raise AssertionError("read where the command is given")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Couple, "equal", unread)
+        patch.setattr(Couple, "tensors", unread)
+        there = extract(**asked, engine="dask")
+    parts = "base", "model", "same", "copies", "left", "warnings", "options"
+    assert [getattr(here, part) for part in parts] == [getattr(there, part) for part in parts]
+    with Checkpoint(folder / "tuned") as tuned:
+        weights = {name: tuned[name].copy() for name in tuned}
+    weights["layers.1.q.weight"][0, 0] = np.nan
+    weights["layers.3.v.weight"][0, 0] = np.inf
+    write_safetensors(folder / "bad.safetensors", weights)
+    asked["model"] = folder / "bad.safetensors"
+    said = []
+    for engine in ("local", "dask"):
+        with pytest.raises(TargetError) as caught:
+            extract(**asked, engine=engine)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert said[0].count("NaN or infinities") == 2
 
 
 def test_an_extraction_outlives_a_killed_worker(client: Any, folder: Path) -> None:

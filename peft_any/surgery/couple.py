@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,7 +13,10 @@ from peft_any.backend import astype, compute_dtype, is_floating
 from peft_any.io._header import TensorInfo
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.receipt import Host
-from peft_any.surgery.measure import equal_bytes, row_blocks
+from peft_any.surgery.measure import all_finite, equal_bytes, row_blocks
+
+Sound: TypeAlias = tuple[bool, bool]
+"""Whether the base's tensor, and the model's, holds no NaN and no infinity."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,19 @@ class Couple:
             None if there is None else self.model.info(there),
         )
 
+    @property
+    def shared(self) -> list[str]:
+        """Names that both have."""
+        return [name for name in self.names if None not in self.infos(name)]
+
+    def by_shard(self) -> list[tuple[str, ...]]:
+        """Give the names that both have, grouped by the file that holds them in the base."""
+        found: dict[int, list[str]] = {}
+        for name in self.shared:
+            home = self.base.shard_of(self.stored(self.base, name) or name)
+            found.setdefault(id(home), []).append(name)
+        return [*map(tuple, found.values())]
+
     def tensors(self, name: str) -> tuple[Host, Host]:
         """Give the two tensors of a name that both have."""
         here, there = (self.stored(side, name) for side in (self.base, self.model))
@@ -73,6 +90,11 @@ class Couple:
         if not (is_floating(one) and is_floating(two)):
             return bool(np.array_equal(one, two))
         return not any(np.any(gap) for _, gap in self.gaps(name))
+
+    def sound(self, name: str) -> Sound:
+        """Whether the two tensors of a name can be computed with."""
+        one, two = (not is_floating(a) or all_finite(a) for a in self.tensors(name))
+        return one, two
 
     def gaps(self, name: str) -> Iterator[tuple[slice, Host]]:
         """Give the model's floating tensor less the base's, in blocks of rows.

@@ -14,8 +14,8 @@ from peft_any.layer import Site
 from peft_any.layout import layout, looks_like_embedding
 from peft_any.methods.lora import LoraConfig
 from peft_any.selection import in_projection, out_projection, select
-from peft_any.surgery.couple import Couple
-from peft_any.surgery.measure import all_finite
+from peft_any.surgery.couple import Couple, Sound
+from peft_any.surgery.factoring import Names
 from peft_any.surgery.plan import SCALES
 from peft_any.surgery.sources import Kinds
 
@@ -66,7 +66,7 @@ class Survey:
     couple: Couple
     shapes: dict[str, Any]
     every: dict[str, Site]
-    changed: tuple[str, ...]
+    changed: Mapping[str, Sound]
     lost: tuple[str, ...]
     embeddings: bool
     strict: bool
@@ -166,6 +166,7 @@ class _Sorter:
 
 def divide(
     couple: Couple,
+    differing: Callable[[list[Names]], Mapping[str, Sound]],
     kinds: Kinds = None,
     *,
     embeddings: bool = False,
@@ -176,6 +177,8 @@ def divide(
     Parameters
     ----------
     couple : Couple
+    differing : callable
+        Compares groups of tensors, and gives those that differ.
     kinds : mapping, optional
         As for `PeftModel`.
     embeddings : bool
@@ -191,9 +194,9 @@ def divide(
     faults, lost = _misfits(couple)
     if faults:
         raise ShapeError("\n".join(faults))
-    names = [name for name in couple.names if None not in couple.infos(name)]
-    changed = tuple(name for name in names if not couple.equal(name))
-    shapes: dict[str, Any] = {name: couple.infos(name)[0] for name in names}
+    shapes: dict[str, Any] = {name: couple.infos(name)[0] for name in couple.shared}
+    found = differing(couple.by_shard())
+    changed = {name: found[name] for name in shapes if name in found}
     every = layout(shapes, kinds)
     return Survey(couple, shapes, every, changed, tuple(lost), embeddings, strict).divided()
 
@@ -216,17 +219,16 @@ def _misfits(couple: Couple) -> tuple[list[str], list[str]]:
     return faults, lost
 
 
-def _damaged(couple: Couple, changed: Iterable[str], low: Mapping[str, Site]) -> list[str]:
+def _damaged(couple: Couple, changed: Mapping[str, Sound], low: Mapping[str, Site]) -> list[str]:
     """Describe changed tensors whose numbers cannot be computed with."""
     faults = []
-    for name in changed:
-        for side, info in zip((couple.base, couple.model), couple.infos(name), strict=True):
-            module, floating = name.rpartition(".")[0], info is not None and is_floating(info.dtype)
+    for name, sound in changed.items():
+        module = name.rpartition(".")[0]
+        for side, finite in zip((couple.base, couple.model), sound, strict=True):
             scales = [s for s in SCALES if f"{module}.{s}" in side] if module in low else []
             if scales:
                 faults.append(f"{name}: cannot be compared: {module}.{scales[0]} quantises it")
-            stored = couple.tensors(name)[side is couple.model]
-            if floating and not all_finite(stored):
+            if not finite:
                 faults.append(
                     f"{name}: cannot be compared: {side.source} has NaN or infinities there"
                 )

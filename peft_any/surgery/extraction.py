@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from peft_any.adapter import Adapter
@@ -23,11 +24,11 @@ from peft_any.receipt import peak_memory, versions
 from peft_any.selection import in_projection
 from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
-from peft_any.surgery.couple import Couple
+from peft_any.surgery.couple import Couple, Sound
 from peft_any.surgery.division import Division, divide
 from peft_any.surgery.engines import Engine
 from peft_any.surgery.extracted import Extraction, Layer
-from peft_any.surgery.factoring import Factored, Factoring
+from peft_any.surgery.factoring import Comparing, Factored, Factoring, Names
 from peft_any.surgery.job import Progress
 from peft_any.surgery.measure import all_finite
 from peft_any.surgery.merge import storage_dtype
@@ -81,7 +82,7 @@ def extract(
     seed : int
         Of the random directions.
     engine : str or Engine
-        What factors the layers; see `surgery.choice.engine_of`.
+        What compares the models and factors the layers; see `surgery.choice.engine_of`.
 
     Returns
     -------
@@ -112,7 +113,9 @@ def extract(
     cut, to, dtype = Cut(rank=rank, energy=energy), resolve(backend), storage_dtype(dtype)
     does = engine_of(engine)
     with Checkpoint(base) as one, Checkpoint(model) as two:
-        division = divide(Couple(one, two), kinds, embeddings=embeddings, strict=strict)
+        couple = Couple(one, two)
+        compared = partial(_compared, does, couple)
+        division = divide(couple, compared, kinds, embeddings=embeddings, strict=strict)
         recipe = Factoring.of(division.couple, cut, backend=str(to), dtype=dtype, seed=seed)
         work = _Work(division, recipe, does, progress)
         ready = time.perf_counter()
@@ -147,6 +150,13 @@ def extract(
             if folder is not None:
                 (folder / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
     return done
+
+
+def _compared(engine: Engine, couple: Couple, groups: list[Names]) -> dict[str, Sound]:
+    """Have an engine say which tensors differ."""
+    found: dict[str, Sound] = {}
+    engine.run(Comparing.of(couple), groups, lambda _, differing: found.update(differing))
+    return found
 
 
 @dataclass
