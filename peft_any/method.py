@@ -62,13 +62,7 @@ class Tuner(Config):
         return False
 
     def at(self, site: Site) -> Self:
-        """Resolve per-site numbers (patterns, block sizes) and check that the site is possible.
-
-        Raises
-        ------
-        ConfigError, ShapeError
-            If the method cannot adapt this layer.
-        """
+        """Resolve per-site numbers (patterns, sizes), or refuse: `ConfigError`, `ShapeError`."""
         check_site(self, site)
         return self.per_site(site)
 
@@ -124,6 +118,13 @@ class Tuner(Config):
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array] | None:  # noqa: ARG002
         """Give u (n_out, k) and v (k, width): merging adds u·v to the weight; None for large k."""
+        return None
+
+    def blockwise(self, p: Params, site: Site) -> tuple[Array, Any] | None:  # noqa: ARG002
+        """Give blocks t (k, b, b), or (1, b, b) for all alike, and a gain g (n_out,) or None.
+
+        Merging makes g ⊙ (W·diag(t)) of the weight; None where it does otherwise.
+        """
         return None
 
     def changes_bias(self, site: Site) -> bool:  # noqa: ARG002

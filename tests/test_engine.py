@@ -36,11 +36,11 @@ from peft_any.methods.oft import OFTConfig
 from peft_any.methods.vera import VeraConfig
 from peft_any.surgery import forked as forks
 from peft_any.surgery import sums as summing
+from peft_any.surgery.added import Added
 from peft_any.surgery.forked import forked, may_fork
 from peft_any.surgery.measure import measure
 from peft_any.surgery.passes import SWITCH, chosen, passes, rounded
 from peft_any.surgery.rounding import nearest, odd, widened
-from peft_any.surgery.sums import Sums
 from peft_any.surgery.threads import in_order, one_blas_thread, thread_count
 from peft_any.testing import wholes
 from tests.cases import CASES, Case
@@ -135,7 +135,7 @@ class TestSums:
     ) -> None:
         w, u, v = layer(*sizes, ratio, seed)
         gain = gains and gains * np.random.default_rng(seed).uniform(-1.5, 1.5, sizes[0])
-        sums = Sums.of(u, v, w)
+        sums = Added.of(u, v, w)
         if sums is None:
             return
         got, moments = sums.rounded(w, 0, gain)
@@ -151,7 +151,7 @@ class TestSums:
     ) -> None:
         w, u, v = layer(256, 2048, 16, ratio)
         gain = None if spread is None else np.linspace(1 - spread, 1 + spread, 256)
-        sums = Sums.of(u, v, w)
+        sums = Added.of(u, v, w)
         assert sums is not None
         got, moments = sums.rounded(w, 0, gain)
         exact = (w.astype("float64") + u @ v) * (1 if gain is None else gain[:, None])
@@ -165,7 +165,7 @@ class TestSums:
         gain = np.linspace(0.4, 2.1, 512) if scaled else np.ones(512)
         exact = (w.astype("float64") + u @ v) * gain[:, None]
         want = nearest(exact, "bfloat16")
-        sums = Sums.of(u, v, w)
+        sums = Added.of(u, v, w)
         assert sums is not None
 
         def by_blocks(step: int) -> Any:
@@ -184,7 +184,7 @@ class TestSums:
         """It is half as far as the one above."""
         w = np.asarray([[1.0]]).astype(BF16)
         for bound in (2.0**-10, 2.0**-9, 2.0**-8):
-            sums = Sums(
+            sums = Added(
                 np.asarray([[-1.0]]), np.asarray([[2.0**-9 * 1.5]]), np.float32([2 * bound])
             )
             exact = np.asarray([[1 - 2.0**-9 * 1.5]])
@@ -194,16 +194,16 @@ class TestSums:
     def test_exact_ties_go_to_even(self) -> None:
         w = np.asarray([[1.0, 1.0078125, -1.0]]).astype(BF16)
         u, v = np.asarray([[2.0**-8]]), np.asarray([[1.0, 1.0, -1.0]])
-        sums = Sums(u, v, np.asarray([1e-9], "float32"))
+        sums = Added(u, v, np.asarray([1e-9], "float32"))
         np.testing.assert_array_equal(widened(sums.rounded(w, 0)[0]), [[1.0, 1.015625, -1.0]])
 
     def test_double_precision_is_taken_where_many_would_be_doubtful(self) -> None:
         w, u, v = layer(64, 64, 16, 0.01)
-        assert Sums.of(u, v, w) is not None
-        assert Sums.of(1e3 * u, v, w) is None
-        assert Sums.of(u, v, np.zeros_like(w)) is None
-        assert Sums.of(u * 1e30, v, w) is None
-        assert Sums.of(0 * u, v, w) is not None
+        assert Added.of(u, v, w) is not None
+        assert Added.of(1e3 * u, v, w) is None
+        assert Added.of(u, v, np.zeros_like(w)) is None
+        assert Added.of(u * 1e30, v, w) is None
+        assert Added.of(0 * u, v, w) is not None
 
 
 class TestPasses:
@@ -223,9 +223,9 @@ class TestPasses:
         w, u, v = (
             layer(*sizes, 0.05, seed) if rank else (layer(rows, width, 1, 0)[0], *empty(sizes))
         )
-        bound = Sums.of(u, v, w)
+        bound = Added.of(u, v, w)
         assume(bound is not None)
-        sums = Sums(np.asfortranarray(u), v, bound.bound)
+        sums = Added(np.asfortranarray(u), v, bound.bound)
         w.reshape(-1)[rng.integers(0, w.size, len(odd_ones))] = odd_ones
         gain = rng.uniform(-1.5, 1.5, rows) if scaled else None
         found = []
@@ -276,7 +276,7 @@ class TestPasses:
 
     def test_part_of_a_layer(self) -> None:
         w, u, v = layer(50, 70, 3, 0.05)
-        sums = Sums.of(u, v, w)
+        sums = Added.of(u, v, w)
         assert sums is not None
         whole, _ = sums.rounded(w, 0)
         part, _ = sums.rounded(w[17:40], 17)
@@ -296,7 +296,7 @@ class TestPasses:
     @pytest.mark.skipif(len(passes()) == 1, reason="this installation has no compiled pass")
     def test_the_compiled_pass_checks_what_it_is_given(self) -> None:
         w, u, v = layer(3, 40, 2, 0.05)
-        sums = Sums(u, v, np.full(3, 1e-7, "float32"))
+        sums = Added(u, v, np.full(3, 1e-7, "float32"))
         name, compiled = passes()[-1], chosen()[1]
         assert compiled is not None
         fine = (
@@ -360,7 +360,7 @@ QUICK = 2100
 @pytest.mark.parametrize(
     ("name", "stored", "rows"),
     [(name, stored, 48) for name in METHODS for stored in FORMATS]
-    + [(name, "bfloat16", QUICK) for name in ("lora", "dora", "bias")],
+    + [(name, "bfloat16", QUICK) for name in ("lora", "dora", "bias", "oft", "boft")],
 )
 def test_merged_weights_are_double_precisions_rounded_once(
     name: str, stored: str, rows: int, tmp_path: Path

@@ -267,6 +267,13 @@ def test_false_claims_of_rows_and_products_are_caught() -> None:
     assert {"product"} == laws_of(said)
     assert "product is not what merge adds to the weight, by" in said
 
+    def blockwise(self, p, site):
+        return np.eye(site.n_in)[None, ...], p["scale_v"]  # and 1 is missing
+
+    said = complaint(scaling("SCALED", blockwise=blockwise))
+    assert {"blocks"} == laws_of(said)
+    assert "blockwise is not what merge makes of the weight, by" in said
+
 
 def dropping(peft_type: str, dropped: Any) -> Any:
     """Make a LoRA with a dropout of its own."""

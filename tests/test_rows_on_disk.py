@@ -22,3 +22,4 @@ def test_every_row_is_merged_on_disk_as_in_memory(case: Case, dtype: str, tmp_pa
 def test_a_model_merges_every_row_as_the_method_does(case: Case) -> None:
     wholes.bound(case)
     wholes.product(case)
+    wholes.blockwise(case)

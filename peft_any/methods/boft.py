@@ -107,6 +107,12 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
             w = block_matmul(w, xp.matrix_transpose(r), *lie, rows=True)
         return base.replace(weight=w * xp.reshape(p["boft_s"], (-1, 1)))
 
+    def blockwise(self, p: Params, site: Site) -> tuple[Array, Array] | None:
+        """Rᵀ and s, where R is one factor."""
+        (r, *_), *more = self.factors(p)
+        xp = namespace(r)
+        return None if more else (xp.matrix_transpose(r), xp.reshape(p["boft_s"], (-1,)))
+
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """s ⊙ base(x·R), R's last factor first; the bias is not scaled."""
         for r, *lie in reversed(self.factors(p)):

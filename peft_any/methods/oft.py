@@ -96,6 +96,11 @@ class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
         """W·Rᵀ; an embedding's flat weight is its table transposed: Rᵀ·W."""
         return self._turn(self.rotation(p), base)
 
+    def blockwise(self, p: Params, site: Site) -> tuple[Array, None] | None:
+        """Rᵀ; none for an embedding."""
+        r = self.rotation(p)
+        return None if site.kind == "Embedding" else (namespace(r).matrix_transpose(r), None)
+
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x·R); an embedding's output is rotated instead, without its bias."""
         r = self.rotation(p)

@@ -1,7 +1,8 @@
-/* One pass over bfloat16 weights: W + u·v, or g ⊙ (W + u·v), rounded once, and what that did.
+/* One pass over bfloat16 weights: W + Δ, or g ⊙ (W + Δ), rounded once, and what that did, where Δ
+   is u·v, or W·v with v of blocks along a diagonal.
 
-   surgery/sums.py says the same in NumPy, and what each number is for; where no compiler was
-   there, it is what runs. Its merged weights are these, bit for bit. */
+   surgery/sums.py says the same in NumPy, with added.py and turned.py, and what each number is
+   for; where no compiler was there, it is what runs. Its merged weights are these, bit for bit. */
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -11,10 +12,12 @@
 #include <string.h>
 
 #define PANEL 32 /* columns that stand together in `panels` */
+#define WIDEST 512 /* the most rows of a block that W is multiplied by */
 #define WAITING 256 /* doubtful sums from which they are settled */
 #define HALF_PLACE 0x1p-8f
 #define SUM 0x1p-22f
 #define SCALED 0x1p-20f
+#define TINY 0x1p-100f
 #define EXPONENT 0x7F800000u
 #define SIGN 0x80000000u
 
@@ -22,11 +25,12 @@ struct sums {
     const uint16_t *base;                /* (rows, n) */
     uint16_t *out;                       /* (rows, n) */
     const float *u, *panels;             /* (rows, k), (n / PANEL, k, PANEL) */
-    const double *exact_u, *columns;     /* (rows, k), (n, k) */
-    const float *bound, *gain;           /* (rows,) */
+    const double *exact_u, *columns;     /* (rows, k), (n, b) */
+    const float *bound;                  /* (rows,); (n / PANEL,) where turned, of |W| */
+    const float *gain;                   /* (rows,) */
     const double *exact_gain;            /* (rows,) */
-    ptrdiff_t rows, n, k;
-    int scaled;
+    ptrdiff_t rows, n, k, b;
+    int scaled, turned; /* turned: no u, but the k columns of W that a panel lies in, b of a block */
 };
 
 struct exact {
@@ -75,11 +79,12 @@ static void measured(struct moments *m, double base, double moved, double delta)
 /* One sum in double precision, in the order of sums.py. */
 static double exact_sum(const struct sums *s, ptrdiff_t row, ptrdiff_t column)
 {
-    const double *u = s->exact_u + row * s->k, *v = s->columns + column * s->k;
+    const double *u = s->exact_u + row * s->k, *v = s->columns + column * s->b;
+    const uint16_t *w = s->base + row * s->n;
     double product = 0;
-    for (ptrdiff_t t = 0; t < s->k; t++)
-        product += u[t] * v[t];
-    const double sum = wide(s->base[row * s->n + column]) + product;
+    for (ptrdiff_t t = 0; t < s->b; t++)
+        product += (s->turned ? wide(w[column / s->b * s->b + t]) : u[t]) * v[t];
+    const double sum = wide(w[column]) + product;
     return s->scaled ? sum * s->exact_gain[row] : sum;
 }
 
@@ -255,16 +260,25 @@ static PyObject *add(PyObject *self, PyObject *args)
         !find(name, &level) || !hold(given, of, COUNT, OUT))
         return NULL;
 
-    struct sums s = {.rows = of[BOUND].len / 4, .scaled = given[GAIN] != Py_None};
-    s.k = s.rows ? of[U].len / 4 / s.rows : 0;
-    s.n = s.rows ? of[BASE].len / 2 / s.rows : 0;
+    struct sums s = {.scaled = given[GAIN] != Py_None, .turned = given[U] == Py_None};
+    if (s.turned) {
+        s.n = of[BOUND].len / 4 * PANEL;
+        s.rows = s.n ? of[BASE].len / 2 / s.n : 0;
+        s.k = s.n ? of[PANELS].len / 4 / s.n : 0;
+        s.b = s.n ? of[COLUMNS].len / 8 / s.n : 0;
+    } else {
+        s.rows = of[BOUND].len / 4;
+        s.n = s.rows ? of[BASE].len / 2 / s.rows : 0;
+        s.k = s.b = s.rows ? of[U].len / 4 / s.rows : 0;
+    }
     s.base = of[BASE].buf, s.out = of[OUT].buf, s.u = of[U].buf, s.panels = of[PANELS].buf;
     s.exact_u = of[EXACT_U].buf, s.columns = of[COLUMNS].buf, s.bound = of[BOUND].buf;
     s.gain = of[GAIN].buf, s.exact_gain = of[EXACT_GAIN].buf;
     const int fine =
         of[BASE].len == 2 * s.rows * s.n && of[OUT].len == of[BASE].len &&
-        of[U].len == 4 * s.rows * s.k && of[EXACT_U].len == 8 * s.rows * s.k &&
-        of[PANELS].len == 4 * (s.n / PANEL * PANEL) * s.k && of[COLUMNS].len == 8 * s.n * s.k &&
+        of[EXACT_U].len == 2 * of[U].len && (s.turned || of[U].len == 4 * s.rows * s.k) &&
+        of[PANELS].len == 4 * (s.n / PANEL * PANEL) * s.k && of[COLUMNS].len == 8 * s.n * s.b &&
+        (!s.turned || (s.b && s.k && s.k <= WIDEST && !(s.k % PANEL || s.k % s.b || s.n % s.k))) &&
         of[GAIN].len == (s.scaled ? 4 * s.rows : 0) && of[EXACT_GAIN].len == 2 * of[GAIN].len;
     struct moments m = {0};
     if (fine) {
@@ -309,7 +323,8 @@ static PyMethodDef functions[] = {
     {"levels", levels, METH_NOARGS, "Name the passes that this processor can run."},
     {"add", add, METH_VARARGS,
      "Add a product and round: (level, base, out, u, panels, exact_u, columns, bound, gain, "
-     "exact_gain) gives (base2, delta2, dot, miss2, same); dot without the product's own."},
+     "exact_gain) gives (base2, delta2, dot, miss2, same); dot without the product's own. "
+     "Without u, the base is multiplied by blocks."},
     {"round", round_sums, METH_VARARGS,
      "Round sums in double precision: (level, base, out, sums, delta or None) gives (base2, "
      "delta2, dot, miss2, same)."},

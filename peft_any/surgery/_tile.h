@@ -35,9 +35,30 @@ TARGET static inline void NAME(flush)(floats *lanes, double *sum)
     *lanes = (floats){0};
 }
 
-/* `rows` rows of W + u·v from row `i` on, all but the columns that fill no panel. */
+/* Widens k columns of some rows, which stand `apart`, side by side; gives the largest of them. */
+TARGET static inline __attribute__((always_inline)) float NAME(spread)(
+    const uint16_t *from, ptrdiff_t apart, const int rows, ptrdiff_t k, float *to)
+{
+    words most = {0};
+    for (int r = 0; r < rows; r++, from += apart)
+        for (ptrdiff_t t = 0; t < k; t += LANES, to += LANES) {
+            halves stored;
+            memcpy(&stored, from + t, sizeof stored);
+            const words bits = WIDE(stored) << 16, size = bits & ~SIGN;
+            const words more = (words)(size > most);
+            most = (size & more) | (most & ~more);
+            memcpy(to, &bits, sizeof bits);
+        }
+    uint32_t largest = 0;
+    for (int l = 0; l < LANES; l++)
+        largest = most[l] > largest ? most[l] : largest;
+    return wide((uint16_t)(largest >> 16));
+}
+
+/* `rows` rows of W + Δ from row `i` on, all but the columns that fill no panel. */
 TARGET static inline __attribute__((always_inline)) void NAME(tile)(
-    const struct sums *s, ptrdiff_t i, const int rows, const int scaled, struct moments *m)
+    const struct sums *s, ptrdiff_t i, const int rows, const int scaled, const int turned,
+    struct moments *m)
 {
     const ptrdiff_t n = s->n, k = s->k;
     const uint16_t *const base = s->base;
@@ -46,9 +67,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     floats base2 = zero, delta2 = zero, dot = zero, miss2 = zero;
     flags same = {0};
     ptrdiff_t doubtful[WAITING + 2 * ROWS * LANES];
+    float own[ROWS * WIDEST], largest = 0;
+    const float *const u = turned ? own : s->u + i * k;
     int count = 0;
     for (ptrdiff_t j = 0; j + PANEL <= n; j += PANEL) {
         const float *panel = s->panels + j * k;
+        if (turned && j % k == 0)
+            largest = NAME(spread)(base + i * n + j, n, rows, k, own);
         for (int c = 0; c < PANEL; c += 2 * LANES) {
             floats sum[ROWS][2];
 #pragma GCC unroll 8
@@ -60,16 +85,17 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                 memcpy(&v1, panel + t * PANEL + c + LANES, sizeof v1);
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
-                    const float u = s->u[(i + r) * k + t];
-                    sum[r][0] += u * v0;
-                    sum[r][1] += u * v1;
+                    const float factor = u[r * k + t];
+                    sum[r][0] += factor * v0;
+                    sum[r][1] += factor * v1;
                 }
             }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
             {
                 const float gain = scaled ? s->gain[i + r] : 1;
-                const float bound = s->bound[i + r] * (gain < 0 ? -gain : gain);
+                const float off = turned ? s->bound[j / PANEL] * largest + TINY : s->bound[i + r];
+                const float bound = off * (gain < 0 ? -gain : gain);
                 const ptrdiff_t start = (i + r) * n + j + c;
                 unsigned set = 0;
 #pragma GCC unroll 2
@@ -83,8 +109,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
                     if (scaled) {
                         total *= gain;
                         delta = total - w;
-                        delta2 += delta * delta;
                     }
+                    if (scaled || turned)
+                        delta2 += delta * delta;
                     const words near = ((words)total + (1u << 15)) & 0xFFFF0000u;
                     const floats miss = (floats)near - total;
                     const floats place = (floats)((words)total & EXPONENT);
@@ -159,19 +186,27 @@ TARGET static ptrdiff_t NAME(nearest)(const struct exact *e, struct moments *m)
     return i;
 }
 
+/* The same, of one of four kinds, each of which is compiled apart. */
+TARGET static inline __attribute__((always_inline)) void NAME(some)(
+    const struct sums *s, ptrdiff_t i, const int rows, struct moments *m)
+{
+    if (s->turned && s->scaled)
+        NAME(tile)(s, i, rows, 1, 1, m);
+    else if (s->turned)
+        NAME(tile)(s, i, rows, 0, 1, m);
+    else if (s->scaled)
+        NAME(tile)(s, i, rows, 1, 0, m);
+    else
+        NAME(tile)(s, i, rows, 0, 0, m);
+}
+
 TARGET static void NAME(pass)(const struct sums *s, struct moments *m)
 {
     ptrdiff_t i = 0;
     for (; i + ROWS <= s->rows; i += ROWS)
-        if (s->scaled)
-            NAME(tile)(s, i, ROWS, 1, m);
-        else
-            NAME(tile)(s, i, ROWS, 0, m);
+        NAME(some)(s, i, ROWS, m);
     for (; i < s->rows; i++)
-        if (s->scaled)
-            NAME(tile)(s, i, 1, 1, m);
-        else
-            NAME(tile)(s, i, 1, 0, m);
+        NAME(some)(s, i, 1, m);
 }
 
 #undef floats

@@ -24,12 +24,13 @@ from peft_any.surgery.patches import (
     Merged,
     Patch,
     Product,
+    Turned,
     Whole,
 )
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.rounding import nearest
 from peft_any.surgery.start import Start
-from peft_any.surgery.structure import cast, is_product, product, scales
+from peft_any.surgery.structure import cast, is_product, is_turned, product, scales
 
 
 @dataclass
@@ -67,7 +68,9 @@ class Surgeon:
             if tensor == site.weight and is_product(parts, site):
                 return Product(start, partial(product, parts, site))
             if all(several.cut(part, site, slice(0, 1)) is not None for part in parts):
-                return Cut(start, site, parts, self._layer(site))
+                cut = Cut(start, site, parts, self._layer(site))
+                quick = start.plain and tensor == site.weight and is_turned(parts)
+                return Turned(cut) if quick else cut
         return Whole(start, partial(self._merged, site))
 
     def start(self, tensor: str) -> Start:

@@ -135,7 +135,7 @@ class Product(Patch):
     def prepare(self) -> tuple[Host, Host, Sums | None]:
         """Give u, v, and how to sum in single precision, if that is possible."""
         pair = self.factors()
-        return *pair, self.start.sums(*pair)
+        return *pair, self.start.added(*pair)
 
     @property
     def step(self) -> int:
@@ -221,7 +221,7 @@ class Cut(Patch):
         """Give the adapters in double precision, and how to sum in single, if that is possible."""
         wide = [replace(p, params=cast(p.params, "float64")) for p in self.parts]
         parts = [replace(part, params=prepared(part, self.site)) for part in wide]
-        return parts, self.start.sums(*product(parts, self.site)) if self._scaled else None
+        return parts, self.start.added(*product(parts, self.site)) if self._scaled else None
 
     def made(self, rows: slice) -> tuple[Host, Moments]:
         """As any patch's, but in single precision where that gives the same."""
@@ -251,6 +251,45 @@ class Cut(Patch):
         if self.start.name != self.layer[0].name:
             exact, delta = merged.bias, db
         return to_numpy(exact), None if self.start.replaced else to_numpy(delta)
+
+
+class Turned(Patch):
+    """g ⊙ (W·diag(t)): large blocks where single precision does, those of a `Cut` elsewhere."""
+
+    def __init__(self, exactly: Cut) -> None:
+        super().__init__(exactly.start)
+        self.exactly = exactly
+
+    @property
+    def step(self) -> int:
+        """Rows of a block."""
+        return max(_QUICK // self.width, 1)
+
+    def prepare(self) -> tuple[Sums | None, Host | None]:
+        """Give how to multiply in single precision, if that is possible, and g."""
+        (part,), _ = self.exactly.ready
+        found = part.config.blockwise(part.params, self.exactly.site)
+        if found is None:
+            return None, None
+        blocks, gain = found
+        return self.start.turned(to_numpy(blocks)), None if gain is None else to_numpy(gain)
+
+    def exact(self, rows: slice) -> tuple[Host, Host | None]:
+        """These rows of the merged layer."""
+        return self.exactly.exact(rows)
+
+    def made(self, rows: slice) -> tuple[Host, Moments]:
+        """As any patch's, but in single precision where that gives the same."""
+        sums, gain = self.ready
+        if sums is not None:
+            quick = self.start.summed(sums, rows, None if gain is None else gain[rows])
+            if quick is not None:
+                return quick
+        step = self.exactly.step
+        starts = range(rows.start, rows.stop, step)
+        made = [self.exactly.made(slice(i, min(i + step, rows.stop))) for i in starts]
+        values = np.concatenate([block for block, _ in made])
+        return values, sum((moments for _, moments in made), Moments())
 
 
 class Whole(Patch):

@@ -9,9 +9,11 @@ import numpy as np
 from peft_any.backend import is_floating
 from peft_any.errors import FormatError
 from peft_any.receipt import Host
+from peft_any.surgery.added import Added
 from peft_any.surgery.measure import Moments, all_finite
 from peft_any.surgery.rounding import widened
 from peft_any.surgery.sums import Sums
+from peft_any.surgery.turned import Turned
 
 _SAMPLE, _MANY = 1 << 14, 1 << 16
 """Elements that tell how large a tensor's weights are; and that are worth to be told."""
@@ -54,17 +56,24 @@ class Start:
             and stored.dtype.name == self.dtype == "bfloat16"
         )
 
-    def sums(self, u: Host, v: Host) -> Sums | None:
+    def added(self, u: Host, v: Host) -> Sums | None:
         """Say how to add u·v in single precision, if that is possible."""
-        if not self.plain:
-            return None
+        return Added.of(u, v, self._sample) if self.plain else None
+
+    def turned(self, blocks: Host) -> Sums | None:
+        """Say how to multiply by blocks along a diagonal, likewise."""
+        sample = self._sample
+        return Turned.of(blocks, sample.shape[1], sample) if self.plain else None
+
+    @property
+    def _sample(self) -> Host:
         table = self.stored.reshape(self.stored.shape[0], -1)
-        return Sums.of(u, v, table[:: -(-table.size // _SAMPLE)])
+        return table[:: -(-table.size // _SAMPLE)]
 
     def summed(
         self, sums: Sums, rows: slice, gain: Host | None = None
     ) -> tuple[Host, Moments] | None:
-        """Give rows of g ⊙ (W + u·v), rounded; None where that takes double precision."""
+        """Give rows of g ⊙ (W + Δ), rounded; None where that takes double precision."""
         base = self.stored[rows]
         with np.errstate(over="ignore", invalid="ignore"):
             made, moments = sums.rounded(base.reshape(base.shape[0], -1), rows.start, gain)

@@ -9,7 +9,7 @@ import numpy as np
 from peft_any._typing import Params
 from peft_any.backend import astype, is_floating, to_numpy
 from peft_any.layer import EXPERTS, Site
-from peft_any.method import Additive
+from peft_any.method import Additive, Tuner
 from peft_any.parts import Part
 from peft_any.receipt import Host
 
@@ -76,6 +76,12 @@ def is_scaled_product(parts: list[Part], site: Site) -> bool:
         and scales(parts[0], site)
         and config.factors(parts[0].params, site)[1].shape[0] <= _FACTORS
     )
+
+
+def is_turned(parts: list[Part]) -> bool:
+    """Whether an adapter may multiply the rows by blocks, and does nothing else."""
+    config, *others = (part.config for part in parts)
+    return not others and parts[0].weight == 1 and type(config).blockwise is not Tuner.blockwise
 
 
 def product(parts: list[Part], site: Site) -> tuple[Host, Host]:

@@ -214,6 +214,7 @@ def _merged(case: Case, seeds: Sequence[int]) -> Laws:
     yield "unmerging", _each(seeds, partial(laws.unmerging, case))
     yield "factors", partial(laws.factors, case)
     yield "product", partial(wholes.product, case)
+    yield "blocks", partial(wholes.blockwise, case)
     if case.site.n_out > 1:
         yield "rows apart", partial(wholes.rows_apart, case, 0, 1, case.site.n_out)
     yield from _stepped(case, seeds)

@@ -1,4 +1,4 @@
-"""Laws of a method within a model: merged on disk, by rows, and as a product of factors."""
+"""Laws of a method within a model: merged on disk, by rows, as a product of factors, by blocks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from peft_any import parts as several
 from peft_any.adapter import Adapter
 from peft_any.backend import numpy_dtype
+from peft_any.blocks import diagonal
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.layer import Dense
 from peft_any.oneshot import merge
@@ -97,6 +98,19 @@ def product(case: Case) -> None:
     if pair is not None:
         off = gap(pair[0] @ pair[1], config.merge(p, base).weight - base.weight)
         must(off <= 1e-12, case, f"product is not what merge adds to the weight, by {off:.2g}")
+
+
+def blockwise(case: Case) -> None:
+    """Check that what `blockwise` gives, if anything, makes what merging makes of the weight."""
+    config, base = case.resolved, case.base(dtype="float64")
+    p = case.params(base, dtype="float64")
+    if (found := config.blockwise(p, case.site)) is not None:
+        blocks, gain = found
+        k = base.weight.shape[1] // blocks.shape[-1]
+        repeated = np.broadcast_to(blocks, (k, *blocks.shape[1:]))
+        made = base.weight @ diagonal([*repeated])
+        off = gap(made if gain is None else made * gain[:, None], config.merge(p, base).weight)
+        must(off <= 1e-12, case, f"blockwise is not what merge makes of the weight, by {off:.2g}")
 
 
 def bound(case: Case) -> None:

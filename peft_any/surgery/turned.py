@@ -1,0 +1,102 @@
+"""Sums with a product of the weights themselves and blocks along a diagonal, W + W·v."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from math import lcm
+
+import numpy as np
+
+from peft_any.receipt import Host
+from peft_any.surgery.sums import LARGE, PANEL, TINY, Sums, above, few, lost, product
+
+_WIDE, _WIDEST = 256, 512
+"""Blocks may be filled up with zeros to `_WIDE`; the compiled pass knows none above `_WIDEST`."""
+_HIDDEN = 2.0**-120
+"""What subnormal factors lose, for sizes that sum to 1, and more."""
+
+
+class Turned(Sums):
+    """The sums W + W·diag(v₁, v₂ …).
+
+    Parameters
+    ----------
+    blocks : array (n/b, b, b), float64
+    bound : array (n / 32,), float32
+        Twice what 32 columns of the product in single precision may be off by, for weights of
+        1 at the most.
+    """
+
+    def __init__(self, blocks: Host, bound: Host) -> None:
+        self.blocks, self.bound = blocks, bound
+
+    @classmethod
+    def of(cls, turn: Host, n: int, sample: Host) -> Turned | None:
+        """Bound the errors of W·diag(`turn`).
+
+        Parameters
+        ----------
+        turn : array (n/b, b, b), or (1, b, b) for n/b equal blocks, float64
+        n : int
+        sample : array (rows, n)
+
+        Returns
+        -------
+        Turned or None
+            None where n is no multiple of 32, where blocks are large, and where too many of
+            weights like `sample` would be doubtful.
+        """
+        b = turn.shape[-1]
+        wide = lcm(b, PANEL)
+        if n % PANEL or wide > max(_WIDE, b) or wide > _WIDEST:
+            return None
+        blocks = np.broadcast_to(turn - np.eye(b), (n // b, b, b))
+        if not max(blocks.max(), -blocks.min()) <= LARGE:
+            return None
+        loss = np.sum(np.abs(blocks), axis=1).reshape(-1, PANEL).max(axis=1)
+        twice = above(lost(b) * loss * (1 + 2.0**-10) + _HIDDEN)
+        sizes = np.abs(sample.astype(np.float64)).reshape(-1, n // wide, wide // PANEL, PANEL)
+        bound = twice.reshape(n // wide, -1, 1) * sizes.max(axis=(2, 3), keepdims=True) + TINY
+        return cls(blocks, twice) if few(bound, sizes) else None
+
+    @cached_property
+    def columns(self) -> Host:
+        """Give the columns of the blocks (n, b), in double precision."""
+        b = self.blocks.shape[-1]
+        return np.ascontiguousarray(np.swapaxes(self.blocks, 1, 2)).reshape(-1, b)
+
+    @cached_property
+    def panels(self) -> Host:
+        """Give the blocks as the compiled pass reads them: columns by 32, with zeros beside."""
+        b = self.blocks.shape[-1]
+        wide = lcm(b, PANEL)
+        some = wide // b
+        whole = np.zeros((len(self.blocks) // some, some, b, some, b), np.float32)
+        for i in range(some):
+            whole[:, i, :, i, :] = self.blocks[i::some]
+        cut = np.swapaxes(whole.reshape(-1, wide, wide // PANEL, PANEL), 1, 2)
+        return np.ascontiguousarray(cut).reshape(-1, wide, PANEL)
+
+    @cached_property
+    def singles(self) -> Host:
+        """Give the blocks in single precision."""
+        return self.blocks.astype(np.float32)
+
+    def given(self, rows: slice) -> tuple[Host | None, ...]:  # noqa: ARG002 - all alike
+        """All but u."""
+        return None, self.panels, None, self.columns, self.bound
+
+    def delta(self, weights: Host, start: int, out: Host) -> Host:  # noqa: ARG002 - all alike
+        """W·v, block by block."""
+        k, b, _ = self.singles.shape
+        left, into = (np.swapaxes(a.reshape(-1, k, b), 0, 1) for a in (weights, out))
+        np.matmul(left, self.singles, out=into)
+        largest = np.maximum(weights.max(axis=1), -weights.min(axis=1))
+        bound: Host = self.bound.max() * largest + np.float32(TINY)
+        return bound
+
+    def exact(self, base: Host, start: int, rows: Host, columns: Host) -> Host:  # noqa: ARG002
+        """W·v."""
+        b, v = self.blocks.shape[-1], self.columns.take(columns, axis=0)
+        w = base[rows[:, None], (columns // b * b)[:, None] + np.arange(b)].astype(np.float64)
+        return product(zip(w.T, v.T, strict=True), len(rows))
