@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +163,39 @@ class TestLock:
         with pytest.raises(StorageError, match=message), output_file(tmp_path / "x"):
             pass
         assert json.loads((tmp_path / ".x.lock").read_text()) == theirs
+
+    def test_a_request_to_stop_at_any_line(self, tmp_path: Path) -> None:
+        """It comes once, as the command line has it, and no lock is left."""
+
+        def at(moment: int) -> bool:
+            count = 0
+
+            def trace(frame: Any, event: str, _: Any) -> Any:
+                nonlocal count
+                if frame.f_code.co_filename != _lock.__file__:
+                    return None
+                if event == "line" or (event == "return" and frame.f_code.co_name == "_open"):
+                    count += 1
+                    if count == moment:
+                        raise KeyboardInterrupt
+                return trace
+
+            sys.settrace(trace)
+            try:
+                with _lock.claimed(tmp_path / "out"):
+                    pass
+            except KeyboardInterrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            return count >= moment
+
+        moment = 1
+        while at(moment):
+            gc.collect()  # the block's own generator, where it was cut short in entering it
+            assert names(tmp_path) == [], f"line {moment}"
+            moment += 1
+        assert moment > 30
 
     def test_file_systems_without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fcntl = pytest.importorskip("fcntl")

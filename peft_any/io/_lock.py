@@ -51,22 +51,33 @@ def claimed(final: Path) -> Iterator[None]:
         Where another run holds it, naming that run; or where the directory cannot be written.
     """
     path = hidden(final, "lock")
-    with reporting(final, "be written"):
-        handle = _acquire(path, final)
+    held: list[int] = []
     try:
-        yield
+        try:
+            with reporting(final, "be written"):
+                held.append(_acquire(path, final))
+            yield
+        finally:
+            _release(path, held)
     finally:
+        _release(path, held)  # where a request to stop came at the end of the block
+
+
+def _release(path: Path, held: list[int]) -> None:
+    if held:
         with suppress(OSError):
-            path.unlink()
-        os.close(handle)
+            if _same(held[0], path):
+                path.unlink()
+        os.close(held.pop())
 
 
 def _acquire(path: Path, final: Path) -> int:
     for attempt in range(_TRIES):
-        handle, mine = _open(path)
-        if handle is None:
-            continue
+        handle, mine = None, False
         try:
+            handle, mine = _open(path)
+            if handle is None:
+                continue
             held, owner = _flock(handle), _owner(handle)
             elsewhere = owner.get("host", _host()) != _host()
             if held is False or (held and elsewhere) or (held is None and _alive(owner)):
@@ -80,10 +91,13 @@ def _acquire(path: Path, final: Path) -> int:
                 # Without a name in it, it is being made, or whoever made it died there.
                 last = attempt == _TRIES - 2
                 _take_away(path, owner) if owner or last else time.sleep(_PAUSE)
-        except BaseException:
+        except BaseException as cause:
             if mine:
                 path.unlink(missing_ok=True)
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
+            elif not isinstance(cause, Exception):
+                _remove_unsigned(path)
             raise
         os.close(handle)
     raise _refused(final, path, {})
@@ -99,6 +113,17 @@ def _open(path: Path) -> tuple[int | None, bool]:
             return os.open(path, flags), False
         except FileNotFoundError:
             return None, False
+
+
+def _remove_unsigned(path: Path) -> None:
+    """Remove what a request to stop has cut short just when it was made."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDWR)
+        try:  # whoever else makes it waits for this lock, and then sees that the name is gone
+            if _flock(handle) and not _owner(handle) and _same(handle, path):
+                path.unlink()
+        finally:
+            os.close(handle)
 
 
 def _take_away(path: Path, owner: Mapping[str, Any]) -> None:
