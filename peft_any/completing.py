@@ -156,7 +156,8 @@ def rederived(
     root.shared = placed.adapter.shared
     for name, site in placed.sites.items():
         own = placed.adapter.sites[name]
-        params[name] = placed.configs[name].rederive(own, site, root.at(name))
+        of = placed.configs[name]
+        params[name] = of.rederive(own, site, root.at(name)) if of.lacks(own) else own
     return replace(placed, adapter=placed.adapter.replace(sites=params))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ _HEADS = {
 }
 """Modules that a task type saves whole without being told (Hugging Face PEFT)."""
 Refused: TypeAlias = Mapping[str, tuple[Site, str]]
+_EXPERT = re.compile(r"(?:.*\.)?experts\.\d+\.[\w.]+")
 _LISTED = 12
 """How many candidates an error names."""
 
@@ -259,6 +260,22 @@ class Rules:
         found = next((m for p in self.patterns if (m := p.match(name))), None)
         return None if found is None else int(found["idx"])
 
+    def lacking(self, every: Mapping[str, Site], held: Collection[str]) -> list[str]:
+        """List the targeted layers that an adapter's file has nothing of.
+
+        Experts that stand apart in a base are none of them where the adapter has not one: in
+        memory they are one tensor (transformers 5), which names of modules never touch.
+        """
+        apart = any(map(_EXPERT.fullmatch, held))
+        return [
+            name
+            for name, site in every.items()
+            if name not in held
+            and site.kind in self.config.kinds
+            and self.wants(name, site)
+            and (apart or not held or _EXPERT.fullmatch(name) is None)
+        ]
+
     def unmatched(self, names: Iterable[str], weights: Mapping[str, Any]) -> list[str]:
         """Describe every configured entry that matches nothing, or no layer of the base."""
         known = list(names)
@@ -289,8 +306,10 @@ class Rules:
             hint = unadapted(lambda name: named(name) is not None, weights, known)
             return [f"{where}: target_modules={self.targets!r} matches no layer{hint}"]
         lost = self._unmatched("target_modules", self.targets, known, weights)
-        there = {self.layer(n) for n in known if self.layers and _ends(n, self.targets)}
-        gone = [i for i in self.layers if i not in there and not lost]
+        ends = [n for n in known if self.layers and _ends(n, self.targets)]
+        ends = [n for n in ends if n not in self.targets]  # what is named in full needs no layer
+        there = {self.layer(n) for n in ends}
+        gone = [i for i in self.layers if i not in there and ends and not lost]
         if gone:
             numbers = sorted(i for i in there if i is not None)
             lost.append(f"{where}: layers_to_transform {gone} match no layer: there are {numbers}")

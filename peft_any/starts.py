@@ -81,7 +81,7 @@ def has_start(init: bool | str | None) -> bool:
 
 def missing(init: bool | str | None, p: Params) -> str | None:
     """Say that parameters lack the product taken out of the base, if they do."""
-    if not has_start(init) or "start_A" in p:
+    if not has_start(init) or "start_A" in p or EMBEDDING[0] in p:
         return None
     return f"the product that init_lora_weights={init!r} took out of the base"
 
@@ -192,8 +192,11 @@ def less_start(a: Array, b: Array, p: Params) -> tuple[Array, Array]:
 
 
 def folded(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Params]]:
-    """Give a LoRA of twice the rank and the same scaling, with nothing taken out of the base."""
-    if not has_start(config.init_lora_weights):
+    """Give a LoRA of twice the rank and the same scaling, with nothing taken out of the base.
+
+    What was read from a file that tells no start stays as it is.
+    """
+    if not has_start(config.init_lora_weights) or not any("start_A" in p for p in sites.values()):
         return config, dict(sites)
     grow = 2**0.5 if config.use_rslora else 2.0
     wide = replace(
@@ -204,21 +207,18 @@ def folded(config: Any, sites: Mapping[str, Params]) -> tuple[Any, dict[str, Par
         alpha_pattern={k: grow * v for k, v in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
-    return wide, {name: fold_start(p) for name, p in sites.items()}
+    return wide, {name: _fold_start(p) for name, p in sites.items()}
 
 
-def fold_start(p: Params) -> Params:
-    """Fold the product taken out of the base into the factors: a over a₀, b beside −b₀.
-
-    Parameters
-    ----------
-    p : dict
-        ``lora_A.weight`` (r, n_in), ``lora_B.weight`` (n_out, r), ``start_A`` and ``start_B`` of
-        the same shapes; other parameters are kept.
-    """
-    a, b = less_start(p["lora_A.weight"], p["lora_B.weight"], p)
+def _fold_start(p: Params) -> Params:
+    """Fold a₀ and b₀ into the factors; an embedding's, without any, get zeros."""
+    names = EMBEDDING if EMBEDDING[0] in p else ("lora_A.weight", "lora_B.weight")
+    a, b = (p[name] for name in names)
+    if names == EMBEDDING:
+        none = namespace(a, b).zeros_like
+        p = {**p, "start_A": none(a), "start_B": none(b)}
     kept = {k: v for k, v in p.items() if not k.startswith("start_")}
-    return kept | {"lora_A.weight": a, "lora_B.weight": b}
+    return {**kept, **dict(zip(names, less_start(a, b, p), strict=True))}
 
 
 def starting_factors(

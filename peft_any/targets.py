@@ -319,8 +319,7 @@ def place(
         lost += rules.unmatched_targets(every) if sites else []
         lost += [
             f"{name}: is targeted, and the adapter has no tensors for it"
-            for name, site in every.items()
-            if name not in sites and site.kind in config.kinds and rules.wants(name, site)
+            for name in rules.lacking(every, sites)
         ]
     if lost:
         raise TargetError("\n".join(lost))

@@ -267,7 +267,8 @@ def pair(config: Any, p: Params, a: Array, b: Array, site: Site) -> tuple[Array,
         return (block_diagonal(a, k), b) if factor == "A" else (a, block_diagonal(b, k))
     if config.kasa_config:
         b = b * p["lora_diag"]
-    if config.kasa_config or starts.has_start(config.init_lora_weights):
+    start = starts.has_start(config.init_lora_weights) and site.kind != "Embedding"
+    if config.kasa_config or start:
         a, b = starts.less_start(a, b, p)
     return a, b
 

@@ -219,6 +219,26 @@ def test_layer_indices_filter_suffixes_but_not_whole_names() -> None:
     assert select(config, sites("layers.1.w", "layers.0.w")) == ["layers.1.w"]
 
 
+def test_what_is_named_in_full_needs_no_layer() -> None:
+    sites = {n: Site(n, 4, 4) for n in ("head", "layers.0.q_proj", "layers.1.q_proj")}
+    config = LoraConfig(target_modules=["head", "layers.1.q_proj"], layers_to_transform=[0, 7])
+    assert select(config, sites) == ["head", "layers.1.q_proj"]
+
+
+def test_experts_apart_are_no_targets_of_an_adapter_without_any() -> None:
+    names = ["h.0.mlp.shared_expert.up_proj", "h.0.mlp.experts.0.up_proj", "h.0.q_proj"]
+    names.append("h.0.mlp.experts.1.up_proj")
+    weights = {f"{n}.weight": np.zeros((4, 4), "float32") for n in names}
+    config = LoraConfig(r=1, target_modules=["up_proj", "q_proj"])
+    p = {"lora_A.weight": np.ones((1, 4)), "lora_B.weight": np.ones((4, 1))}
+    dense, one, router, other = names
+    assert [*place(Adapter(config, {dense: p, router: p}), weights)] == [dense, router]
+    with pytest.raises(TargetError, match=rf"{other}: is targeted"):
+        place(Adapter(config, {dense: p, router: p, one: p}), weights)
+    with pytest.raises(TargetError, match=rf"{router}: is targeted"):
+        place(Adapter(config, {dense: p}), weights)
+
+
 def test_a_packed_attention_brings_its_output_half() -> None:
     found = sites("a.attn", kind="MultiheadAttention") | sites("a.attn.out_proj", "b.out_proj")
     config = LoraConfig(r=2, target_modules=["attn"], rank_pattern={"attn": 3})

@@ -304,3 +304,74 @@ def test_the_bias_of_a_parted_masked_head_is_stored_under_both_names(tmp_path: P
     peft_any.verify_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(peft_any.PeftError, match="adapter=3"):
         peft_any.merge_checkpoint(base, 3, tmp_path / "other")
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+
+
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"lora_bias": True}])
+def test_a_masked_heads_bias_is_one_under_both_names(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    first, head = "cls.predictions.bias", "cls.predictions.decoder"
+    table = "bert.embeddings.word_embeddings.weight"
+    weights = {table: draw(9, 4), "bert.query.weight": draw(4, 4), first: draw(9)}
+    whole = {**weights, f"{head}.weight": weights[table], f"{head}.bias": weights[first]}
+    targets = [head] if "lora_bias" in config else ["query"]
+    model = PeftModel(whole)
+    added = model.add(
+        "a", LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **config)
+    )
+    moved = {name: array + 1 for name, array in added.extra.items()}
+    (tmp_path / "base").mkdir()
+    peft_any.write_safetensors(tmp_path / "base" / "model.safetensors", weights)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(BERT))
+    model["a"].replace(extra=moved).save(tmp_path / "a")
+    receipt = peft_any.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    peft_any.verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    got = peft_any.read_safetensors(tmp_path / "out" / "model.safetensors")
+    want = weights[first] + 1 if moved else model.merge()[f"{head}.bias"]
+    np.testing.assert_allclose(got[first], want, rtol=1e-6)
+    assert (f"{head}.bias" in got) == bool(receipt.untied)
+    if receipt.untied:
+        np.testing.assert_array_equal(got[f"{head}.bias"], got[first])
+
+
+def test_a_correction_of_zero_needs_no_bias(tmp_path: Path) -> None:
+    config = LoraConfig(r=1, target_modules=["fc", "out"], lora_bias=True)
+    p = {"lora_A.weight": draw(1, 4), "lora_B.weight": draw(8, 1), "lora_B.bias": draw(8)}
+    q = {"lora_A.weight": draw(1, 8), "lora_B.weight": draw(2, 1), "lora_B.bias": np.zeros(2)}
+    peft_any.write_safetensors(tmp_path / "model.safetensors", WEIGHTS)
+    adapter = Adapter(config, {"m.fc": p, "m.out": q})
+    receipt = peft_any.merge_checkpoint(tmp_path / "model.safetensors", adapter, dry_run=True)
+    assert {change.tensor for change in receipt.changes} == {*WEIGHTS}
+    wrong = adapter.replace(sites={"m.fc": p, "m.out": {**q, "lora_B.bias": np.ones(2)}})
+    with pytest.raises(TargetError, match=r"m\.out\.bias: the base has no such bias"):
+        peft_any.merge_checkpoint(tmp_path / "model.safetensors", wrong, dry_run=True)
+
+
+def test_a_start_beside_an_embedding_is_folded_and_a_raw_file_kept(tmp_path: Path) -> None:
+    weights = {"embed_tokens.weight": draw(9, 4), "fc.weight": draw(8, 4)}
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "fc"], init_lora_weights="olora")
+    model = PeftModel(weights)
+    added = model.add("a", config)
+    factors = {"lora_embedding_A": draw(2, 9), "lora_embedding_B": draw(4, 2)}
+    added = added.replace(sites={**added.sites, "embed_tokens": factors})
+    kept = {n: {k: a for k, a in p.items() if "start" not in k} for n, p in added.sites.items()}
+    raw = added.replace(sites=kept)
+    ours = PeftModel(weights)
+    ours.add("a", raw, rederive=True)
+    want = (
+        weights["embed_tokens.weight"]
+        + 4 * (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).T
+    )
+    np.testing.assert_allclose(ours.merge()["embed_tokens.weight"], want, atol=1e-5)
+    ours["a"].save(tmp_path / "folded")
+    again = PeftModel(weights)
+    again.add("a", Adapter.load(tmp_path / "folded"))
+    for name, array in ours.merge().items():
+        np.testing.assert_allclose(again.merge()[name], array, atol=1e-5)
+    raw.save(tmp_path / "raw")
+    found = Adapter.load(tmp_path / "raw")
+    assert found.config.init_lora_weights == "olora"  # type: ignore[attr-defined]
+    assert found.sites["fc"]["lora_A.weight"].shape == (2, 4)

@@ -58,7 +58,7 @@ def tied_groups(
         return ()
     head = f"{_HEADS.get(str(config.get('model_type')), 'lm_head')}.weight"
     tied = _has_head(config) and _tie_flag(config)
-    groups = []
+    groups, biases = [], list[tuple[str, ...]]()
     for embedding in _embeddings(tensors, head):
         names = [embedding]
         if embedding.endswith("shared.weight"):
@@ -68,12 +68,24 @@ def tied_groups(
             stored = [name for name in tensors if name == head or name.endswith(f".{head}")]
             outer = "language_model." if embedding.startswith("language_model.model.") else ""
             names.append(stored[0] if stored else outer + head)
+            biases = _biases(tensors, names[-1])
         here = [name for name in names if name in tensors]
         same = [name for name in here[1:] if _equal(tensors[here[0]], tensors[name])]
         group = (*here[:1], *same, *(name for name in names if name not in tensors))
         if here and len(group) > 1:
             groups.append(group)
-    return tuple(groups)
+    return (*groups, *biases)
+
+
+def _biases(tensors: Mapping[str, Any], head: str) -> list[tuple[str, ...]]:
+    """The bias of a masked model's head, which its decoder has too: ties go with the weight's."""
+    module = head.removesuffix(".weight")
+    outer, _, last = module.rpartition(".")
+    first, second = f"{outer}.bias", f"{module}.bias"
+    if last != "decoder" or first not in tensors:
+        return []
+    apart = second in tensors and not _equal(tensors[first], tensors[second])
+    return [] if apart else [(first, second)]
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_any.backend import to_numpy
 from peft_any.completing import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
@@ -197,7 +198,8 @@ def _shifts(placed: Placed, name: str) -> bool:
     if not isinstance(config, Additive):
         return False
     params = {**placed.adapter.shared, **placed.adapter.sites[name]}
-    return config.bias_delta(params, placed.sites[name]) is not None
+    shift = config.bias_delta(params, placed.sites[name])
+    return shift is not None and bool(to_numpy(shift).any())
 
 
 def _touched(view: View, given: list[Given], placed: list[Placed]) -> dict[str, Touched]:

@@ -277,6 +277,7 @@ class View(Mapping[str, Host]):
 
 def _needs(adapter: Adapter) -> Iterator[str]:
     yield from (f"{module}.weight" for module in (*adapter.sites, *adapter.tokens))
+    yield from (f"{module}.bias" for module in adapter.sites)
     yield from adapter.extra
 
 

@@ -43,7 +43,9 @@ def settle_ties(plan: Plan, value: Callable[[str], Host]) -> None:
         rows = all(how.site is None and not how.copies for how in ways)
         # rows of an output layer alone are its own in HF too
         heads = all(OUTPUT.fullmatch(name.removesuffix(".weight")) for name in hit)
-        if rows and not heads and _alike(plan, ways, hit):
+        if group[-1].endswith(".bias"):  # the decoder's is the one that acts
+            _share(plan, hit[-1:], stored)
+        elif rows and not heads and _alike(plan, ways, hit):
             _share(plan, hit, stored)
             plan.warnings.append(f"{', '.join(group)}: are one tensor, and got the new rows as one")
         elif set(hit) == set(group) and (
@@ -105,6 +107,7 @@ def _share(plan: Plan, hit: list[str], stored: list[str]) -> None:
     source = next((name for name in hit if name in stored), hit[0])
     for name in {*hit, *stored} - {source}:
         plan.touched.pop(name, None)
+    plan.mirrored.pop(source, None)
     plan.mirrored.update((name, source) for name in stored if name != source)
 
 

@@ -1,0 +1,94 @@
+"""Combinations that the tables do not hold: adapters as others make them, on other models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from peft_any import merge_checkpoint, verify_checkpoint  # noqa: E402
+from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.model import PeftModel  # noqa: E402
+from tests.hf.models import GROUPED, base_of, outputs, quietly  # noqa: E402
+from tests.hf.reference import state_of  # noqa: E402
+from tests.hf.whole import close, compare, merged  # noqa: E402
+
+MASKED: dict[str, dict[str, Any]] = {
+    "bias-all": {"target_modules": ["query"], "bias": "all"},
+    "bias-of-the-head": {"target_modules": ["query", "decoder"], "bias": "lora_only"},
+    "lora-bias": {"target_modules": ["query", "decoder"], "lora_bias": True},
+    "head-saved": {"target_modules": ["query"], "modules_to_save": ["decoder"]},
+    "block-saved": {"target_modules": ["query"], "modules_to_save": ["predictions"]},
+}
+
+
+def trained(model: Any, config: Any, folder: Path) -> Any:
+    """Let Hugging Face PEFT adapt a model, move what is trained, and save it."""
+    with quietly(), torch.no_grad():
+        theirs = peft.get_peft_model(model, config).eval()
+        draw = torch.Generator().manual_seed(1)
+        for p in theirs.parameters():
+            if p.requires_grad:  # in place: a tie lies in the memory
+                p.add_(torch.randn(p.shape, generator=draw) / 8)
+        theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize("fields", MASKED.values(), ids=[*MASKED])
+def test_a_masked_heads_bias_follows_its_tie(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = base_of("bert", "BertForMaskedLM", max_position_embeddings=12)
+    model.save_pretrained(tmp_path / "base")
+    theirs = trained(model, peft.LoraConfig(r=2, **fields), tmp_path / "a")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    with quietly():
+        ours = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    close(outputs(ours, "bert"), outputs(theirs, "bert"))
+
+
+def test_a_layer_beside_stacked_experts_goes_onto_a_base_with_experts_apart(
+    tmp_path: Path,
+) -> None:
+    sizes = {**GROUPED, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    torch.manual_seed(0)
+    with quietly():
+        config = transformers.Qwen2MoeConfig(**sizes, shared_expert_intermediate_size=20)
+        model = transformers.Qwen2MoeForCausalLM(config)
+        model.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "down_proj"])
+    theirs = trained(model, lora, tmp_path / "a")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert any("experts.0.up_proj" in name for name in got)
+    want = state_of(theirs.merge_and_unload())
+    both = got.keys() & want.keys()
+    compare({k: got[k] for k in both}, {k: want[k] for k in both})
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_start_taken_out_of_the_base_beside_an_embedding(
+    init: str, dora: bool, tmp_path: Path
+) -> None:
+    names = ["embed_tokens", "q_proj"]
+    lora = peft.LoraConfig(r=2, init_lora_weights=init, use_dora=dora, target_modules=names)
+    theirs = trained(base_of("llama"), lora, tmp_path / "a")
+    adapter, weights = Adapter.load(tmp_path / "a"), state_of(base_of("llama"))
+    adapter.save(tmp_path / "raw")
+    for part in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "raw" / part).read_bytes() == (tmp_path / "a" / part).read_bytes()
+    ours = PeftModel(weights)
+    ours.add("a", adapter, rederive=True)
+    compare(ours.merge(), merged(theirs, weights))
+    ours["a"].save(tmp_path / "plain")
+    with quietly():
+        again = peft.PeftModel.from_pretrained(base_of("llama"), tmp_path / "plain")
+    compare(ours.merge(), merged(again, weights))
