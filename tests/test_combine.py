@@ -219,10 +219,34 @@ def test_targets_are_united_or_named() -> None:
     assert combine([one, two])[0].config.target_modules == ["fc"]  # type: ignore[attr-defined]
     whole = two.replace(config=replace(two.config, target_modules=".*fc"))
     assert combine([one, whole])[0].config.target_modules == ["fc"]  # type: ignore[attr-defined]
-    some = two.replace(config=replace(two.config, layers_to_transform=[0]))
-    renamed = some.replace(sites={"h.0.fc": two.sites["fc"]})
-    made, _ = combine([one, renamed])
-    assert made.config.target_modules == ["fc", "h.0.fc"]  # type: ignore[attr-defined]
+    for layers in ([0], 0):
+        some = two.replace(config=replace(two.config, layers_to_transform=layers))
+        renamed = some.replace(sites={"h.0.fc": two.sites["fc"]})
+        made, _ = combine([one, renamed])
+        assert made.config.target_modules == ["fc", "h.0.fc"]  # type: ignore[attr-defined]
+
+
+def test_rows_of_a_table_that_is_saved_along_are_summed() -> None:
+    base = {"embed_tokens.weight": np.ones((5, 2), "float32"), "fc.weight": np.ones((4, 2))}
+    rows = {"embed_tokens": np.full((1, 2), 3.0, "float32")}
+    config = LoraConfig(r=1, target_modules=["fc"], trainable_token_indices=[2])
+    p = {"lora_A.weight": np.ones((1, 2), "float32"), "lora_B.weight": np.ones((4, 1), "float32")}
+    along = Adapter(
+        config, {"fc": p}, {}, {"embed_tokens.weight": base["embed_tokens.weight"]}, rows
+    )
+    made, _ = combine([(along, 0.5), (along, 0.5)], base=base)
+    want = np.ones((5, 2))
+    want[2] = 3
+    np.testing.assert_array_equal(made.extra["embed_tokens.weight"], want)
+
+
+def test_stacks_of_experts_are_refused_by_name_as_a_file_has_them() -> None:
+    base = {"m.experts.up_proj": np.ones((2, 3, 4), "float32")}
+    p = {"lora_A.weight": np.ones((2, 4), "float32"), "lora_B.weight": np.ones((3, 2), "float32")}
+    config = LoraConfig(r=1, target_modules=[], target_parameters=["experts.up_proj"])
+    nameless = Adapter(config, {"m.experts": p})
+    with pytest.raises(ConfigError, match=r"m\.experts\.up_proj: stacks of experts"):
+        combine([nameless], base=base)
 
 
 @pytest.mark.parametrize(

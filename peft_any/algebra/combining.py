@@ -158,6 +158,8 @@ class Job:
             method = self.options.method
             warnings.append(f"one adapter alone is only weighted: {method} does nothing")
         with opened(self.base, [*given]) as view:
+            if view is not None:
+                given = [one.named(view, self.fit.kinds) for one in given]
             copies = combined_copies(given, view, to)
             if self.keeps_gains and all_gains(given) and options.cut is None:
                 plain = self._plain(options)

@@ -106,7 +106,9 @@ def combined_copies(
 def _along(name: str, having: Sequence[Given]) -> bool:
     """Whether a tensor was saved along by all, untrained and the same."""
     copies = [one.adapter.extra.get(name) for one in having]
-    if any(c is None for c in copies) or any(is_trained(o.adapter.config, name) for o in having):
+    trained = (is_trained(o.adapter.config, name) for o in having)
+    rows = (name.removesuffix(".weight") in one.adapter.tokens for one in having)
+    if any(c is None for c in copies) or any(trained) or any(rows):
         return False
     first, *others = (to_numpy(c) for c in copies)
     return all(equal_bytes(first, other) for other in others)

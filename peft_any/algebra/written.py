@@ -179,7 +179,7 @@ def _targets(configs: Sequence[Tuner], names: Sequence[str]) -> list[str]:
     """Unite the lists of targets; where rules say more than a list can, name every layer."""
     lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
     rules = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    plain = not any(getattr(c, rule, None) for c in configs for rule in rules)
+    plain = all(getattr(c, rule, None) in (None, [], "") for c in configs for rule in rules)
     united = sorted({entry for entries in lists for entry in entries})
     reached = all(any(f".{n}".endswith(f".{entry}") for entry in united) for n in names)
     if configs and plain and len(lists) == len(configs) and reached:
