@@ -156,8 +156,8 @@ def mirrored(top: Any, rows: int, onto: Any = None) -> Any:
     part = top[1 : rows - half + 1, :]
     first, rest = xp.flip(part[:, :1], axis=(0,)), xp.flip(part[:, 1:], axis=(0, 1))
     if name in ("numpy", "torch") and not any(map(is_differentiated, (top, onto))):
-        shape = rows, top.shape[1]
-        out = np.empty(shape, top.dtype) if name == "numpy" else top.new_empty(shape)
+        shape, kind = (rows, top.shape[1]), top.dtype if onto is None else xp.result_type(top, onto)
+        out = np.empty(shape, kind) if name == "numpy" else top.new_empty(shape, dtype=kind)
         below = slice(half, None)
         parts = (
             ((slice(half), slice(None)), top),

@@ -33,6 +33,7 @@ from peft_any.backend import (
     from_numpy_like,
     is_array,
     is_floating,
+    mirrored,
     namespace,
     numpy_dtype,
     plus_product,
@@ -378,6 +379,21 @@ def test_stacks_of_rows_are_one_matrix(lib: Lib) -> None:
         assert tuple(got.shape) == (*rows.shape[:-1], 4)
         if lib.has_values:
             np.testing.assert_allclose(to_numpy(got), rows @ w.T + b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("onto", [None, "float32", "float64"])
+def test_a_mirrored_matrix_has_the_dtype_of_the_sum(lib: Lib, rows: int, onto: Any) -> None:
+    rng = np.random.default_rng(0)
+    top = rng.standard_normal((rows // 2 + 1, 5)).astype("float32")
+    below = np.roll(top[1 : rows - len(top) + 1][::-1, ::-1], 1, axis=1)
+    whole = np.concatenate([top, below])
+    other = None if onto is None else rng.standard_normal((rows, 5)).astype(onto)
+    got = mirrored(lib.array(top), rows, None if other is None else lib.array(other))
+    want = whole if other is None else other + whole
+    assert dtype_name(got) == want.dtype.name
+    if lib.has_values:
+        np.testing.assert_array_equal(to_numpy(got), want)
 
 
 def test_entries_are_computed_in_pieces_as_at_once() -> None:

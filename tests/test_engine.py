@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -543,6 +544,71 @@ class TestForked:
     def test_a_killed_process_is_told(self) -> None:
         with pytest.raises(MemoryError, match="killed"):
             [*forked([lambda: os.kill(os.getpid(), 9)], 2)]
+
+    def test_a_process_that_ends_before_its_work_is_told(self) -> None:
+        with pytest.raises(MemoryError, match="killed"):
+            [*forked([lambda: os._exit(0)] * 2, 2)]
+
+    def test_how_processes_end_may_be_unknown(self) -> None:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            assert [*forked([lambda i=i: i for i in range(9)], 2)] == [*range(9)]
+            with pytest.raises(MemoryError, match="killed"):
+                [*forked([lambda: os.kill(os.getpid(), 9)] * 2, 2)]
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    def test_only_processes_that_were_not_waited_for_are_killed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The number of one that was is free for others."""
+        waited, killed, wait, kill = set(), set(), os.waitpid, os.kill
+
+        def waiting(pid: int, options: int) -> tuple[int, int]:
+            waited.add(pid)
+            return wait(pid, options)
+
+        def killing(pid: int, number: int) -> None:
+            assert pid not in waited
+            killed.add(pid)
+            kill(pid, number)
+
+        monkeypatch.setattr(os, "waitpid", waiting)
+        monkeypatch.setattr(os, "kill", killing)
+        tasks: list[Callable[[], Any]] = [os.getpid, lambda: time.sleep(0.3)]
+        assert len([*forked(tasks, 2)]) == 2
+        assert len(waited) == 2
+
+    def test_where_no_process_can_be_begun_nothing_is_left(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused() -> int:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        before = [*Path("/proc/self/fd").iterdir()]
+        with monkeypatch.context() as patch:
+            patch.setattr(forks, "_fork", refused)
+            with pytest.raises(BlockingIOError):
+                [*forked([os.getpid], 2)]
+        assert len([*Path("/proc/self/fd").iterdir()]) == len(before)
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*forks._SIGNALS}
+
+    def test_signals_wait_until_all_processes_are_begun(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begin, parent = forks._fork, os.getpid()
+
+        def interrupted() -> int:
+            pid = begin()
+            os.kill(os.getpid(), signal.SIGINT)
+            return pid
+
+        monkeypatch.setattr(forks, "_fork", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            [*forked([os.getpid] * 9, 2)]
+        assert os.getpid() == parent
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
 
     def test_nobody_is_left_when_the_iterator_is_closed(self) -> None:
         tasks = [os.getpid] * 40

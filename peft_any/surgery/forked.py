@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from mmap import mmap
 from pathlib import Path
@@ -28,6 +28,8 @@ T = TypeVar("T")
 _WORD = 8
 _TRIM, _MMAP, _KEPT = -1, -3, 1 << 25
 """Of mallopt(3): the sizes from which memory is given back, and is mapped on its own."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+_KILLED = "a process that worked for this one was killed: is memory short?"
 _OTHERS = {"torch", "jax", "cupy", "distributed"}
 """Libraries that keep threads of their own, which a forked process would miss."""
 
@@ -73,16 +75,21 @@ def forked(
         said = np.frombuffer(shared, np.int64).reshape(2, len(stops))
         said[0, 1:] = stops[:-1]
         os.write(turns[1], b"0")
-        for _ in range(workers):
-            results = os.pipe()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see `may_fork`
-                pid = os.fork()
-            if not pid:
-                turn = _Turns(turns, said, stops).take
-                _work(tasks, turn, results[1], {*keep, *turns, results[1]})
-            os.close(results[1])
-            pipes[results[0]] = pid
+        with _deaf():
+            for _ in range(workers):
+                results, to = os.pipe()
+                turn, used = _Turns(turns, said, stops).take, {*keep, *turns, to}
+                try:
+                    pid = _fork()
+                except OSError:
+                    os.close(results)
+                    raise
+                else:
+                    if not pid:
+                        _work(tasks, turn, to, used)
+                finally:
+                    os.close(to)
+                pipes[results] = pid
         yield from _gathered(len(tasks), pipes, heard)
     finally:
         for handle, pid in pipes.items():
@@ -95,10 +102,26 @@ def forked(
             os.close(handle)
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no signal while processes are begun: they would act on it as this one, and be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see `may_fork`
+        return os.fork()
+
+
 def _gathered(
     count: int, pipes: dict[int, int], heard: Callable[[int, Any], None]
 ) -> Generator[Any]:
-    """Give results as their turn comes."""
+    """Give results as their turn comes; processes that have ended are no more among `pipes`."""
     found: dict[int, tuple[bool, Any]] = {}
     texts = {handle: bytearray() for handle in pipes}
     poll = select.poll()
@@ -106,6 +129,8 @@ def _gathered(
         poll.register(handle, select.POLLIN)
     for place in range(count):
         while place not in found:
+            if not pipes:
+                raise MemoryError(_KILLED)
             for handle, _ in poll.poll():
                 more = os.read(handle, 1 << 16)
                 texts[handle] += more
@@ -115,7 +140,8 @@ def _gathered(
                         heard(at, result)
                 if not more:
                     poll.unregister(handle)
-                    _refuse_killed(pipes[handle])
+                    os.close(handle)
+                    _refuse_killed(pipes.pop(handle))
         fine, result = found.pop(place)
         if not fine:
             raise result
@@ -123,9 +149,12 @@ def _gathered(
 
 
 def _refuse_killed(pid: int) -> None:
-    _, status = os.waitpid(pid, 0)
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:  # where nobody is told how processes end
+        return
     if os.waitstatus_to_exitcode(status):
-        raise MemoryError("a process that worked for this one was killed: is memory short?")
+        raise MemoryError(_KILLED)
 
 
 def _messages(heard: bytearray) -> dict[int, tuple[bool, Any]]:
@@ -149,6 +178,7 @@ def _work(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _keep_memory()
         for path in [*Path("/proc/self/fd").iterdir()]:
             if int(path.name) not in {0, 1, 2, *keep}:
