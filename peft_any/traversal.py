@@ -10,23 +10,31 @@ from typing import Any, TypeAlias
 from peft_any.errors import ConfigError
 
 Path: TypeAlias = tuple[str, ...]
-_LLAMA = "self_attn mlp q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+_LLAMA = (
+    "self_attn mlp q_proj k_proj v_proj o_proj shared_expert shared_expert_gate "
+    "gate_proj up_proj down_proj c_fc c_proj"
+)
 _BERT = "attention intermediate self output query key value query_proj key_proj value_proj"
 _BART = "encoder decoder self_attn encoder_attn k_proj v_proj q_proj out_proj fc1 fc2"
 _NEOX = "attention self_attention mlp query_key_value dense dense_h_to_4h dense_4h_to_h"
 _T5 = "encoder decoder q k v o wi wi_0 wi_1 wo"
 _KNOWN = {
-    _LLAMA: "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 cohere granite stablelm",
+    _LLAMA: "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 cohere granite stablelm "
+    "starcoder2 mixtral qwen2_moe qwen3_moe olmoe gpt_oss",
     _BERT: "bert roberta xlm-roberta camembert electra deberta-v2",
     _BART: "opt bart",
-    _NEOX: "gpt_neox bloom",
+    _NEOX: "gpt_neox bloom falcon",
     _T5: "t5 mt5",
-    "attn mlp c_attn c_fc c_proj": "gpt2",
+    "attn mlp c_attn c_fc c_proj": "gpt2 gpt_bigcode",
+    "attn mlp k_proj v_proj q_proj out_proj c_fc c_proj": "gpt_neo",
+    "self_attn mlp o_proj qkv_proj gate_up_proj down_proj": "phi3",
     "attn mlp k_proj v_proj q_proj out_proj fc_in fc_out": "gptj",
     "self_attn mlp q_proj k_proj v_proj dense fc1 fc2": "phi",
     "attention ffn q_lin k_lin v_lin out_lin lin1 lin2": "distilbert",
 }
 """Parts of modules in the order in which transformers makes them, and the types of such models."""
+_OUTER = ("model", "transformer", "gpt_neox", "lm_head", "score")
+"""What these models are made of, where heads come last."""
 
 
 class UntoldOrderError(ConfigError):
@@ -38,11 +46,12 @@ def known_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> known_parts({"model_type": "gpt2"})
+    >>> known_parts({"model_type": "gpt2"})[:5]
     ('attn', 'mlp', 'c_attn', 'c_fc', 'c_proj')
     """
     kind = str(config.get("model_type"))
-    return next((tuple(parts.split()) for parts, of in _KNOWN.items() if kind in of.split()), ())
+    known = next((parts for parts, of in _KNOWN.items() if kind in of.split()), "")
+    return (*known.split(), *_OUTER) if known else ()
 
 
 def in_model_order(

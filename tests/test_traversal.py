@@ -28,6 +28,8 @@ def test_numbers_tell_it_whatever_the_order_of_tensors() -> None:
 
 def test_the_type_of_the_model_tells_it() -> None:
     assert in_model_order(LAYERS, sorted(STATE), known_parts({"model_type": "llama"})) == LAYERS
+    heads, parts = ["model.layers.0.mlp.fc", "lm_head"], known_parts({"model_type": "qwen2_moe"})
+    assert in_model_order(heads, ["lm_head.weight", f"{heads[0]}.weight"], parts) == heads
     assert known_parts({"model_type": "mine"}) == known_parts({}) == ()
 
 

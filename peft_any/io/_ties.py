@@ -8,21 +8,35 @@ from typing import Any
 import numpy as np
 
 _EMBEDDINGS = {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared"}
+# What the input embedding is called in models of other types.
+_OTHERS = {
+    "ctrl": "w",
+    "openai-gpt": "tokens_embed",
+    "xlnet": "word_embedding",
+    **dict.fromkeys(("falcon_mamba", "flaubert", "mamba", "mamba2", "rwkv", "xlm"), "embeddings"),
+}
 # The module transformers ties to the input embedding, by model_type; the rest say lm_head.
 _HEADS = {
-    "albert": "predictions.decoder",
-    "bert": "cls.predictions.decoder",
-    "camembert": "lm_head.decoder",
-    "deberta": "cls.predictions.decoder",
-    "deberta-v2": "cls.predictions.decoder",
-    "distilbert": "vocab_projector",
-    "electra": "generator_lm_head",
-    "gpt_neox": "embed_out",
-    "modernbert": "decoder",
-    "mpnet": "lm_head.decoder",
-    "roberta": "lm_head.decoder",
-    "whisper": "proj_out",
-    "xlm-roberta": "lm_head.decoder",
+    model: head
+    for head, models in {
+        "cls.predictions.decoder": "bert big_bird deberta deberta-v2 ernie fnet layoutlm lxmert "
+        "megatron-bert mobilebert mra nomic_bert nystromformer roc_bert roformer squeezebert tapas "
+        "visual_bert yoso",
+        "decoder": "modernbert modernbert-decoder",
+        "embed_out": "gpt_neox gpt_neox_japanese",
+        "generator_lm_head": "convbert electra",
+        "head": "rwkv",
+        "lm_head.decoder": "bert-generation camembert data2vec-text esm gte ibert longformer mpnet "
+        "roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+        "lm_loss": "xlnet",
+        "output": "git",
+        "output_projection": "biogpt trocr",
+        "pred_layer.proj": "flaubert xlm",
+        "predictions.decoder": "albert",
+        "proj_out": "moonshine moonshine_streaming whisper",
+        "vocab_projector": "distilbert",
+    }.items()
+    for model in models.split()
 }
 _WITH_HEAD = ("LM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
 # The embedding that goes with a stack of layers, where only the head is stored.
@@ -56,10 +70,12 @@ def tied_groups(
     """
     if not config:
         return ()
-    head = f"{_HEADS.get(str(config.get('model_type')), 'lm_head')}.weight"
+    kind = str(config.get("model_type"))
+    head = f"{_HEADS.get(kind, 'lm_head')}.weight"
+    leaves = {_OTHERS[kind]} if kind in _OTHERS else _EMBEDDINGS
     tied = _has_head(config) and _tie_flag(config)
     groups, biases = [], list[tuple[str, ...]]()
-    for embedding in _embeddings(tensors, head):
+    for embedding in _embeddings(tensors, head, leaves):
         names = [embedding]
         if embedding.endswith("shared.weight"):
             inner = embedding.removesuffix("shared.weight")
@@ -101,12 +117,12 @@ def _tie_flag(config: Mapping[str, Any]) -> bool:
     return config.get("tie_word_embeddings", inner) is not False
 
 
-def _embeddings(tensors: Mapping[str, Any], head: str) -> list[str]:
+def _embeddings(tensors: Mapping[str, Any], head: str, leaves: set[str]) -> list[str]:
     """The token embeddings: the stored one, else the one that the layers' names imply."""
     found = []
     for name in tensors:
         *path, leaf, kind = ("", *name.split("."))
-        if kind == "weight" and leaf in _EMBEDDINGS and not any(p.isdigit() for p in path):
+        if kind == "weight" and leaf in leaves and not any(p.isdigit() for p in path):
             found.append(name)
     shared = [name for name in found if name.endswith("shared.weight")]
     if found or head not in tensors:

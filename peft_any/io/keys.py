@@ -28,6 +28,8 @@ _LEAVES = ("weight", "bias")
 _OUTER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Of torch.compile, of fully sharded data parallelism, and of activation checkpoints."""
 _WRAPPERS = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
+_PATCHES = "patch_embeddings"
+"""The input embedding of transformers' models of images, which holds a convolution."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _copy(config: Config, parts: list[str], sites: Collection[str]) -> Place | s
     if saved == parts and (
         listed
         or (leaf == "bias" and (bias == "all" or (bias.endswith("_only") and own)))
-        or (leaf in _LEAVES and looks_like_embedding(module))
+        or (leaf in _LEAVES and (looks_like_embedding(module) or _PATCHES in parts[:-2]))
         or (leaf == "weight" and own and "base_layer" in parts)
     ):
         return Place("copy", "", name)

@@ -92,3 +92,41 @@ def test_a_start_taken_out_of_the_base_beside_an_embedding(
     with quietly():
         again = peft.PeftModel.from_pretrained(base_of("llama"), tmp_path / "plain")
     compare(ours.merge(), merged(again, weights))
+
+
+MAMBA: dict[str, dict[str, Any]] = {
+    "table": {"target_modules": ["x_proj", "embeddings"]},
+    "copy": {"target_modules": ["x_proj"], "modules_to_save": ["embeddings"]},
+    "head": {"target_modules": ["x_proj", "lm_head"]},
+    "rows": {"target_modules": ["x_proj"], "trainable_token_indices": {"embeddings": [1, 5]}},
+}
+
+
+@pytest.mark.parametrize("fields", MAMBA.values(), ids=[*MAMBA])
+def test_a_tied_table_of_another_name_is_parted_from_its_head(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    with quietly():
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, time_step_rank=4))
+        model.save_pretrained(tmp_path / "base")
+    theirs = trained(model, peft.LoraConfig(r=2, **fields), tmp_path / "a")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    with quietly():
+        ours = transformers.MambaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    close(outputs(ours, "mamba"), outputs(theirs, "mamba"))
+
+
+@pytest.mark.parametrize("method", ["LORA", "OSF"])
+def test_an_embedding_of_patches_may_be_saved_along(method: str, tmp_path: Path) -> None:
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    theirs = trained(base_of("vit"), kind(target_modules=["q_proj"]), tmp_path / "a")
+    with quietly():
+        theirs.save_pretrained(tmp_path / "along", save_embedding_layers=True)
+    adapter, weights = Adapter.load(tmp_path / "along"), state_of(base_of("vit"))
+    assert {name.rpartition(".")[2] for name in adapter.extra} == {"weight", "bias"}
+    ours = PeftModel(weights)
+    ours.add("a", adapter)
+    compare(ours.merge(), merged(theirs, weights))
