@@ -13,6 +13,7 @@
 
 #define PANEL 32 /* columns that stand together in `panels` */
 #define WIDEST 512 /* the most rows of a block that W is multiplied by */
+#define CHUNK 16 /* products that are summed before they are added to others */
 #define WAITING 256 /* doubtful sums from which they are settled */
 #define HALF_PLACE 0x1p-8f
 #define SUM 0x1p-22f
@@ -21,112 +22,17 @@
 #define EXPONENT 0x7F800000u
 #define SIGN 0x80000000u
 
-struct sums {
-    const uint16_t *base;                /* (rows, n) */
-    uint16_t *out;                       /* (rows, n) */
-    const float *u, *panels;             /* (rows, k), (n / PANEL, k, PANEL) */
-    const double *exact_u, *columns;     /* (rows, k), (n, b) */
-    const float *bound;                  /* (rows,); (n / PANEL,) where turned, of |W| */
-    const float *gain;                   /* (rows,) */
-    const double *exact_gain;            /* (rows,) */
-    ptrdiff_t rows, n, k, b;
-    int scaled, turned; /* turned: no u, but the k columns of W that a panel lies in, b of a block */
-};
+#include "_exact.h"
 
-struct exact {
-    const double *sums, *delta;          /* (size,); delta may be NULL */
-    const uint16_t *base;                /* (size,) */
-    uint16_t *out;                       /* (size,) */
-    ptrdiff_t size;
-};
-
-struct moments {
-    double base2, delta2, dot, miss2;
-    int64_t same;
-};
-
-static inline float wide(uint16_t half)
+/* A square root, or hardly more: Heron's step from a guess that halves the exponent. */
+static inline float root(float square)
 {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* Rounds to odd first, so that the second rounding cannot go wrong: `odd` in rounding.py. */
-static uint16_t nearest(double exact)
-{
-    const float single = (float)exact;
     uint32_t bits;
-    memcpy(&bits, &single, sizeof bits);
-    if ((double)single != exact) {
-        const double a = single < 0 ? -(double)single : single, b = exact < 0 ? -exact : exact;
-        bits = (bits - (a > b)) | 1;
-    }
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-/* Adds what became of one weight. */
-static void measured(struct moments *m, double base, double moved, double delta)
-{
-    m->base2 += base * base;
-    m->delta2 += delta * delta;
-    m->dot += moved * delta;
-    m->miss2 += (moved - delta) * (moved - delta);
-    m->same += moved == 0;
-}
-
-/* One sum in double precision, in the order of sums.py. */
-static double exact_sum(const struct sums *s, ptrdiff_t row, ptrdiff_t column)
-{
-    const double *u = s->exact_u + row * s->k, *v = s->columns + column * s->b;
-    const uint16_t *w = s->base + row * s->n;
-    double product = 0;
-    for (ptrdiff_t t = 0; t < s->b; t++)
-        product += (s->turned ? wide(w[column / s->b * s->b + t]) : u[t]) * v[t];
-    const double sum = wide(w[column]) + product;
-    return s->scaled ? sum * s->exact_gain[row] : sum;
-}
-
-/* Forms a doubtful sum again, and corrects what was measured. */
-static void settle(const struct sums *s, ptrdiff_t at, struct moments *m)
-{
-    const double exact = exact_sum(s, at / s->n, at % s->n);
-    const double before = wide(s->base[at]), old = wide(s->out[at]);
-    s->out[at] = nearest(exact);
-    const double made = wide(s->out[at]);
-    if (made == old)
-        return;
-    const double was = old - exact, now = made - exact;
-    m->dot += (now - was) * (exact - before);
-    m->miss2 += now * now - was * was;
-    m->same += (made == before) - (old == before);
-}
-
-/* Settles the sums at `count` places, and leaves none: together, so that the processor computes
-   several at a time. */
-static void settle_all(const struct sums *s, const ptrdiff_t *at, int *count, struct moments *m)
-{
-    for (int i = 0; i < *count; i++)
-        settle(s, at[i], m);
-    *count = 0;
-}
-
-/* The columns that fill no panel, one by one. */
-static void rest(const struct sums *s, struct moments *m)
-{
-    for (ptrdiff_t i = 0; i < s->rows; i++)
-        for (ptrdiff_t j = s->n / PANEL * PANEL; j < s->n; j++) {
-            const ptrdiff_t at = i * s->n + j;
-            const double exact = exact_sum(s, i, j), before = wide(s->base[at]);
-            s->out[at] = nearest(exact);
-            const double delta = exact - before, miss = wide(s->out[at]) - exact;
-            m->base2 += before * before;
-            m->delta2 += s->scaled ? delta * delta : 0;
-            m->dot += miss * delta;
-            m->miss2 += miss * miss;
-            m->same += s->out[at] == s->base[at];
-        }
+    float guess;
+    memcpy(&bits, &square, sizeof bits);
+    bits = (bits >> 1) + 0x1FBD1DF5u;
+    memcpy(&guess, &bits, sizeof guess);
+    return (guess + square / guess) / 2;
 }
 
 static inline unsigned four_signs(const void *mask)

@@ -35,24 +35,24 @@ TARGET static inline void NAME(flush)(floats *lanes, double *sum)
     *lanes = (floats){0};
 }
 
-/* Widens k columns of some rows, which stand `apart`, side by side; gives the largest of them. */
+/* Widens k columns of a row; gives no less than their length, but for rounding. */
 TARGET static inline __attribute__((always_inline)) float NAME(spread)(
-    const uint16_t *from, ptrdiff_t apart, const int rows, ptrdiff_t k, float *to)
+    const uint16_t *from, ptrdiff_t k, float *to)
 {
-    words most = {0};
-    for (int r = 0; r < rows; r++, from += apart)
-        for (ptrdiff_t t = 0; t < k; t += LANES, to += LANES) {
-            halves stored;
-            memcpy(&stored, from + t, sizeof stored);
-            const words bits = WIDE(stored) << 16, size = bits & ~SIGN;
-            const words more = (words)(size > most);
-            most = (size & more) | (most & ~more);
-            memcpy(to, &bits, sizeof bits);
-        }
-    uint32_t largest = 0;
-    for (int l = 0; l < LANES; l++)
-        largest = most[l] > largest ? most[l] : largest;
-    return wide((uint16_t)(largest >> 16));
+    floats squares = {0};
+    for (ptrdiff_t t = 0; t < k; t += LANES) {
+        halves stored;
+        memcpy(&stored, from + t, sizeof stored);
+        const floats w = (floats)(WIDE(stored) << 16);
+        squares += w * w;
+        memcpy(to + t, &w, sizeof w);
+    }
+    float all[LANES];
+    memcpy(all, &squares, sizeof all);
+    for (int some = LANES / 2; some; some /= 2)
+        for (int l = 0; l < some; l++)
+            all[l] += all[l + some];
+    return root(all[0]);
 }
 
 /* `rows` rows of W + Δ from row `i` on, all but the columns that fill no panel. */
@@ -67,34 +67,47 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
     floats base2 = zero, delta2 = zero, dot = zero, miss2 = zero;
     flags same = {0};
     ptrdiff_t doubtful[WAITING + 2 * ROWS * LANES];
-    float own[ROWS * WIDEST], largest = 0;
+    float own[ROWS * WIDEST], length[ROWS] = {0};
     const float *const u = turned ? own : s->u + i * k;
     int count = 0;
     for (ptrdiff_t j = 0; j + PANEL <= n; j += PANEL) {
         const float *panel = s->panels + j * k;
         if (turned && j % k == 0)
-            largest = NAME(spread)(base + i * n + j, n, rows, k, own);
+            for (int r = 0; r < rows; r++)
+                length[r] = NAME(spread)(base + (i + r) * n + j, k, own + r * k);
         for (int c = 0; c < PANEL; c += 2 * LANES) {
             floats sum[ROWS][2];
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
                 sum[r][0] = sum[r][1] = zero;
-            for (ptrdiff_t t = 0; t < k; t++) {
-                floats v0, v1;
-                memcpy(&v0, panel + t * PANEL + c, sizeof v0);
-                memcpy(&v1, panel + t * PANEL + c + LANES, sizeof v1);
+            for (ptrdiff_t t = 0; t < k;) {
+                const ptrdiff_t stop = t + CHUNK < k ? t + CHUNK : k;
+                floats part[ROWS][2];
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++)
+                    part[r][0] = part[r][1] = zero;
+                for (; t < stop; t++) {
+                    floats v0, v1;
+                    memcpy(&v0, panel + t * PANEL + c, sizeof v0);
+                    memcpy(&v1, panel + t * PANEL + c + LANES, sizeof v1);
+#pragma GCC unroll 8
+                    for (int r = 0; r < rows; r++) {
+                        const float factor = u[r * k + t];
+                        part[r][0] += factor * v0;
+                        part[r][1] += factor * v1;
+                    }
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
-                    const float factor = u[r * k + t];
-                    sum[r][0] += factor * v0;
-                    sum[r][1] += factor * v1;
+                    sum[r][0] += part[r][0];
+                    sum[r][1] += part[r][1];
                 }
             }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
             {
                 const float gain = scaled ? s->gain[i + r] : 1;
-                const float off = turned ? s->bound[j / PANEL] * largest + TINY : s->bound[i + r];
+                const float off = turned ? s->bound[j / PANEL] * length[r] + TINY : s->bound[i + r];
                 const float bound = off * (gain < 0 ? -gain : gain);
                 const ptrdiff_t start = (i + r) * n + j + c;
                 unsigned set = 0;

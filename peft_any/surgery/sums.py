@@ -23,6 +23,8 @@ LARGE, TINY = 2.0**20, 2.0**-100
 """Factors up to `LARGE` lose less than `TINY` to underflow in single precision."""
 PANEL = 32
 """Columns that the compiled pass takes together."""
+CHUNK = 16
+"""Products that it sums before it adds them to others, so that each is rounded less often."""
 _INNER = 1 << 17
 """Elements computed at a time: few enough for a core's cache, many enough for Python's pace."""
 _MANY = 0.05
@@ -187,10 +189,11 @@ class Sums(abc.ABC):
 
 
 def product(pairs: Iterable[tuple[Host, Host]], size: int) -> Host:
-    """Sum products one after another, as the compiled pass does."""
-    total = np.zeros(size)
-    for left, right in pairs:
-        total += left * right
+    """Sum every fourth product, and then the four, as the compiled pass does."""
+    part = np.zeros((4, size))
+    for t, (left, right) in enumerate(pairs):
+        part[t % 4] += left * right
+    total: Host = (part[0] + part[1]) + (part[2] + part[3])
     return total
 
 

@@ -8,12 +8,15 @@ from math import lcm
 import numpy as np
 
 from peft_any.receipt import Host
-from peft_any.surgery.sums import LARGE, PANEL, TINY, Sums, above, few, lost, product
+from peft_any.surgery.passes import chosen
+from peft_any.surgery.sums import CHUNK, LARGE, PANEL, TINY, Sums, above, few, lost, product
 
 _WIDE, _WIDEST = 256, 512
 """Blocks may be filled up with zeros to `_WIDE`; the compiled pass knows none above `_WIDEST`."""
 _HIDDEN = 2.0**-120
 """What subnormal factors lose, for sizes that sum to 1, and more."""
+_TINIEST = np.float32(2.0**-64)
+"""Rows whose squares underflow are shorter."""
 
 
 class Turned(Sums):
@@ -22,17 +25,17 @@ class Turned(Sums):
     Parameters
     ----------
     blocks : array (n/b, b, b), float64
-    bound : array (n / 32,), float32
-        Twice what 32 columns of the product in single precision may be off by, for weights of
-        1 at the most.
+        n is a multiple of 32.
     """
 
-    def __init__(self, blocks: Host, bound: Host) -> None:
-        self.blocks, self.bound = blocks, bound
+    def __init__(self, blocks: Host) -> None:
+        self.blocks = blocks
+        squares = np.einsum("kij,kij->kj", blocks, blocks)
+        self._lengths: Host = np.sqrt(squares.reshape(-1, PANEL).max(axis=1))
 
     @classmethod
     def of(cls, turn: Host, n: int, sample: Host) -> Turned | None:
-        """Bound the errors of W·diag(`turn`).
+        """Give the way to W·diag(`turn`) in single precision, if it is one.
 
         Parameters
         ----------
@@ -53,11 +56,18 @@ class Turned(Sums):
         blocks = np.broadcast_to(turn - np.eye(b), (n // b, b, b))
         if not max(blocks.max(), -blocks.min()) <= LARGE:
             return None
-        loss = np.sum(np.abs(blocks), axis=1).reshape(-1, PANEL).max(axis=1)
-        twice = above(lost(b) * loss * (1 + 2.0**-10) + _HIDDEN)
-        sizes = np.abs(sample.astype(np.float64)).reshape(-1, n // wide, wide // PANEL, PANEL)
-        bound = twice.reshape(n // wide, -1, 1) * sizes.max(axis=(2, 3), keepdims=True) + TINY
-        return cls(blocks, twice) if few(bound, sizes) else None
+        sums, shape = cls(blocks), (-1, n // wide, wide // PANEL, PANEL)
+        sizes = np.abs(sample.astype(np.float64)).reshape(shape)
+        long = np.sqrt(np.sum(sizes * sizes, axis=(2, 3), keepdims=True))
+        bound = sums.bound(compiled=chosen()[1] is not None).reshape(n // wide, -1, 1) * long
+        return sums if few(bound + TINY, sizes) else None
+
+    def bound(self, *, compiled: bool) -> Host:
+        """Give twice what single precision may be off by, in 32 columns, for rows of length 1."""
+        b = self.blocks.shape[-1]
+        steps = min(b, CHUNK) + -(-b // CHUNK) if compiled else b
+        slack = 1 + 2.0**-8  # of lengths in single precision, and of the compiled pass's root
+        return above(lost(steps) * slack * self._lengths + _HIDDEN)  # with Cauchy-Schwarz
 
     @cached_property
     def columns(self) -> Host:
@@ -84,19 +94,24 @@ class Turned(Sums):
 
     def given(self, rows: slice) -> tuple[Host | None, ...]:  # noqa: ARG002 - all alike
         """All but u."""
-        return None, self.panels, None, self.columns, self.bound
+        return None, self.panels, None, self.columns, self._bound
+
+    @cached_property
+    def _bound(self) -> Host:
+        return self.bound(compiled=True)
 
     def delta(self, weights: Host, start: int, out: Host) -> Host:  # noqa: ARG002 - all alike
         """W·v, block by block."""
         k, b, _ = self.singles.shape
         left, into = (np.swapaxes(a.reshape(-1, k, b), 0, 1) for a in (weights, out))
         np.matmul(left, self.singles, out=into)
-        largest = np.maximum(weights.max(axis=1), -weights.min(axis=1))
-        bound: Host = self.bound.max() * largest + np.float32(TINY)
-        return bound
+        squares = np.einsum("kij,kij->ki", left, left).max(axis=0)
+        bound: Host = self.bound(compiled=False).max() * (np.sqrt(squares) + _TINIEST)
+        return bound + np.float32(TINY)
 
     def exact(self, base: Host, start: int, rows: Host, columns: Host) -> Host:  # noqa: ARG002
         """W·v."""
-        b, v = self.blocks.shape[-1], self.columns.take(columns, axis=0)
-        w = base[rows[:, None], (columns // b * b)[:, None] + np.arange(b)].astype(np.float64)
-        return product(zip(w.T, v.T, strict=True), len(rows))
+        b, v = self.blocks.shape[-1], self.columns
+        first = columns // b * b
+        pairs = ((base[rows, first + t].astype(np.float64), v[columns, t]) for t in range(b))
+        return product(pairs, len(rows))

@@ -21,7 +21,7 @@ def strip(compiled: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
     from peft_any.receipt import Receipt
-    from peft_any.surgery import job, patches, sources
+    from peft_any.surgery import beside, patches, sources
     from peft_any.surgery.measure import Moments
     from peft_any.surgery.sums import Sums
 
@@ -39,7 +39,7 @@ def strip(compiled: str) -> None:
     for module, function, instead in [
         (patches, "measure", unmeasured),
         (Sums, "rounded", rounded),
-        (job, "fingerprint", undigested),
+        (beside, "fingerprint", undigested),
         (sources, "_digest", undigested),
         (Receipt, "to_json", lambda _: "{}"),
     ]:
