@@ -10,6 +10,12 @@ from peft_any.errors import BackendError
 
 SCALARS = (type(None), bool, int, float, complex)
 """Python's own; NumPy's scalars, though some derive from these, are arrays here."""
+_SHORT = {
+    "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16",
+    "f16": "float16", "bf16": "bfloat16", "fp64": "float64", "f64": "float64", "double": "float64",
+    "fp8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2",
+}  # fmt: skip
+"""Names that other tools have for dtypes."""
 _MOST = 256
 _names: dict[tuple[type, Any], str] = {}
 """Names known already: a dict, since torch's compiler warns of what `functools` caches."""
@@ -50,6 +56,30 @@ def dtype_name(x: Any) -> str:
     except TypeError:  # NumPy's, as of an unhashable object
         raise BackendError(f"{x!r}: has no dtype: it is neither an array nor a dtype") from None
     return known
+
+
+def asked(dtype: Any) -> str:
+    """Name the dtype that a caller asks for; a name that is none is left to be refused.
+
+    Parameters
+    ----------
+    dtype : dtype of any library, or str
+        Short names of other tools are known too.
+
+    Raises
+    ------
+    BackendError
+        If it is neither.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> asked("bf16"), asked(np.float16), asked("float")
+    ('bfloat16', 'float16', 'float32')
+    """
+    if isinstance(dtype, str):
+        return _SHORT.get(dtype.lower(), dtype)
+    return dtype_name(dtype)
 
 
 def _name(dtype: Any) -> str:

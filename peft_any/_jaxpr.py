@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 from peft_any._libraries import LIBRARIES, find_library
+from peft_any.arguments import checked
 from peft_any.errors import BackendError
 
 _mode: ContextVar[str] = ContextVar("peft_any_jaxpr", default="")
@@ -134,6 +135,7 @@ def _primitive() -> Any:
     return weight
 
 
+@checked
 def without_merging(f: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function of JAX arrays multiply by adapted weights without forming them.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
 Namespace: TypeAlias = Any
 """An Array API namespace: a module of functions; the standard has no type for it."""
+
+DTypeLike: TypeAlias = Any
+"""A dtype of any library, or its name."""
 
 
 class Array(Protocol):
@@ -35,5 +39,11 @@ class Array(Protocol):
     def __getitem__(self, key: Any, /) -> Array: ...
 
 
+Weights: TypeAlias = Annotated[
+    Mapping[str, Array],
+    "a mapping of names to arrays, as read_safetensors reads one; a torch module takes "
+    "integrations.torch.attach",
+]
+"""A base's tensors by name; an error says what to give in these words (`arguments`)."""
 Params: TypeAlias = dict[str, Any]
 """Arrays by name: one site's parameters under the checkpoint's own suffixes."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
 
 from peft_any._typing import Array, Params
+from peft_any.arguments import methods_checked
 from peft_any.backend import Backend, astype, backend_of, dtype_name, from_numpy, move, resolve
 from peft_any.errors import FormatError
 from peft_any.extras import (
@@ -23,7 +23,7 @@ from peft_any.extras import (
 from peft_any.io import config as files
 from peft_any.io._atomic import StrPath, output_directory
 from peft_any.io._json import read_json
-from peft_any.io.keys import Place, read_keys, refuse_unknown, write_key
+from peft_any.io.keys import Place, read_keys, refuse_others, refuse_unknown, write_key
 from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Kind, Site
 from peft_any.method import Prompt, Tuner
@@ -34,6 +34,7 @@ from peft_any.selection import out_projection
 from peft_any.targets import place
 
 
+@methods_checked("load", "save", "renamed", "split", "fused", "check")
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """What an adapter directory holds.
@@ -69,6 +70,9 @@ class Adapter:
     raw: Mapping[str, Any] | None = None
     spare: Params = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        refuse_others(self)
 
     def __repr__(self) -> str:
         where = f"{self.num_parameters:,} parameters at {len(self.sites)} layers"
@@ -115,8 +119,7 @@ class Adapter:
                 notes = files.unheard(more, found.name)
             files.refuse_unconverted(config, str(found))
             with files.opened(tensors) as file:
-                copied = (file[key] if mapped else file[key].copy() for key in file)
-                host = dict(zip(file, copied, strict=True))
+                host = {key: file[key] if mapped else file[key].copy() for key in file}
             host |= files.lost_layers(config, tensors, host)
             arrays = {key: from_numpy(array, to) for key, array in host.items()}
             places, unknown = read_keys(config, arrays)
@@ -174,7 +177,7 @@ class Adapter:
             unnamed = config.target_modules in (None, "all-linear") and self.raw is None
             if unnamed and "target_modules" not in config.unsaid:
                 names = [n for n in sites if n not in map(out_projection, sites)]
-                config = dataclasses.replace(config, target_modules=sorted(names))
+                config = replace(config, target_modules=sorted(names))
         text = files.config_to_json(config, self.raw)
         tensors = self._named(config, sites)
         with output_directory(path, overwrite) as folder:
@@ -201,7 +204,7 @@ class Adapter:
 
     def replace(self, **changes: Any) -> Self:
         """Copy with other fields."""
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
     def to(self, backend: str | Backend) -> Self:
         """Copy with all arrays on another library or device."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from peft_any._engines import ENGINES, Engine
 from peft_any._libraries import library_of
+from peft_any.arguments import checked
 from peft_any.backend import dtype_name, is_array, namespace
 from peft_any.errors import GradientError
 from peft_any.tape import space as tape
@@ -181,6 +182,7 @@ def _scalar(loss: Any) -> None:
         )
 
 
+@checked
 def value_and_grad(
     f: Callable[..., Any], has_aux: bool = False, *, engine: EngineName = "auto"
 ) -> Callable[..., tuple[Any, Any]]:
@@ -233,6 +235,7 @@ def value_and_grad(
     return call
 
 
+@checked
 def grad(
     f: Callable[..., Any], has_aux: bool = False, *, engine: EngineName = "auto"
 ) -> Callable[..., Any]:
@@ -263,6 +266,7 @@ def grad(
     return call
 
 
+@checked
 def vjp(
     f: Callable[..., Any], params: Any, *rest: Any, engine: EngineName = "auto"
 ) -> tuple[Any, Callable[[Any], Any]]:

@@ -29,7 +29,7 @@ from peft_any._arrays import (
     to_numpy,
     widest,
 )
-from peft_any._dtypes import compute_dtype, dtype_name, is_floating, numpy_dtype
+from peft_any._dtypes import asked, compute_dtype, dtype_name, is_floating, numpy_dtype
 from peft_any._engines import detach, is_differentiated
 from peft_any._kernels import by_pieces, dense, mirrored, plus_product, summed, taken
 from peft_any._libraries import CUPY, LIBRARIES, TORCH, UNKNOWN, find_library, library_of
@@ -37,11 +37,11 @@ from peft_any._typing import Namespace
 from peft_any.errors import BackendError, nearest
 
 __all__ = [
-    "Backend", "astype", "backend", "backend_of", "by_pieces", "compute_dtype", "creation_device",
-    "dense", "detach", "dtype_by_name", "dtype_name", "from_numpy", "from_numpy_like", "inv",
-    "is_array", "is_differentiated", "is_floating", "is_lazy", "is_traced", "mirrored", "move",
-    "namespace", "numpy_dtype", "plus_product", "qr", "resolve", "settled", "summed", "svd",
-    "taken", "to_numpy", "widest",
+    "Backend", "asked", "astype", "backend", "backend_of", "by_pieces", "compute_dtype",
+    "creation_device", "dense", "detach", "dtype_by_name", "dtype_name", "from_numpy",
+    "from_numpy_like", "inv", "is_array", "is_differentiated", "is_floating", "is_lazy",
+    "is_traced", "mirrored", "move", "namespace", "numpy_dtype", "plus_product", "qr", "resolve",
+    "settled", "summed", "svd", "taken", "to_numpy", "widest",
 ]  # fmt: skip
 
 
@@ -123,6 +123,8 @@ def resolve(spec: str | Backend = "auto", *arrays: Any, device: Any = None) -> B
         name, _, place = spec.partition(":")
     else:
         raise BackendError(f"backend {spec!r:.60}: give a name such as 'torch:cuda:0', or 'auto'")
+    if is_array(device):
+        raise BackendError(f"device {device!r:.60}: is an array: give a device, such as 'cuda:0'")
     if device is not None:
         if place and str(place) != str(device):
             raise BackendError(f"backend '{spec}': contradicts device={str(device)!r}: give one")

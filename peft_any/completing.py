@@ -9,7 +9,7 @@ from typing import Any
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import Backend, backend_of
-from peft_any.errors import ConfigError, ShapeError
+from peft_any.errors import ConfigError, ShapeError, TargetError
 from peft_any.layer import Dense, Site
 from peft_any.method import Prompt, Tuner
 from peft_any.rng import Fresh
@@ -49,8 +49,18 @@ class Placed:
 
 
 def dense(weights: Mapping[str, Array], site: Site) -> Dense:
-    """Take a layer out of a mapping of weights."""
-    return Dense.of(weights[site.weight], weights[site.bias_name] if site.bias else None, site)
+    """Take a layer out of a mapping of weights.
+
+    Raises
+    ------
+    TargetError
+        If it has no such layer.
+    """
+    try:
+        bias = weights[site.bias_name] if site.bias else None
+        return Dense.of(weights[site.weight], bias, site)
+    except KeyError as lost:
+        raise TargetError(f"{lost}: the weights given have no such tensor") from None
 
 
 def library(weights: Mapping[str, Array]) -> Backend:

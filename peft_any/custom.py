@@ -7,12 +7,14 @@ from functools import wraps
 from typing import Any
 
 from peft_any._engines import ENGINES
+from peft_any.arguments import checked
 from peft_any.autodiff import flatten
 from peft_any.backend import backend_of, dtype_name, namespace
 from peft_any.errors import GradientError
 from peft_any.tape import space as tape
 
 
+@checked
 def custom_vjp(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function whose derivative is given: one definition for all engines.
 
@@ -77,6 +79,7 @@ def custom_vjp(forward: Callable[..., Any], backward: Callable[..., Any]) -> Cal
     return call
 
 
+@checked
 def remat(f: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function that keeps only its arguments for the gradient, and is computed again then.
 

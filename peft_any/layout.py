@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from peft_any._typing import Shape
-from peft_any.errors import ConfigError, TargetError, nearest
+from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
 from peft_any.layer import CONVOLUTIONS, EXPERTS, KINDS, Kind, Site
 from peft_any.patterns import expression, is_parameter
 
@@ -44,7 +44,10 @@ def looks_like_embedding(module: str) -> bool:
 def shape_of(weights: Mapping[str, Any], name: str) -> Shape:
     """Look a tensor's shape up without reading it, where the mapping can tell (`info`)."""
     info = getattr(weights, "info", None)
-    return tuple((weights[name] if info is None else info(name)).shape)
+    found = weights[name] if info is None else info(name)
+    if not hasattr(found, "shape"):
+        raise ShapeError(f"{name}: {found!r:.60} is no array: give arrays by names")
+    return tuple(found.shape)
 
 
 def layout(

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
-from peft_any._typing import Array, Params, Shape
+from peft_any._typing import Array, DTypeLike, Params, Shape
 from peft_any.backend import astype, dtype_name, is_floating, plus_product, resolve, summed
 from peft_any.checks import OURS, check_site, refuse_restart
 from peft_any.dropout import Noise, dropped
@@ -180,7 +180,7 @@ class Tuner(Config):
         bias: Array | None = None,
         seed: int = 0,
         backend: str = "auto",
-        dtype: str = "float32",
+        dtype: DTypeLike = "float32",
     ) -> AdaptedLayer:
         """Make one adapted layer, without a model.
 

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias, overload
 
 from peft_any import attention
 from peft_any import parts as several
-from peft_any._typing import Array
+from peft_any._typing import Array, DTypeLike, Weights
 from peft_any.adapter import Adapter
+from peft_any.arguments import methods_checked
 from peft_any.bank.rows import Bank, BoundRows, Rows
 from peft_any.bound import Bound, BoundLayer, Layers, Parameters
 from peft_any.checks import finite_number
@@ -22,7 +23,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import attached, given, mapped, summed
+from peft_any.placed import attached, given, summed
 from peft_any.registry import Config
 from peft_any.routed import taken
 from peft_any.view import weights as view
@@ -30,6 +31,7 @@ from peft_any.view import weights as view
 Given: TypeAlias = Mapping[str, Any] | None
 
 
+@methods_checked("__init__", "add", "remove", "activate", "update", "exchange", "unmerge", "alone")
 class PeftModel:
     """Base weights with adapters beside them; the base is never changed.
 
@@ -53,10 +55,8 @@ class PeftModel:
     True
     """
 
-    def __init__(
-        self, weights: Mapping[str, Array], *, kinds: Mapping[str, Kind | Site] | None = None
-    ) -> None:
-        self.weights = mapped(weights)
+    def __init__(self, weights: Weights, *, kinds: Mapping[str, Kind | Site] | None = None) -> None:
+        self.weights = weights
         self.kinds = kinds
         self._placed: dict[str, Placed] = {}
         self._active: dict[str, float] = {}
@@ -96,7 +96,7 @@ class PeftModel:
         adapter: Adapter | Config,
         *,
         seed: int = 0,
-        dtype: str = "float32",
+        dtype: DTypeLike = "float32",
         rederive: bool = False,
     ) -> Adapter:
         """Attach an adapter, or a fresh one of a configuration; the first becomes active.

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_any._typing import Array
+from peft_any._typing import Array, Weights
 from peft_any.adapter import Adapter
+from peft_any.arguments import checked
 from peft_any.bank.rows import Bank
 from peft_any.bank.store import AdapterStore
 from peft_any.layer import Kind, Site
 from peft_any.model import PeftModel
 
 
+@checked
 def merge(
-    weights: Mapping[str, Array],
+    weights: Weights,
     adapter: Adapter,
     *,
     kinds: Mapping[str, Kind | Site] | None = None,
@@ -36,8 +38,9 @@ def merge(
     return model.merge()
 
 
+@checked
 def unmerge(
-    merged: Mapping[str, Array], adapter: Adapter, *, kinds: Mapping[str, Kind | Site] | None = None
+    merged: Weights, adapter: Adapter, *, kinds: Mapping[str, Kind | Site] | None = None
 ) -> dict[str, Array]:
     """Compute the base weights from merged ones, without the base.
 
@@ -51,9 +54,10 @@ def unmerge(
     return model.unmerge(merged)
 
 
+@checked
 def stack(
     adapters: Sequence[Adapter] | Mapping[str, Adapter],
-    weights: Mapping[str, Array],
+    weights: Weights,
     *,
     kinds: Mapping[str, Kind | Site] | None = None,
 ) -> Bank:

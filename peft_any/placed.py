@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft_any import attention
-from peft_any._typing import Array, Params
+from peft_any._typing import Array, DTypeLike, Params
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
 from peft_any.checks import refuse_restart
@@ -71,7 +71,7 @@ def fresh(
     weights: Mapping[str, Array],
     kinds: Mapping[str, Kind | Site] | None,
     seed: int,
-    dtype: str,
+    dtype: DTypeLike,
     *,
     vouched: bool = False,
 ) -> Placed:
@@ -132,16 +132,6 @@ def _refuse_nameless(config: Tuner, params: Params) -> None:
         )
 
 
-def mapped(weights: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Refuse what is no mapping of names to arrays for a base's weights."""
-    if not isinstance(weights, Mapping):
-        raise ConfigError(
-            f"weights={weights!r:.60}: cannot be a base: give a mapping of names to arrays, as "
-            "read_safetensors reads one; a torch module takes integrations.torch.attach"
-        )
-    return weights
-
-
 def attached(
     name: str,
     adapter: Adapter | Config,
@@ -149,7 +139,7 @@ def attached(
     kinds: Mapping[str, Kind | Site] | None,
     *,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     rederive: bool = False,
     in_order: bool = False,
 ) -> Placed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_any._typing import Array, Params, Shape
+from peft_any._typing import Array, DTypeLike, Params, Shape
 from peft_any.backend import namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.initial import normal
@@ -48,7 +48,9 @@ class Prefixed(Prompt):
         """Put a layer's prefix before its keys and values: see `concat_to_kv`."""
         return concat_to_kv(self, self.table(p), k, v, layer)
 
-    def layer(self, *, seed: int = 0, backend: str = "auto", dtype: str = "float32") -> PrefixLayer:
+    def layer(
+        self, *, seed: int = 0, backend: str = "auto", dtype: DTypeLike = "float32"
+    ) -> PrefixLayer:
         """Make the prefix alone, without a model."""
         return PrefixLayer(self, self.init(fresh(seed, backend, dtype)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from peft_any._typing import Array, Params, Shape
+from peft_any._typing import Array, DTypeLike, Params, Shape
 from peft_any.backend import (
     astype,
     creation_device,
@@ -46,7 +46,7 @@ class Prepended(Prompt):
         *,
         seed: int = 0,
         backend: str = "auto",
-        dtype: str = "float32",
+        dtype: DTypeLike = "float32",
         weight: Array | None = None,
     ) -> PromptLayer:
         """Make the prompt alone; `weight` (vocabulary, d) serves initial values that read it."""
@@ -272,7 +272,7 @@ def spread(a: Array, lead: Shape) -> Array:
 
 
 def fresh(
-    seed: int = 0, backend: str = "auto", dtype: str = "float32", weight: Array | None = None
+    seed: int = 0, backend: str = "auto", dtype: DTypeLike = "float32", weight: Array | None = None
 ) -> Fresh:
     """Open the draws of a prompt that stands alone, perhaps beside an embedding table (V, d)."""
     if weight is None:

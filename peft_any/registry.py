@@ -174,6 +174,8 @@ def method_for(peft_type: str) -> type[Config]:
     >>> method_for("LORA").__name__
     'LoraConfig'
     """
+    if not isinstance(peft_type, str):
+        raise ConfigError(f"peft_type {peft_type!r:.60} cannot be a method: give its name, 'LORA'")
     if peft_type in _known:
         return _known[peft_type]
     if peft_type in method_names():

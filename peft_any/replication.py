@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from peft_any._typing import Array
+from peft_any.arguments import checked
 from peft_any.backend import is_lazy, is_traced, to_numpy
 from peft_any.errors import BackendError, ConfigError, TargetError, nearest
 
@@ -45,6 +46,7 @@ class Replicated(Mapping[str, Array]):
         return len(self.origins)
 
 
+@checked
 def replicate_layers(
     weights: Mapping[str, Array], layer_replication: Layers, *, stack: str | None = None
 ) -> Replicated:

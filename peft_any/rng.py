@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 
 from peft_any._fused import fma, round_odd_sum
-from peft_any._typing import Shape
-from peft_any.backend import Backend, astype, dtype_by_name, from_numpy, is_floating, numpy_dtype
+from peft_any._typing import DTypeLike, Shape
+from peft_any.backend import (
+    Backend,
+    asked,
+    astype,
+    dtype_by_name,
+    from_numpy,
+    is_floating,
+    numpy_dtype,
+)
 from peft_any.errors import ConfigError, ShapeError
 
 Host = np.ndarray[Any, np.dtype[Any]]
@@ -247,13 +255,14 @@ class Fresh:
         backend: Backend,
         *,
         key: str = "",
-        dtype: str = "float32",
+        dtype: DTypeLike = "float32",
         base: Any = None,
         sites: tuple[Any, ...] = (),
         bases: Callable[[str], Any] | None = None,
     ) -> None:
         if seed < 0:
             raise ConfigError(f"seed {seed}: cannot be negative: use any integer from 0 on")
+        dtype = asked(dtype)
         dtype_by_name(backend.xp, dtype)
         if not is_floating(dtype):
             raise ConfigError(f"dtype {dtype!r}: cannot hold parameters: they are floats")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, TypeAlias
+from numbers import Integral
+from typing import Any, Literal, TypeAlias, cast
 
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError, ShapeError
@@ -71,7 +72,15 @@ class Site:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        sizes: tuple[Any, ...] = self.n_in, self.n_out, self.groups
+        kind, kernel = cast("tuple[Any, Any]", (self.kind, self.kernel))
+        whole = isinstance(kernel, tuple | list) and (*sizes, *kernel)
+        if not whole or not all(isinstance(size, Integral) for size in whole):
+            raise ShapeError(
+                f"{self.name}: sizes {sizes} and kernel {kernel!r:.60} cannot be a layer's: give "
+                "whole numbers, and a tuple of them"
+            )
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ConfigError(
                 f"{self.name}: layer kind {self.kind!r} is not one of {sorted(KINDS)}"
             )

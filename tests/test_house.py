@@ -16,7 +16,7 @@ from tests.cases import ATTENDED, CASES, PROMPTS, ROUTED
 PACKAGE = Path(peft_any.__file__).parent
 LAYERS = [
     {"_typing", "errors"},
-    {"_dtypes", "_imports"},
+    {"_dtypes", "_imports", "arguments"},
     {"_libraries"},
     {"_arrays", "_jaxpr"},
     {"_engines", "_kernels"},

@@ -22,6 +22,7 @@ from peft_any import (
     write_safetensors,
 )
 from peft_any.backend import to_numpy
+from peft_any.errors import UsageError
 from peft_any.layer import linear
 from peft_any.method import Additive
 from peft_any.methods.boft import BOFTConfig
@@ -472,5 +473,5 @@ def test_what_is_shown_is_short(tmp_path: Path) -> None:
 
 
 def test_weights_are_a_mapping() -> None:
-    with pytest.raises(ConfigError, match="give a mapping of names to arrays"):
+    with pytest.raises(UsageError, match=r"give a mapping of names to arrays.*torch.attach"):
         PeftModel("base")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
 
+from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
 from peft_any.algebra.copies import combined_copies
 from peft_any.algebra.gains import all_gains, combined_gains
@@ -17,6 +18,7 @@ from peft_any.algebra.sums import ON_DELTA, Layer, Options, combine_layer
 from peft_any.algebra.tasks import Layers, Names
 from peft_any.algebra.terms import Base, opened, origin, placed, terms_by_layer
 from peft_any.algebra.written import Update, lora_adapter
+from peft_any.arguments import checked
 from peft_any.backend import Backend, compute_dtype, is_floating, resolve
 from peft_any.completing import Placed
 from peft_any.errors import ConfigError
@@ -34,6 +36,7 @@ from peft_any.surgery.sources import Adapters, Given, Kinds, View, given_adapter
 Made: TypeAlias = tuple[Adapter, Record]
 
 
+@checked
 def combine(
     adapters: Adapters,
     out: StrPath | None = None,
@@ -49,7 +52,7 @@ def combine(
     kinds: Kinds = None,
     rederive: bool = False,
     any_base: bool = False,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     backend: str | Backend = "auto",
     progress: Progress | None = None,
@@ -90,7 +93,7 @@ def combine(
         convolutions); and for full copies that are weighted or of several adapters.
     kinds, rederive, any_base
         As for `merge_checkpoint`.
-    dtype : str, optional
+    dtype : str or dtype of any library, optional
         Of the result; by default float32, or float64 where an adapter has it.
     overwrite : bool
     backend : str or Backend
@@ -145,7 +148,7 @@ class Job:
     options: Options
     fit: Fitting
     base: Base = None
-    dtype: str | None = None
+    dtype: DTypeLike | None = None
     backend: str | Backend = "auto"
     progress: Progress | None = None
     engine: Engine = field(default_factory=Local)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
+from peft_any._typing import DTypeLike
 from peft_any.algebra.combining import Job, Made, finished
 from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord
 from peft_any.algebra.sums import Options
 from peft_any.algebra.terms import Base
+from peft_any.arguments import checked
 from peft_any.backend import Backend, namespace
 from peft_any.errors import ConfigError, nearest
 from peft_any.io._atomic import StrPath
@@ -22,6 +24,7 @@ from peft_any.surgery.job import Progress
 from peft_any.surgery.sources import AdapterLike, Given, Kinds, given_adapters
 
 
+@checked
 def convert(
     adapter: AdapterLike,
     out: StrPath | None = None,
@@ -33,7 +36,7 @@ def convert(
     kinds: Kinds = None,
     rederive: bool = False,
     any_base: bool = False,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     backend: str | Backend = "auto",
     progress: Progress | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from peft_any._typing import Params
+from peft_any._typing import DTypeLike, Params
 from peft_any.algebra import lowrank
 from peft_any.algebra.combining import Job, Made, finished
 from peft_any.algebra.lowrank import Cut, Factors
@@ -14,6 +14,7 @@ from peft_any.algebra.record import LayerRecord
 from peft_any.algebra.sums import Layer, Options, cut_to, measured, rounded_to
 from peft_any.algebra.terms import Base
 from peft_any.algebra.written import Update
+from peft_any.arguments import checked
 from peft_any.backend import Backend, compute_dtype, dtype_name, is_floating, widest
 from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
@@ -26,6 +27,7 @@ from peft_any.surgery.sources import AdapterLike, Given, Kinds, given_adapters
 _MAGNITUDE = "lora_magnitude_vector"
 
 
+@checked
 def resize(
     adapter: AdapterLike,
     out: StrPath | None = None,
@@ -39,7 +41,7 @@ def resize(
     kinds: Kinds = None,
     rederive: bool = False,
     any_base: bool = False,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     backend: str | Backend = "auto",
     progress: Progress | None = None,
@@ -65,7 +67,7 @@ def resize(
         the fewest that hold this share of ‖ΔW‖, or of Σ s.
     base, kinds, rederive, any_base
         As for `combine`.
-    dtype : str, optional
+    dtype : str or dtype of any library, optional
         By default the adapter's own.
     overwrite, backend, progress
         As for `combine`.

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
+from peft_any.arguments import checked
 from peft_any.backend import astype, compute_dtype, creation_device, dtype_name, namespace
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Site
@@ -14,6 +15,7 @@ from peft_any.layer import Site
 _A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
 
 
+@checked
 def pad_to_rank(adapter: Adapter, r: int) -> Adapter:
     """Give a LoRA the rank `r` everywhere and the scale 1, its ΔW unchanged.
 

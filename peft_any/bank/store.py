@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
 
 from peft_any.adapter import Adapter
+from peft_any.arguments import methods_checked
 from peft_any.backend import dtype_name, numpy_dtype
 from peft_any.errors import ConfigError, StorageError, nearest
 from peft_any.io._faults import reporting
@@ -35,6 +36,7 @@ class Gate:
         self.lock, self.wanted = Lock(), 0
 
 
+@methods_checked("__init__")
 class AdapterStore(Mapping[str, Adapter]):
     """The adapters of a directory, each loaded when it is asked for; the least used make room.
 

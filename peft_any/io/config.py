@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
+from peft_any.arguments import checked
 from peft_any.checks import OURS
 from peft_any.errors import ConfigError, PeftError
 from peft_any.fields import check_words
@@ -65,6 +66,7 @@ _IDLE = {
 """Fields of Hugging Face PEFT that act in training only, or with others that are refused."""
 
 
+@checked
 def config_from_json(source: StrPath) -> tuple[Config, dict[str, Any]]:
     """Read a configuration file, or the JSON text itself.
 

@@ -6,9 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from peft_any.errors import TargetError, nearest
+from peft_any.arguments import shown
+from peft_any.errors import TargetError, UsageError, nearest
 from peft_any.io._former import PARTS
 from peft_any.layout import looks_like_embedding
 from peft_any.method import Prompt, Tuner
@@ -287,6 +288,34 @@ def _nested(module: str, sites: Collection[str]) -> str:
         if i + 1 < len(parts) and ".".join(parts[: i + 1]) in sites:
             out.append("base_layer")
     return ".".join(out)
+
+
+def refuse_others(adapter: Any) -> None:
+    """Refuse an adapter of anything but a configuration and arrays by names.
+
+    Raises
+    ------
+    UsageError
+        Naming what is something else.
+    """
+    if not isinstance(adapter.config, Config):
+        raise UsageError(
+            f"Adapter: config={shown(adapter.config)} cannot be taken: give a method's "
+            "configuration, such as LoraConfig()"
+        )
+    for part in ("sites", "shared", "extra", "tokens", "spare"):
+        _refuse_others(getattr(adapter, part), f"Adapter: {part}")
+
+
+def _refuse_others(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        kind = "an array" if where.endswith("]") else "a mapping"
+        raise UsageError(f"{where}={shown(value)} cannot be taken: give {kind}")
+    for key, held in value.items():
+        if not isinstance(key, str):
+            raise UsageError(f"{where}: {shown(key)} cannot be a name: give a string")
+        if not hasattr(held, "shape"):
+            _refuse_others(held, f"{where}[{key!r}]")
 
 
 def refuse_unknown(where: str, unknown: list[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from peft_any.arguments import checked
 from peft_any.backend import dtype_name
 from peft_any.io._atomic import StrPath, output_file
 from peft_any.io._header import RANK, TensorInfo
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 
+@checked
 def read_safetensors(path: StrPath) -> dict[str, HostArray]:
     """Read a whole file into memory.
 
@@ -47,6 +49,7 @@ def read_metadata(path: StrPath) -> dict[str, str]:
         return dict(file.metadata)
 
 
+@checked
 def write_safetensors(
     path: StrPath,
     tensors: Mapping[str, Any],

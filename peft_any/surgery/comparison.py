@@ -14,6 +14,7 @@ import numpy as np
 from peft_any.adapter import Adapter
 from peft_any.algebra.difference import AdapterDifference, compare_adapters
 from peft_any.algebra.terms import Base
+from peft_any.arguments import checked
 from peft_any.backend import Backend, is_floating
 from peft_any.errors import UsageError
 from peft_any.io._atomic import StrPath
@@ -98,6 +99,7 @@ class CheckpointDifference:
         return to_json(self.to_dict(), indent)
 
 
+@checked
 def diff(
     a: Side,
     b: Side,

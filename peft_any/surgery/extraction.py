@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
 from peft_any.algebra.lowrank import Cut, Factors, pad
 from peft_any.algebra.written import Update, lora_adapter
+from peft_any.arguments import checked
 from peft_any.backend import Backend, resolve
 from peft_any.errors import UsageError, VerifyError
 from peft_any.io._atomic import StrPath
@@ -37,6 +39,7 @@ from peft_any.surgery.sources import Kinds
 RECEIPT = "extract_receipt.json"
 
 
+@checked
 def extract(
     base: StrPath,
     model: StrPath,
@@ -44,7 +47,7 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     embeddings: bool = False,
     overwrite: bool = False,
     strict: bool = True,

@@ -11,6 +11,7 @@ from typing import Any
 from peft_any._typing import Params
 from peft_any.adapter import Adapter
 from peft_any.algebra.lowrank import Cut, spectrum
+from peft_any.arguments import checked
 from peft_any.backend import Backend, astype, compute_dtype, is_floating, to_numpy, widest
 from peft_any.errors import PeftError
 from peft_any.io._atomic import StrPath
@@ -138,6 +139,7 @@ class Inspection:
         return to_json(self.to_dict(), indent)
 
 
+@checked
 def inspect_adapter(
     adapter: StrPath | Adapter,
     base: StrPath | None = None,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from peft_any.backend import Backend, dtype_name, is_floating
-from peft_any.errors import BackendError, UsageError, nearest
+from peft_any._typing import DTypeLike
+from peft_any.arguments import checked
+from peft_any.backend import Backend, asked, is_floating
+from peft_any.errors import UsageError, nearest
 from peft_any.io._atomic import StrPath, taken
 from peft_any.io._header import BITS
 from peft_any.io._urls import is_url, path_of
@@ -26,19 +29,14 @@ from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.threads import thread_count
 from peft_any.surgery.ties import settle_ties
 
-_ALIASES = {
-    "float": "float32", "fp32": "float32", "f32": "float32", "half": "float16", "fp16": "float16",
-    "f16": "float16", "bf16": "bfloat16", "fp64": "float64", "f64": "float64", "double": "float64",
-    "fp8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2",
-}  # fmt: skip
 
-
+@checked
 def merge_checkpoint(
     base: StrPath,
     adapter: Adapters,
     out: StrPath | None = None,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     min_kept: float | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -70,7 +68,7 @@ def merge_checkpoint(
         Several act as the weighted sum of their effects, each against the base.
     out : path
         A directory; or a ``.safetensors`` file, where the base is a single one.
-    dtype : str, optional
+    dtype : str or dtype of any library, optional
         Of the touched tensors, in place of the base's: ``"float32"``, ``"bf16"`` …
     min_kept : float, optional
         The least share of its change that each touched tensor must keep.
@@ -198,27 +196,22 @@ def merge_checkpoint(
         return job.write(made, ready, overwrite)
 
 
-def storage_dtype(name: str) -> str:
-    """Read a dtype's name: NumPy's, or the short ones of other tools.
+def storage_dtype(dtype: Any) -> str:
+    """Read a dtype that weights are to be stored as: a name, or what any library has for it.
 
     Examples
     --------
     >>> storage_dtype("bf16"), storage_dtype("float")
     ('bfloat16', 'float32')
     """
-    known = _ALIASES.get(name.lower(), name.lower())
+    name = asked(dtype)
     floats = [n for n in BITS if is_floating(n) and BITS[n] >= 8]
-    try:
-        found = dtype_name(known)
-    except (BackendError, TypeError):
-        found = ""
-    if found not in floats:
-        close = nearest(name, [*floats, *_ALIASES])
+    if name.lower() not in floats:
         raise UsageError(
-            f"dtype {name!r}: weights cannot be stored as that{close}: choose float32, bfloat16, "
-            "float16, float64, float8_e4m3fn (fp8) or float8_e5m2"
+            f"dtype {name!r}: weights cannot be stored as that{nearest(name, floats)}: choose "
+            "float32, bfloat16, float16, float64, float8_e4m3fn (fp8) or float8_e5m2"
         )
-    return found
+    return name.lower()
 
 
 def _refuse_existing(out: Path | str | None, overwrite: bool, resume: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft_any.arguments import checked
 from peft_any.io._atomic import StrPath
 from peft_any.io._header import RANK, byte_size
 from peft_any.io._writer import StreamWriter
@@ -55,6 +56,7 @@ class Replication:
         return to_json(self.to_dict(), indent)
 
 
+@checked
 def replicate_checkpoint(
     base: StrPath,
     layer_replication: Layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from peft_any.arguments import checked
 from peft_any.backend import Backend
 from peft_any.io._atomic import StrPath
 from peft_any.io.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from peft_any.surgery.ties import settle_ties
 MIN_KEPT = 0.9
 
 
+@checked
 def verify_checkpoint(
     base: StrPath,
     adapter: Adapters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,9 @@ class Batches:
             if batch_size is not None:
                 raise ConfigError("data: a function makes its own batches: leave batch_size out")
             return
-        self._count = len(data) if batch_size is None else _rows(data)
+        self._count = len(listed(data, "data")) if batch_size is None else _rows(data)
         if batch_size is not None and not 1 <= batch_size <= self._count:
             raise ConfigError(f"data: {self._count} rows cannot fill a batch_size={batch_size}")
-        if self._count == 0:
-            raise ConfigError("data: there is no batch in it")
 
     def __getitem__(self, i: int) -> Any:
         if callable(self._data):
@@ -77,6 +76,24 @@ class Batches:
                 order = np.random.Generator(np.random.PCG64(stream)).permutation(order)
             self._order = epoch, order
         return self._order[1]
+
+
+def listed(batches: Any, name: str) -> Any:
+    """Give a list of batches; refuse what is none.
+
+    Raises
+    ------
+    ConfigError
+    """
+    odd = isinstance(batches, str | bytes | Mapping) or not hasattr(batches, "__getitem__")
+    if odd or not hasattr(batches, "__len__"):
+        raise ConfigError(
+            f"{name}: a {type(batches).__name__} is no list of batches: give a list"
+            + ", or a function of a batch's number, or batch_size= to cut arrays" * (name == "data")
+        )
+    if len(batches) == 0:
+        raise ConfigError(f"{name}: there is no batch in it")
+    return batches
 
 
 def _rows(data: Any) -> int:

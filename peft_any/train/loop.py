@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
+from peft_any.arguments import checked
 from peft_any.autodiff import value_and_grad
 from peft_any.backend import backend_of, to_numpy
 from peft_any.bound import Bound
@@ -21,7 +22,7 @@ from peft_any.io._atomic import StrPath
 from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.model import PeftModel
 from peft_any.train.allocator import RankAllocator
-from peft_any.train.batches import Batches
+from peft_any.train.batches import Batches, listed
 from peft_any.train.optimise import apply_updates, optimizer_for
 from peft_any.train.progress import bar
 from peft_any.train.resume import load_state, refuse_other, save_state
@@ -69,13 +70,14 @@ class Run:
         return [record["loss"] for record in self.history]
 
 
+@checked
 def fit(
     model: PeftModel,
     loss: Loss,
     data: Any,
     *,
     steps: int,
-    optimizer: str | Optimizer = "adamw",
+    optimizer: str | Optimizer | Any = "adamw",
     batch_size: int | None = None,
     shuffle: bool = True,
     seed: int = 0,
@@ -167,6 +169,8 @@ def fit(
         )
     if patience is not None and held_out is None:
         raise ConfigError("fit: patience needs held_out: a list of batches to measure")
+    if held_out is not None:
+        listed(held_out, "held_out")
     batches = Batches(data, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = _Job(model, loss, rule, batches, seed, accumulate, max_grad_norm, not_finite == "skip")
     run = job.start(None if checkpoint is None else Path(checkpoint))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
 from peft_any.dropout import Seed, drops
 from peft_any.errors import ConfigError, TargetError
@@ -141,7 +142,7 @@ def attach_tree(
     *,
     kinds: Kinds | None = None,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     rederive: bool = False,
 ) -> AttachedTree:
     """Put an adapter on a pytree of a model; several act one upon another.

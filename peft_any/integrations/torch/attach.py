@@ -9,6 +9,7 @@ from torch import nn
 
 from peft_any import attention
 from peft_any import placed as placing
+from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
 from peft_any.errors import ConfigError, nearest
 from peft_any.integrations.torch import prompting
@@ -83,7 +84,7 @@ def attach(
     name: str = "default",
     *,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     rederive: bool = False,
 ) -> Attached:
     """Put an adapter on a torch module, in place; several act one upon another.
