@@ -63,6 +63,8 @@ class Config(abc.ABC):
     """Common fields that Hugging Face PEFT's class does not have: files say them only if set."""
     grouped: ClassVar[frozenset[str]] = frozenset()
     """Shared arrays of which there are several, told apart by what follows a dot."""
+    ranked: ClassVar[bool] = True
+    """Whether `r`, where there is one, is a rank."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Extensions of the array standard that `merge` or `forward` use."""
 

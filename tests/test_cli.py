@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from peft_any.cli import app, console, options
 from peft_any.errors import StorageError
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.methods.lora import LoraConfig
+from peft_any.methods.oft import OFTConfig
+from peft_any.methods.shira import ShiraConfig
 from peft_any.model import PeftModel
 from peft_any.registry import method_names
 
@@ -353,6 +356,18 @@ def test_inspect_tells_the_rank_that_segments_have(shell: Shell) -> None:
     ranks = {site["name"]: site["rank"] for site in found["sites"]}
     assert ranks["layers.0.fc1"] == 2 + 1
     assert {*ranks.values()} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    "config", [OFTConfig(r=2, oft_block_size=0), ShiraConfig(r=2, target_modules=["fc"])]
+)
+def test_inspect_calls_no_other_number_a_rank(shell: Shell, tmp_path: Path, config: Any) -> None:
+    model = PeftModel({"fc.weight": np.zeros((8, 8), "float32")})
+    model.add("one", replace(config, target_modules=["fc"])).save(tmp_path / "one")
+    assert [site["rank"] for site in shell.json("inspect", tmp_path / "one")["sites"]] == [None]
+    text = shell.ok("inspect", tmp_path / "one")
+    assert "r=2" in text
+    assert ", rank " not in text
 
 
 def test_inspect_predicts_what_a_base_would_keep(shell: Shell, base: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class OFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="OFT"):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear", "Conv2d", "Embedding"})
     kernels = "square"
     separable: ClassVar[bool] = True
+    ranked: ClassVar[bool] = False
 
     r: int = 0
     oft_block_size: int = 32

@@ -21,6 +21,7 @@ class ShiraConfig(Additive, FanInFanOut, peft_type="SHIRA"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     frozen: ClassVar[frozenset[str]] = frozenset({"shira_indices"})
+    ranked: ClassVar[bool] = False
 
     r: Count = 32
     mask_type: Literal["random"] = "random"

@@ -46,7 +46,7 @@ class SiteReport:
     name : str
     parameters : int
     rank : int or None
-        The configuration's `r` at this site, where the method has one.
+        The configuration's `r` at this site, where that is a rank.
     shapes : dict of str to shape
     norms : dict of str to float
         Frobenius norms of the parameters.
@@ -243,11 +243,12 @@ def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
 
 
 def _rank(config: Any, site: Site | None, params: Params) -> int | None:
-    """Give r; of a method whose factors have another width, that; None if r says nothing of it."""
+    """Give r; of a method whose factors have another width, that; None if r is no rank."""
     additive = isinstance(config, Additive)
     if additive and type(config).rank is not Additive.rank:
         return None if site is None else int(config.factors(params, site)[0].shape[1])
-    rank = getattr(config, "r", None) if not additive or config.order else None
+    ranked = config.ranked and (not additive or config.order)
+    rank = getattr(config, "r", None) if ranked else None
     return rank if isinstance(rank, int) and rank > 0 else None
 
 
