@@ -89,8 +89,8 @@ class TestWithMatplotlib:
         import matplotlib.image
 
         one, two = folder / "one.png", folder / "two.png"
-        draw(found, one)
-        draw(found, two)
+        draw(found, one, overwrite=True)
+        draw(found, two, overwrite=True)
         assert one.read_bytes() == two.read_bytes()
         return np.asarray(matplotlib.image.imread(one))
 
@@ -133,6 +133,21 @@ class TestWithMatplotlib:
         assert cli.run(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--plot", str(two)]) == 0
         assert one.read_bytes()[:4] == two.read_bytes()[:4] == b"\x89PNG"
         assert "holds 99 %" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", [["inspect", "a"], ["diff", "a", "b"]])
+    def test_commands_replace_no_picture_unasked(
+        self, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for i, name in enumerate("ab"):
+            lora(i).save(tmp_path / name)
+        kept = tmp_path / "kept.png"
+        kept.write_bytes(b"mine")
+        asked = [command[0], *(str(tmp_path / name) for name in command[1:]), "--plot", str(kept)]
+        assert cli.run(asked) == 5
+        assert "overwrite" in capsys.readouterr().err
+        assert kept.read_bytes() == b"mine"
+        assert cli.run([*asked, "--overwrite"]) == 0
+        assert kept.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_without_matplotlib_the_extra_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from peft_any.cli.options import (
 )
 
 PLOT = option("--plot", type=PATH, metavar="FILE.png", help="Draw it.")
+OVERWRITE_PLOT = flag("--overwrite", help="Replace an existing picture.")
 
 if TYPE_CHECKING:
     from peft_any.algebra.difference import AdapterDifference
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     option("--base", type=PATH, help="A model: predict what it would keep of the adapter."),
     flag("--spectra", help="Find the singular values of every ΔW."),
     PLOT,
+    OVERWRITE_PLOT,
     *FITTING,
     QUIET,
 )
@@ -48,6 +51,7 @@ def inspect(
     base: str | None,
     plot: str | None,
     *,
+    overwrite: bool,
     spectra: bool,
     as_json: bool,
     quiet: bool,
@@ -58,17 +62,21 @@ def inspect(
     from peft_any.cli.report import report
 
     given["spectra"] = spectra or plot is not None
+    draw = _drawer(plot, overwrite)
     with progress("inspecting", quiet) as step:
         found = inspect_adapter(adapter, base, progress=step, **given)
-    _draw(found, plot)
+    draw(found)
     return Result(found.to_dict(), report(found), as_json=as_json, quiet=quiet)
 
 
-def _draw(found: Drawable, plot: str | None) -> None:
-    from peft_any.surgery.pictures import draw
+def _drawer(plot: str | None, overwrite: bool) -> Callable[[Drawable], None]:
+    """Give what draws; refuse at once what cannot be drawn."""
+    if plot is None:
+        return lambda _: None
+    from peft_any.surgery.pictures import draw, refuse_undrawable
 
-    if plot is not None:
-        draw(found, plot)
+    refuse_undrawable(plot, overwrite=overwrite)
+    return lambda found: draw(found, plot, overwrite=overwrite)
 
 
 @command(
@@ -115,6 +123,7 @@ def extract(
     Argument("two", type=PATH, metavar="B", help="Another one."),
     option("--base", type=PATH, help="The model of two adapters, where their changes need it."),
     PLOT,
+    OVERWRITE_PLOT,
     NO_STRICT,
     BACKEND,
     QUIET,
@@ -125,6 +134,7 @@ def diff(
     base: str | None,
     plot: str | None,
     *,
+    overwrite: bool,
     as_json: bool,
     quiet: bool,
     **given: Any,
@@ -132,9 +142,10 @@ def diff(
     """Compare two adapters by what they add to each layer, or two models tensor by tensor."""
     from peft_any import diff as compare
 
+    draw = _drawer(plot, overwrite)
     with progress("comparing", quiet) as step:
         found = compare(one, two, base, progress=step, **given)
-    _draw(found, plot)
+    draw(found)
     return Result(found.to_dict(), compared(found), as_json=as_json, quiet=quiet)
 
 

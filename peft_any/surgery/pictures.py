@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from peft_any.algebra.difference import AdapterDifference
 from peft_any.errors import BackendError, UsageError
-from peft_any.io._atomic import StrPath, output_file
+from peft_any.io._atomic import StrPath, output_file, taken
 from peft_any.receipt import Host
 from peft_any.surgery.comparison import CheckpointDifference
 from peft_any.surgery.inspection import Inspection
@@ -36,7 +38,7 @@ class _Panel:
     logarithmic: bool = False
 
 
-def draw(found: Drawable, path: StrPath, *, overwrite: bool = True) -> None:
+def draw(found: Drawable, path: StrPath, *, overwrite: bool = False) -> None:
     """Draw what `inspect_adapter` or `diff` found, as a PNG.
 
     Of an adapter, ‖ΔW‖, effective ranks and spectra (with ``spectra=True``); of two adapters,
@@ -55,15 +57,12 @@ def draw(found: Drawable, path: StrPath, *, overwrite: bool = True) -> None:
     ------
     BackendError
         If Matplotlib is not installed.
+    StorageError
+        If the file is there, or cannot be written.
     UsageError
         If there is nothing to draw, or the file is to be no PNG.
     """
-    if not str(path).endswith(".png"):
-        raise UsageError(f"{path}: cannot be drawn: pictures are PNG files: end the name in .png")
-    if find_spec("matplotlib") is None:
-        raise BackendError(
-            f"{path}: cannot be drawn: Matplotlib is not installed: pip install peft_any[plot]"
-        )
+    refuse_undrawable(path, overwrite=overwrite)
     panels, spectra = _panels(found)
     panels = [panel for panel in panels if any(v is not None for v in panel.values.values())]
     if not panels:
@@ -71,6 +70,18 @@ def draw(found: Drawable, path: StrPath, *, overwrite: bool = True) -> None:
     figure = _figure(panels, spectra)
     with output_file(path, overwrite) as partial:
         figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+
+
+def refuse_undrawable(path: StrPath, *, overwrite: bool = False) -> None:
+    """Refuse a picture that cannot be drawn, before there is what it shows: errors as of `draw`."""
+    if not str(path).endswith(".png"):
+        raise UsageError(f"{path}: cannot be drawn: pictures are PNG files: end the name in .png")
+    if find_spec("matplotlib") is None:
+        raise BackendError(
+            f"{path}: cannot be drawn: Matplotlib is not installed: pip install peft_any[plot]"
+        )
+    if not overwrite and os.path.lexists(path):
+        raise taken(Path(path))
 
 
 def _panels(found: Drawable) -> tuple[list[_Panel], Mapping[str, Sequence[float]]]:
