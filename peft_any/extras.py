@@ -17,6 +17,8 @@ from peft_any.method import Prompt, Tuner
 from peft_any.registry import Config, method_names
 from peft_any.selection import saved_whole
 
+_BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked")
+"""What batch norms count beside their parameters."""
 _PIECES = 256
 """Up to so many new rows a table is put together of pieces."""
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in")
@@ -97,6 +99,8 @@ def trained(adapter: Any) -> dict[str, Params]:
 
 def is_trained(config: Config, tensor: str) -> bool:
     """Whether a copied tensor was trained, and not only saved along (as embeddings are)."""
+    if tensor.endswith(_BUFFERS):
+        return False
     bias = getattr(config, "bias", "none") != "none" and tensor.endswith("bias")
     return bias or within(tensor, saved_whole(config))
 

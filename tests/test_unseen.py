@@ -375,3 +375,48 @@ def test_a_start_beside_an_embedding_is_folded_and_a_raw_file_kept(tmp_path: Pat
     found = Adapter.load(tmp_path / "raw")
     assert found.config.init_lora_weights == "olora"  # type: ignore[attr-defined]
     assert found.sites["fc"]["lora_A.weight"].shape == (2, 4)
+
+
+def test_a_file_of_nested_experts_is_written_as_it_was(tmp_path: Path) -> None:
+    names = ["experts.up_proj", "experts.down_proj"]
+    config = LoraConfig(r=1, target_modules=["fc"], target_parameters=names)
+    up = {"lora_A.weight": draw(2, 4), "lora_B.weight": draw(3, 2)}
+    down = {"lora_A.weight": draw(2, 3), "lora_B.weight": draw(4, 2)}
+    Adapter(config, {"m.experts.up_proj": up, "m.experts.down_proj": down}).save(tmp_path / "a")
+    Adapter.load(tmp_path / "a").save(tmp_path / "b")
+    first, second = (tmp_path / n / "adapter_model.safetensors" for n in "ab")
+    assert "base_model.model.m.experts.base_layer.lora_A.weight" in peft_any.read_safetensors(first)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_magnitude_that_is_spelt_twice_is_one(tmp_path: Path) -> None:
+    p = {"lora_embedding_A": draw(2, 9), "lora_embedding_B": draw(4, 2)}
+    p["lora_magnitude_vector"] = draw(4)
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)
+    Adapter(config, {"embed_tokens": p}).save(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = dict(peft_any.read_safetensors(path))
+    key = "base_model.model.embed_tokens.lora_magnitude_vector"
+    tensors = {n: a.copy() for n, a in tensors.items()} | {f"{key}.weight": tensors[key].copy()}
+    path.unlink()
+    peft_any.write_safetensors(path, tensors, {"format": "pt"})
+    found = Adapter.load(tmp_path / "a")
+    assert {*found.sites["embed_tokens"]} == {*p}
+    found.save(tmp_path / "b")
+    assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_what_a_batch_norm_counts_is_copied_and_not_trained() -> None:
+    weights = {f"norm.{n}": draw(4) for n in ("weight", "bias", "running_mean", "running_var")}
+    weights |= {"fc.weight": draw(4, 4), "norm.num_batches_tracked": np.asarray(3)}
+    model = PeftModel(weights)
+    added = model.add("a", LoraConfig(r=1, target_modules=["fc"], modules_to_save=["norm"]))
+    assert {*added.extra} == {n for n in weights if n.startswith("norm")}
+    assert {*model.parameters["a"][""]} == {"norm.weight", "norm.bias"}
+
+
+def test_gains_keep_to_what_is_not_excluded() -> None:
+    config = IA3Config(target_modules=["fc"], feedforward_modules=[], exclude_modules=["h.0.fc"])
+    adapter = Adapter(config, {"h.1.fc": {"ia3_l": draw(3, 1)}})
+    made, _ = peft_any.combine([adapter, adapter])
+    assert made.config.target_modules == ["h.1.fc"]  # type: ignore[attr-defined]

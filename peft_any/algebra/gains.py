@@ -79,7 +79,8 @@ def _config(configs: Sequence[Any], inward: Mapping[str, bool]) -> IA3Config:
         base_model_name_or_path=first.base_model_name_or_path,
     )
     lists = [(c.target_modules, c.feedforward_modules or []) for c in configs]
-    if all(isinstance(entries, list) for pair in lists for entries in pair):
+    whole = not any(c.exclude_modules for c in configs)
+    if whole and all(isinstance(entries, list) for pair in lists for entries in pair):
         targets, feed = (
             sorted({e for entries in side for e in entries}) for side in zip(*lists, strict=True)
         )

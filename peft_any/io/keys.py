@@ -235,7 +235,11 @@ def _leave_out(parts: list[str], wrapper: str) -> list[str]:
 
 
 def _second_spellings(places: dict[str, Place]) -> None:
-    """Take one of a copy's two spellings as spare: HF writes both for saved embeddings."""
+    """Take one of two spellings as spare: HF writes both of what lies in saved embeddings."""
+    called = {place for key, place in places.items() if not key.endswith(tuple(_OLD))}
+    for key, place in places.items():
+        if key.endswith(tuple(_OLD)) and place in called:
+            places[key] = Place("spare", place.module, place.name)
     plain = {place.name for place in places.values() if place == Place("copy", "", place.name)}
     for key, place in places.items():
         if place.part == "copy" and place.module:
@@ -281,11 +285,12 @@ def write_key(
 
 
 def _nested(module: str, sites: Collection[str]) -> str:
-    """Put ``base_layer`` after every adapted module on the way to this one."""
+    """Put ``base_layer`` after every adapted module on the way to this one, where none is yet."""
     parts, out = module.split("."), []
     for i, part in enumerate(parts):
         out.append(part)
-        if i + 1 < len(parts) and ".".join(parts[: i + 1]) in sites:
+        apart = i + 1 < len(parts) and parts[i + 1] != "base_layer"
+        if apart and ".".join(parts[: i + 1]) in sites:
             out.append("base_layer")
     return ".".join(out)
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from peft_any import merge_checkpoint, verify_checkpoint  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.integrations.torch import attach  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests.hf.models import GROUPED, base_of, outputs, quietly  # noqa: E402
 from tests.hf.reference import state_of  # noqa: E402
@@ -130,3 +131,32 @@ def test_an_embedding_of_patches_may_be_saved_along(method: str, tmp_path: Path)
     ours = PeftModel(weights)
     ours.add("a", adapter)
     compare(ours.merge(), merged(theirs, weights))
+
+
+def test_a_saved_batch_norm_counts_on_as_in_hf(tmp_path: Path) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 3}
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = transformers.ResNetConfig(**sizes)
+        models.append(transformers.ResNetForImageClassification(config).eval())
+    saved = ["normalization"]
+    lora = peft.LoraConfig(r=2, target_modules=["convolution"], modules_to_save=saved)
+    theirs = trained(models[0], lora, tmp_path / "a")
+    task = attach(models[1], Adapter.load(tmp_path / "a"))
+    for model in (theirs, models[1]):
+        model.train()
+        with torch.no_grad():
+            model(x)
+        model.eval()
+    with torch.no_grad():
+        close(models[1](x).logits, theirs(x).logits)
+    with quietly():
+        theirs.save_pretrained(tmp_path / "theirs")
+    task.save(tmp_path / "ours")
+    got, want = (
+        load_file(tmp_path / one / "adapter_model.safetensors") for one in ("ours", "theirs")
+    )
+    compare(got, want)
+    assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in want.items()}
