@@ -44,7 +44,7 @@ def test_extract(
     assert (document["kept"], document["out"]) == (written["kept"], {})
     code, out, err = run(capsys, *command)
     assert (code, out) == (2, "")
-    assert "give rank or energy" in err
+    assert "give --rank or --energy" in err
     code, out, err = run(capsys, *command, "--rank", 2, "--out", tmp_path / "out")
     assert (code, out) == (5, "")
     assert "it exists" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from peft_any.adapter import Adapter
 from peft_any.cli import run
+from peft_any.methods.lora import LoraConfig
+from peft_any.model import PeftModel
 from tests.test_combine import delta, lora
 
 
@@ -86,10 +89,10 @@ def test_resize_writes_the_rank(
         (["combine", "A", "B", "--method", "linear", "--dry-run"], 3, "ranks [2, 3]"),
         (["combine", "A", "nowhere", "--dry-run"], 5, "no such adapter"),
         (["resize", "A", "--dry-run"], 2, "no rank is given"),
-        (["resize", "A", "--rank", "0", "--dry-run"], 2, "rank=0"),
-        (["combine", "A", "B", "--energy", "1.5", "--dry-run"], 2, "energy=1.5"),
-        (["convert", "A", "--rank", "-1", "--dry-run"], 2, "rank=-1"),
-        (["resize", "A", "--sv-ratio", "0.5", "--dry-run"], 2, "sv_ratio=0.5"),
+        (["resize", "A", "--rank", "0", "--dry-run"], 2, "--rank 0"),
+        (["combine", "A", "B", "--energy", "1.5", "--dry-run"], 2, "--energy 1.5"),
+        (["convert", "A", "--rank", "-1", "--dry-run"], 2, "--rank -1"),
+        (["resize", "A", "--sv-ratio", "0.5", "--dry-run"], 2, "--sv-ratio 0.5"),
         (["resize", "A", "--energy", "1", "--sv-fro", "1", "--dry-run"], 2, "give one"),
         (["resize", "A", "--rank", "2", "--out", "A"], 2, "it is the input itself"),
         (["combine"], 2, "ADAPTER"),
@@ -109,3 +112,36 @@ def test_mistakes_have_an_exit_code_and_a_message(
     assert run(filled) == code
     assert says in capsys.readouterr().err
     assert sorted(pair[0].parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("combine a a --method ties", "ties: needs --density, the share"),
+        ("combine a a --density 0.5", "--density 0.5 has no effect"),
+        ("combine a a --rank 0", "--rank 0: cannot be a rank"),
+        ("combine a a --seed -1", "--seed -1: cannot be negative"),
+        ("combine a a --svd-clamp 2", "--svd-clamp 2.0: it is a quantile"),
+        ("combine a a --majority-sign-method x", "--majority-sign-method 'x': give"),
+        ("combine a a --dtype int8", "float8_e4m3fn (fp8)"),
+        ("resize a", "give --rank, --energy or another selector"),
+        ("resize a --sv-ratio 2 --energy 0.5", "--energy and --sv-ratio: cannot both"),
+        ("convert dora", "give --base"),
+        ("diff dora a", "give --base"),
+    ],
+)
+def test_errors_speak_of_options_and_not_of_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], args: str, said: str
+) -> None:
+    weights = {"fc.weight": np.eye(6, 5, dtype="float32")}
+    for name in ("a", "dora"):
+        config = LoraConfig(r=2, target_modules=["fc"], use_dora=name == "dora")
+        PeftModel(weights).add("one", config).save(tmp_path / name)
+    command, *rest = args.split()
+    found = [str(tmp_path / word) if word in ("a", "dora") else word for word in rest]
+    made = [] if command == "diff" else ["--dry-run"]
+    assert run([command, *found, *made, "--json"]) in (2, 3)
+    out, err = capsys.readouterr()
+    assert said in err
+    assert json.loads(out)["error"]["message"] in err
+    assert not re.search(r"\b\w+=", err)

@@ -382,7 +382,7 @@ def test_equal_models_are_refused(shop: Shop) -> None:
 
 
 def test_a_size_must_be_asked_for(shop: Shop) -> None:
-    with pytest.raises(UsageError, match="give rank or energy"):
+    with pytest.raises(UsageError, match="give rank= or energy="):
         shop.extract(model(), model())
 
 

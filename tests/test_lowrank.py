@@ -206,7 +206,7 @@ def test_single_precision_where_a_library_has_no_double() -> None:
         ({"sv_fro": 1.5}, "sv_fro=1.5"),
         ({"sv_ratio": 0.5}, "sv_ratio=0.5"),
         ({"sv_ratio": float("inf")}, "sv_ratio=inf"),
-        ({"energy": 0.5, "sv_fro": 0.5}, "energy and sv_fro"),
+        ({"energy": 0.5, "sv_fro": 0.5}, "energy= and sv_fro="),
     ],
 )
 def test_impossible_cuts_are_refused(numbers: dict[str, float], says: str) -> None:

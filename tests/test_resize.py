@@ -150,7 +150,7 @@ def test_copies_stay(tmp_path: Path) -> None:
 def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no rank is given"):
         resize(lora(1), tmp_path / "out")
-    with pytest.raises(UsageError, match="energy and sv_ratio"):
+    with pytest.raises(UsageError, match="energy= and sv_ratio="):
         resize(lora(1), tmp_path / "out", energy=0.9, sv_ratio=3)
     unconverted = lora(1)
     pissa = replace(unconverted.config, init_lora_weights="pissa")

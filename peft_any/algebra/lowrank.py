@@ -58,7 +58,7 @@ class Cut:
             raise UsageError(f"rank={self.rank!r}: cannot be a rank: give at least 1")
         given = {k: v for k, v in vars(self).items() if k != "rank" and v is not None}
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)}: cannot both choose the rank: give one")
+            raise UsageError(f"{'= and '.join(given)}=: cannot both choose the rank: give one")
         for name, value in given.items():
             if name == "sv_ratio":
                 if not (isfinite(value) and value >= 1):

@@ -41,6 +41,7 @@ from peft_any.cli.options import (
     PATH,
     QUIET,
     engine_at,
+    in_options,
     min_kept,
     weighted,
 )
@@ -219,12 +220,11 @@ def run(args: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    as_json, quiet = "--json" in given, bool({"-q", "--quiet"} & {*given})
-    resume = "--resume" in given
+    quiet = bool({"-q", "--quiet"} & {*given})
 
     def note(message: Any, *_: Any, **__: Any) -> None:
         if not quiet:
-            tell("warning", " ".join(str(message).split("\n")), "yellow")
+            tell("warning", spoken(" ".join(str(message).split("\n")), given), "yellow")
 
     with signals() as caught, warnings.catch_warnings():
         warnings.showwarning = note
@@ -249,7 +249,7 @@ def _run(given: list[str]) -> int:
                 import traceback
 
                 traceback.print_exc()
-            return failed(error, caught, as_json, resume)
+            return failed(error, caught, given)
     return code if given else UsageError.exit_code
 
 
@@ -280,11 +280,20 @@ def show(result: Result) -> int:
     return error.exit_code
 
 
-def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: bool) -> int:
+def spoken(message: str, given: Sequence[str]) -> str:
+    """Put what the library says into the words of the command that was given."""
+    names = app.list_commands(click.Context(app))
+    name = next((word for word in given if word in names), "")
+    command = app.get_command(click.Context(app), name)
+    return in_options(message, command.params if command else ())
+
+
+def failed(error: BaseException, caught: Sequence[int], given: Sequence[str]) -> int:
     """Say what went wrong, and give the exit code."""
-    message = str(error)
+    message = spoken(str(error), given)
     if caught:
-        left = "the same command continues" if resume else "no partial output is left behind"
+        resumes = "--resume" in given
+        left = "the same command continues" if resumes else "no partial output is left behind"
         code, message = 128 + caught[0], f"interrupted: {left}"
     elif isinstance(error, PeftError):
         code = error.exit_code
@@ -303,7 +312,7 @@ def failed(error: BaseException, caught: Sequence[int], as_json: bool, resume: b
         code = INTERNAL
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
     tell("error", message)
-    if as_json:
+    if "--json" in given:
         from peft_any.receipt import SCHEMA_VERSION
 
         document = {"schema_version": SCHEMA_VERSION, "error": record(error, message, code)}

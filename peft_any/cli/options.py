@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Any
 
@@ -110,6 +111,27 @@ def engine_at(engine: str, scheduler: str | None) -> str:
     if scheduler is not None and engine != "dask":
         raise UsageError(f"--scheduler {scheduler}: is Dask's: give --engine dask with it")
     return scheduler or engine
+
+
+def in_options(text: str, params: Iterable[click.Parameter]) -> str:
+    """Say in a command's options what the library says in its arguments.
+
+    Examples
+    --------
+    >>> params = [OVERWRITE, MAP, option("--sv-ratio")]
+    >>> in_options("sv_ratio=0: give names=, or overwrite=True (--overwrite)", params)
+    '--sv-ratio 0: give --map, or --overwrite'
+    """
+    for param in params:
+        long = next((name for name in param.opts if name.startswith("--")), None)
+        if long is not None and param.name:
+            text = re.sub(rf"(?<![\w.'\"-]){param.name}=(?:True|False)\b", long, text)
+            text = re.sub(rf"(?<![\w.'\"-]){param.name}=(?=[^\s,;:.)])", f"{long} ", text)
+            text = re.sub(rf"(?<![\w.'\"-]){param.name}=", long, text)
+            if "_" in param.name:
+                text = re.sub(rf"(?<![\w.'\"-]){param.name}\b", long, text)
+            text = text.replace(f"{long} ({long})", long)
+    return text
 
 
 def runs(layers: str) -> list[list[int]]:

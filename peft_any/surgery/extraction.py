@@ -112,7 +112,7 @@ def extract(
     """
     start = time.perf_counter()
     if rank is None and energy is None:
-        raise UsageError("extract: nothing says how large the factors are: give rank or energy")
+        raise UsageError("extract: nothing says how large the factors are: give rank= or energy=")
     cut, to, dtype = Cut(rank=rank, energy=energy), resolve(backend), storage_dtype(dtype)
     does = engine_of(engine)
     with Checkpoint(base) as one, Checkpoint(model) as two:
