@@ -74,9 +74,9 @@ class PromptLayer:
         """How many numbers are trained."""
         return count(self.config, self.params)
 
-    def prepend(self, embeds: Array, submodule: int = 0) -> Array:
-        """Put the virtual tokens before embedded input (..., tokens, d)."""
-        return self.config.prepend(self.params, embeds, submodule)
+    def prepend(self, embeds: Array, submodule: int = 0, **told: Any) -> Array:
+        """Put the virtual tokens before embedded input (..., tokens, d), of the `task_ids` say."""
+        return self.config.prepend(self.params, embeds, submodule, **told)
 
 
 def count(config: Prompt, params: Params) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -229,6 +230,14 @@ def test_each_input_has_the_prompt_of_its_task() -> None:
             config.prompts(p, wrong)
     with pytest.raises(ShapeError, match="one for each input"):
         config.prepend(p, x, task_ids=[0, 1, 2])
+    with pytest.raises(ConfigError, match="cannot choose among 4 tasks: give it task_ids"):
+        config.prepend(p, x)
+    layer = config.layer()
+    with pytest.raises(ConfigError, match="cannot choose among 4 tasks"):
+        layer.prepend(x)
+    assert layer.prepend(x, task_ids=[2]).shape == (2, 7, 5)
+    only = replace(config, num_tasks=1).layer()
+    np.testing.assert_array_equal(only.prepend(x), only.prepend(x, task_ids=[0]))
     with pytest.raises(ConfigError, match="a task from 0 to 3"):
         config.of_source(p, "EXACT_SOURCE_TASK", 4)
 

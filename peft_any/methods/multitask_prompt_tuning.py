@@ -105,12 +105,19 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
         return p["prompt_embeddings"] * turned
 
     def prepend(
-        self, p: Params, embeds: Array, submodule: int = 0, *, task_ids: Tasks = (0,)
+        self, p: Params, embeds: Array, submodule: int = 0, *, task_ids: Tasks | None = None
     ) -> Array:
         """Put each input's prompt before it: embeds (batch, tokens, d), one task for each.
 
-        One task alone stands for all inputs. See `prompts.before`.
+        One task alone stands for all inputs; where there is but one, it need not be named. See
+        `prompts.before`.
         """
+        if task_ids is None and (several := p["prefix_task_cols"].shape[0]) > 1:
+            raise ConfigError(
+                f"{self.where}: a call cannot choose among {several} tasks: give it task_ids, a "
+                "number from 0 for each input"
+            )
+        task_ids = (0,) if task_ids is None else task_ids
         rows = self.prompts(p, task_ids)
         if rows.shape[0] not in (1, *embeds.shape[:1]) or (embeds.ndim != 3 and rows.shape[0] > 1):
             raise ShapeError(

@@ -88,10 +88,17 @@ class PromptCase:
         shape = (*lead, heads, _TOKENS, d // heads)
         return [rng.standard_normal(shape).astype(dtype) for _ in "kv"]
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `prepend` must be told: of several tasks, one."""
+        several = (getattr(self.config, "num_tasks", None) or 1) > 1
+        return {"task_ids": (0,)} if several else {}
+
     def outputs(self, p: Any, *x: Any) -> list[Any]:
         """Put the prompt before the inputs: of every submodule, or in every layer."""
         if self.embeds:
-            return [self.config.prepend(p, *x, i) for i in range(self.config.submodules)]
+            submodules = range(self.config.submodules)
+            return [self.config.prepend(p, *x, i, **self.told) for i in submodules]
         layers = range(self.config.size("num_layers"))
         return [y for i in layers for y in self.config.concat_to_kv(p, *x, i)]
 
@@ -146,7 +153,7 @@ def refusing(case: PromptCase) -> None:
     call = case.config.prepend if case.embeds else case.config.concat_to_kv
     for what, args in (("an input of another width", (*wide, 0)), (f"part {last}", (*x, last))):
         try:
-            call(p, *args)
+            call(p, *args, **case.told)
         except ShapeError:
             continue
         must(False, case, f"{_named(case, 0)} takes {what}: raise a ShapeError (prompts.before)")

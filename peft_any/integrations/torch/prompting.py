@@ -242,11 +242,6 @@ class _Call:
         """Put rows before the input and its mask; give the embedded input alone, too."""
         given = self._masked(given, "attention_mask")
         embeds = self._embedded(given, "input_ids", "inputs_embeds")
-        if (several := getattr(self.config, "num_tasks", None) or 1) > 1 and not self.tasks:
-            raise ConfigError(
-                f"{self.config.where}: a call cannot choose among {several} tasks: give it "
-                "task_ids, a number from 0 for each input"
-            )
         given["inputs_embeds"] = self.config.prepend(self.params, embeds, **self.tasks)
         return given, embeds
 
