@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,16 @@ def test_importing_loads_no_method_and_no_other_library() -> None:
     heavy = LIBRARIES - {"array_api_compat"} | {"click", "rich", "transformers", "peft"}
     assert not roots & heavy
     assert not {m for m in loaded if m.startswith("peft_any.methods.")}
+
+
+def test_the_metadata_says_what_the_package_is() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    lowest = project["requires-python"].removeprefix(">=")
+    named = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
+    assert named[0] == lowest  # the least that is installed on is one that is tested
+    assert "Typing :: Typed" in project["classifiers"]
+    assert (PACKAGE / "py.typed").is_file()
+    assert not any(c.startswith("License") for c in project["classifiers"])  # an expression says it
+    assert all((PACKAGE.parent / name).is_file() for name in project["license-files"])
+    assert project["keywords"] == sorted(project["keywords"])
