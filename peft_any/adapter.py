@@ -28,6 +28,7 @@ from peft_any.io.safetensors import write_safetensors
 from peft_any.layer import Kind, Site
 from peft_any.method import Prompt, Tuner
 from peft_any.naming import nesting, regrouping, renaming
+from peft_any.projections import held
 from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import out_projection
@@ -310,15 +311,15 @@ class Adapter:
         extra, tokens = fresh_copies(self.config, weights, sites)
         return self.replace(extra=extra, tokens=tokens)
 
-    def with_shared(self, sites: Sequence[Site], *, dtype: str = "float32") -> Self:
-        """Draw the shared arrays that the file left out (`save_projection` false) again."""
+    def with_shared(self, sites: Sequence[Site], base: Callable[[str], str]) -> Self:
+        """Draw again the shared arrays that the file left out; `base` gives its tensors' dtypes."""
         config = self.config
         if not isinstance(config, Tuner) or not self.sites:
             return self
         if all(name in self.shared for name in config.shared_shapes(sites)):
             return self
         like = backend_of(next(iter(next(iter(self.sites.values())).values())))
-        drawn = config.init_shared(sites, Fresh(0, like, dtype=dtype))
+        drawn = held(config.init_shared(sites, Fresh(0, like)), base(sites[0].weight))
         return self.replace(shared={**drawn, **self.shared})
 
     def check_copies(self, weights: Mapping[str, Any]) -> None:

@@ -58,7 +58,8 @@ def fitted(
     if new := nesting.names(adapter.config, adapter.sites, weights, kinds):
         adapter = adapter.replace(sites=nesting.named(adapter.sites, new))
     sites = place(adapter, weights, kinds)
-    adapter = filled(adapter.to(library(weights)), sites).with_shared([*sites.values()])
+    adapter = filled(adapter.to(library(weights)), sites)
+    adapter = adapter.with_shared([*sites.values()], lambda name: dtype_name(weights[name]))
     config = adapter.config
     if isinstance(config, Prompt):
         adapter = adapter.replace(shared=config.resumed(adapter.shared))

@@ -44,6 +44,20 @@ def drawn(shapes: Mapping[str, Shape], seed: int, new: Fresh) -> Params:
     return found
 
 
+def held(drawn: Params, stored: str) -> Params:
+    """Round matrices that were drawn again as HF PEFT does: to half precision, if the base has it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> held({"vera_A": np.asarray([1 + 2.0**-20], "float32")}, "float16")["vera_A"].tolist()
+    [1.0]
+    """
+    if stored not in ("bfloat16", "float16"):
+        return drawn
+    return {name: astype(astype(a, stored), dtype_name(a)) for name, a in drawn.items()}
+
+
 def own_part(a: Array, b: Array, site: Site, rows: int, r: int) -> tuple[Array, Array]:
     """Take a site's part of A (rows, most n_in) and B (most n_out, r).
 

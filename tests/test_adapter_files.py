@@ -154,8 +154,8 @@ def test_shared_projections_left_out_of_the_file_are_drawn_again() -> None:
     adapter = Adapter.load(FILES / "vera-seeded")
     sites = adapter.check(base_of("vera-seeded"))
     assert not adapter.shared
-    assert Adapter.load(FILES / "prompt").with_shared([]).shared
-    drawn = adapter.with_shared([*sites.values()]).shared
+    assert Adapter.load(FILES / "prompt").with_shared([], str).shared
+    drawn = adapter.with_shared([*sites.values()], lambda _: "float32").shared
     assert {k: v.shape for k, v in drawn.items()} == {"vera_A": (4, 8), "vera_B": (12, 4)}
     other = Adapter.load(FILES / "vera")
     for key, value in other.shared.items():  # the same seed and largest sizes

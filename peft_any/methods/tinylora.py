@@ -8,7 +8,7 @@ from peft_any.backend import astype, dtype_name, namespace, to_numpy
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Positive, Rate, Share
 from peft_any.initial import normal, uniform, zeros
-from peft_any.projections import leading_pair, normal_projection, place_of
+from peft_any.projections import held, leading_pair, normal_projection, place_of
 
 
 class TinyLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="TINYLORA"):
@@ -96,8 +96,12 @@ class TinyLoraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="TINYLORA
         return None if "tinylora_group" in p else "its group and projection (save_projection)"
 
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
-        """Add what the layer's place tells."""
-        return self._placed(dict(p), site, new)
+        """Add what the layer's place tells, a projection in the base's precision."""
+        found = self._placed(dict(p), site, new)
+        if "tinylora_P" in p:
+            return found
+        weight = new.base_for(site.name, "TINYLORA").weight
+        return found | held({"tinylora_P": found["tinylora_P"]}, dtype_name(weight))
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Leave out what the file does not hold."""

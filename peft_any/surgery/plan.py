@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_any.backend import to_numpy
+from peft_any.backend import dtype_name, to_numpy
 from peft_any.completing import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
 from peft_any.io.checkpoint import Checkpoint
@@ -174,7 +174,11 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
     config = given.adapter.config
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is no method that changes layers")
-    adapter = filled(given.adapter, sites).with_shared([*sites.values()])
+
+    def stored(name: str) -> str:
+        return view.info(name).dtype if isinstance(view, View) else dtype_name(view[name])
+
+    adapter = filled(given.adapter, sites).with_shared([*sites.values()], stored)
     placed = Placed(adapter, sites, configured(config, sites))
     file = isinstance(view, View)  # which keeps no order that could be vouched for
     parts = known_parts(view.base.config) if isinstance(view, View) else ()

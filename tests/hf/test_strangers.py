@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+from safetensors.torch import load_file as torch_file  # noqa: E402
 
 from peft_any import merge_checkpoint, verify_checkpoint  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
@@ -160,3 +161,31 @@ def test_a_saved_batch_norm_counts_on_as_in_hf(tmp_path: Path) -> None:
     )
     compare(got, want)
     assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in want.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("VERA", {"r": 4}),
+        ("PVERA", {"r": 4}),
+        ("RANDLORA", {"r": 2, "sparse": True}),
+        ("TINYLORA", {"u": 3}),
+    ],
+)
+def test_projections_are_drawn_again_in_the_bases_precision(
+    method: str, fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(method)]
+    with quietly():
+        config = kind(target_modules=["q_proj", "up_proj"], save_projection=False, **fields)
+    trained(base_of("llama").to(dtype), config, tmp_path / "a")
+    base_of("llama").to(dtype).save_pretrained(tmp_path / "base")
+    with quietly():
+        theirs = peft.PeftModel.from_pretrained(base_of("llama").to(dtype), tmp_path / "a")
+        want = {k: v.to(dtype) for k, v in theirs.double().merge_and_unload().state_dict().items()}
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    got = torch_file(tmp_path / "out" / "model.safetensors")
+    moved = [k for k, v in got.items() if not torch.equal(v, want[k])]
+    changed = sum(int((got[k] != want[k]).sum()) for k in moved)
+    assert changed <= 1e-3 * sum(v.numel() for v in got.values())
