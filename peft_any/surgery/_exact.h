@@ -24,6 +24,11 @@ struct moments {
     int64_t same;
 };
 
+typedef double four_doubles __attribute__((vector_size(32)));
+typedef float four_floats __attribute__((vector_size(16)));
+typedef uint32_t four_words __attribute__((vector_size(16)));
+typedef uint16_t four_halves __attribute__((vector_size(8)));
+
 static inline float wide(uint16_t half)
 {
     const uint32_t bits = (uint32_t)half << 16;
@@ -65,10 +70,23 @@ static double exact_sum(const struct sums *s, ptrdiff_t row, ptrdiff_t column)
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #endif
-    const double *u = s->exact_u + row * s->k, *v = s->columns + column * s->b;
+    const double *u = s->turned ? NULL : s->exact_u + row * s->k;
+    const double *v = s->columns + column * s->b;
     const uint16_t *w = s->base + row * s->n, *own = w + (s->turned ? column / s->b * s->b : 0);
-    double part[4] = {0};
-    for (ptrdiff_t t = 0; t < s->b; t++)
+    four_doubles part = {0}, left, right;
+    ptrdiff_t t = 0;
+    for (; t + 4 <= s->b; t += 4) {
+        if (s->turned) {
+            four_halves stored;
+            memcpy(&stored, own + t, sizeof stored);
+            const four_words bits = __builtin_convertvector(stored, four_words) << 16;
+            left = __builtin_convertvector((four_floats)bits, four_doubles);
+        } else
+            memcpy(&left, u + t, sizeof left);
+        memcpy(&right, v + t, sizeof right);
+        part += left * right;
+    }
+    for (; t < s->b; t++)
         part[t % 4] += (s->turned ? wide(own[t]) : u[t]) * v[t];
     const double sum = wide(w[column]) + ((part[0] + part[1]) + (part[2] + part[3]));
     return s->scaled ? sum * s->exact_gain[row] : sum;

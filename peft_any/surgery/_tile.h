@@ -81,7 +81,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile)(
             for (int r = 0; r < rows; r++)
                 sum[r][0] = sum[r][1] = zero;
             for (ptrdiff_t t = 0; t < k;) {
-                const ptrdiff_t stop = t + CHUNK < k ? t + CHUNK : k;
+                const ptrdiff_t stop = turned && t + CHUNK < k ? t + CHUNK : k;
                 floats part[ROWS][2];
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++)

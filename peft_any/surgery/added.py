@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 
 from peft_any.receipt import Host
-from peft_any.surgery.sums import LARGE, PANEL, TINY, Sums, above, few, lost, product
+from peft_any.surgery.sums import LARGE, PANEL, TINY, Sums, above, few, lost, products
 
 _FLOPS = 1_000_000
 """Multiplications of one product: OpenBLAS has a quick way for so small ones."""
@@ -42,7 +42,7 @@ class Added(Sums):
         bound = lost(v.shape[0]) * longest * np.sqrt(np.einsum("ij,ij->i", u, u)) + TINY
         twice = above(bound)
         sizes = np.abs(sample.astype(np.float64))
-        return cls(u, v, twice) if few(twice.max(initial=0, keepdims=True), sizes) else None
+        return cls(u, v, twice) if few(twice.max(initial=0, keepdims=True), sizes, len(v)) else None
 
     @cached_property
     def panels(self) -> Host:
@@ -76,4 +76,4 @@ class Added(Sums):
     def exact(self, base: Host, start: int, rows: Host, columns: Host) -> Host:  # noqa: ARG002
         """u·v."""
         u, v = self.u.take(start + rows, axis=0), self.columns.take(columns, axis=0)
-        return product(zip(u.T, v.T, strict=True), len(rows))
+        return products(u, v)

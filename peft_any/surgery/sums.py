@@ -9,7 +9,6 @@ compiled pass where there is one (`passes.py`, `_sums.c`), and else what stands 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 from threading import local
 
 import numpy as np
@@ -29,6 +28,8 @@ _INNER = 1 << 17
 """Elements computed at a time: few enough for a core's cache, many enough for Python's pace."""
 _MANY = 0.05
 """Share of doubtful sums above which double precision is quicker from the start."""
+_LONG = 64
+"""Products of a sum from which their number counts, too."""
 _HALF_PLACE = 2.0**-8
 """Of bfloat16, for numbers from 1 to 2."""
 _SUM, _SCALED = 2.0**-22, 2.0**-20
@@ -47,10 +48,10 @@ def lost(k: int) -> float:
     return steps / (1 - steps)
 
 
-def few(bound: Host, sizes: Host) -> bool:
-    """Whether few sums of such sizes are doubtful, and none overflows."""
+def few(bound: Host, sizes: Host, k: int) -> bool:
+    """Whether few sums of such sizes, each of k products, are doubtful, and none overflows."""
     doubtful = np.minimum(2.0**8 * bound / np.maximum(sizes, TINY), 1)
-    return bool(np.all(sizes < LARGE)) and float(np.mean(doubtful)) < _MANY
+    return bool(np.all(sizes < LARGE)) and float(np.mean(doubtful)) * max(k / _LONG, 1) < _MANY
 
 
 def above(bound: Host) -> Host:
@@ -188,12 +189,16 @@ class Sums(abc.ABC):
         )
 
 
-def product(pairs: Iterable[tuple[Host, Host]], size: int) -> Host:
-    """Sum every fourth product, and then the four, as the compiled pass does."""
-    part = np.zeros((4, size))
-    for t, (left, right) in enumerate(pairs):
-        part[t % 4] += left * right
-    total: Host = (part[0] + part[1]) + (part[2] + part[3])
+def products(left: Host, right: Host) -> Host:
+    """Multiply rows (…, k) by rows: sums of every fourth product, then of the four.
+
+    As the compiled pass does, bit for bit.
+    """
+    part, k = np.zeros((len(left), 4)), left.shape[1]
+    for t in range(0, k, 4):
+        some = left[:, t : t + 4] * right[:, t : t + 4]
+        part[:, : some.shape[1]] += some
+    total: Host = (part[:, 0] + part[:, 1]) + (part[:, 2] + part[:, 3])
     return total
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from peft_any.receipt import Host
 from peft_any.surgery.passes import chosen
-from peft_any.surgery.sums import CHUNK, LARGE, PANEL, TINY, Sums, above, few, lost, product
+from peft_any.surgery.sums import CHUNK, LARGE, PANEL, TINY, Sums, above, few, lost, products
 
 _WIDE, _WIDEST = 256, 512
 """Blocks may be filled up with zeros to `_WIDE`; the compiled pass knows none above `_WIDEST`."""
@@ -60,7 +60,7 @@ class Turned(Sums):
         sizes = np.abs(sample.astype(np.float64)).reshape(shape)
         long = np.sqrt(np.sum(sizes * sizes, axis=(2, 3), keepdims=True))
         bound = sums.bound(compiled=chosen()[1] is not None).reshape(n // wide, -1, 1) * long
-        return sums if few(bound + TINY, sizes) else None
+        return sums if few(bound + TINY, sizes, b) else None
 
     def bound(self, *, compiled: bool) -> Host:
         """Give twice what single precision may be off by, in 32 columns, for rows of length 1."""
@@ -111,7 +111,6 @@ class Turned(Sums):
 
     def exact(self, base: Host, start: int, rows: Host, columns: Host) -> Host:  # noqa: ARG002
         """W·v."""
-        b, v = self.blocks.shape[-1], self.columns
-        first = columns // b * b
-        pairs = ((base[rows, first + t].astype(np.float64), v[columns, t]) for t in range(b))
-        return product(pairs, len(rows))
+        b, n = self.blocks.shape[-1], base.shape[1]
+        w = base.reshape(-1, b).take(rows * (n // b) + columns // b, axis=0)
+        return products(w.astype(np.float64), self.columns.take(columns, axis=0))
