@@ -218,7 +218,7 @@ def _length(runs: Layers, count: int | None, what: str, place: str) -> int:
     for run in runs:
         start, end = run if len(run) == 2 else (0, 0)
         if not 0 <= start < end or (count is not None and end > count):
-            last = "" if count is None else f" of {place}'s {count}"
+            last = "" if count is None else f", of which {place} has {count}"
             raise ConfigError(
                 f"{what}: {_plain([run])[1:-1]} is no run of layers{last}: give [start, end], end "
                 "excluded"

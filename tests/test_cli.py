@@ -977,3 +977,32 @@ def test_main_leaves_with_the_code() -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["merge", "-q"])
     assert left.value.code == 2
+
+
+def test_odd_paths_are_told_with_a_way_out(shell: Shell, adapter: Path, tmp_path: Path) -> None:
+    long, nowhere = tmp_path / ("x" * 300), tmp_path / "nowhere"
+    nowhere.symlink_to(tmp_path / "gone")
+    shell.refused(5, "resize", adapter, "--rank", 1, "--out", long, says=("choose a shorter",))
+    shell.refused(5, "inspect", nowhere, says=("it is a link to nothing; check",))
+    shell.refused(5, "inspect", long, says=("there is no such adapter; check",))
+    base = tmp_path / "lone.safetensors"
+    write_safetensors(base, weights())
+    shell.refused(3, "inspect", base, says=("give the directory with its adapter_config.json",))
+    said = "--layers [[5, 9]]: [5, 9] is no run of layers, of which layers has 2"
+    shell.refused(3, "replicate", "--base", base, "--layers", "5:9", "--out", long, says=(said,))
+
+
+def test_a_path_without_permission_is_no_wrong_command(
+    shell: Shell, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # for root there are no others
+    shell.ok("inspect", adapter)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_standard_output_is_told_with_a_way_out(adapter: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start("inspect", adapter, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert "standard output: cannot be used: no space is left on the device; free some" in err

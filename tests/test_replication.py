@@ -100,7 +100,7 @@ def test_inner_configurations_and_other_stacks(tmp_path: Path) -> None:
 
 def test_what_is_no_run_of_layers() -> None:
     for runs, words in (
-        ([[0, 4]], r"\[0, 4\] is no run of layers of model.layers's 3"),
+        ([[0, 4]], r"\[0, 4\] is no run of layers, of which model.layers has 3"),
         ([[2, 2]], r"\[2, 2\] is no run"),
         ([[0, 1, 2]], r"\[0, 1, 2\] is no run"),
         ([], "holds no layer"),

@@ -304,7 +304,10 @@ def failed(error: BaseException, caught: Sequence[int], given: Sequence[str]) ->
         silence()
         return PIPE
     elif isinstance(error, OSError):
-        code, message = STORAGE, f"{error.filename or 'input or output'}: {error.strerror or error}"
+        from peft_any.io._faults import storage_error
+
+        place = str(error.filename or "standard output")
+        code, message = STORAGE, str(storage_error(place, "be used", error))
         silence()
     elif isinstance(error, MemoryError):
         code, message = INTERNAL, f"not enough memory{message and ': '}{message}"

@@ -153,6 +153,7 @@ def diff(
     BASE,
     option(
         "--layers",
+        "layer_replication",
         required=True,
         metavar="0:4,2:5",
         help="Runs of layers START:END, END excluded.",
@@ -168,13 +169,13 @@ def diff(
     QUIET,
 )
 def replicate(
-    base: str, layers: str, out: str, *, as_json: bool, quiet: bool, **given: Any
+    base: str, layer_replication: str, out: str, *, as_json: bool, quiet: bool, **given: Any
 ) -> Result:
     """Repeat a model's layers: the base of an adapter with layer_replication."""
     from peft_any import replicate_checkpoint
 
     with progress("copying", quiet) as step:
-        made = replicate_checkpoint(base, runs(layers), out, progress=step, **given)
+        made = replicate_checkpoint(base, runs(layer_replication), out, progress=step, **given)
     order = " ".join(map(str, made.layers))
     lines = [f"{made.stack}: {len(made.layers)} layers, of the base's {order}"]
     lines += [f"config.json: {k} {old!r} → {new!r}" for k, (old, new) in made.config.items()]

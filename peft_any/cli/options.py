@@ -15,7 +15,13 @@ from peft_any.errors import UsageError
 
 
 class Place(click.Path):
-    """A path, which shells complete; ``~`` is the home directory after ``--base=`` too."""
+    """A path, which shells complete; ``~`` is the home directory after ``--base=`` too.
+
+    What cannot be read is left to be refused by what reads it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(readable=False)
 
     def convert(
         self,

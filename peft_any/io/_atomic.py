@@ -45,7 +45,7 @@ def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
             continue
         source = _real(given)
         if target == source or (
-            target.exists() and source.exists() and os.path.samefile(target, source)
+            os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source)
         ):
             how = "it is the input itself"
         elif source in target.parents:

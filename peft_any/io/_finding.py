@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from peft_any.errors import ConfigError, FormatError, StorageError, nearest
@@ -61,8 +62,9 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
     StorageError
         If there is nothing, or no tensor file.
     """
-    if not local(path, "be read").exists():
-        raise StorageError(f"{path}: there is no such adapter; check the spelling")
+    if not os.path.exists(local(path, "be read")):
+        what = "it is a link to nothing" if os.path.islink(path) else "there is no such adapter"
+        raise StorageError(f"{path}: {what}; check the spelling")
     if path.name == CONFIG_NAME and path.is_file():
         path = path.parent
     if not path.is_dir():
@@ -70,8 +72,8 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         beside = path.with_name(CONFIG_NAME)
         if not configured and not (path.name == TENSORS and beside.is_file()):
             raise ConfigError(
-                f"{path}: tensors alone cannot be an adapter: pass config=, or give the directory "
-                f"with its {CONFIG_NAME}{_looks(path)}"
+                f"{path}: tensors alone cannot be an adapter: give the directory with its "
+                f"{CONFIG_NAME} (or config= in Python){_looks(path)}"
             )
         return path, beside
     found = path / CONFIG_NAME if configured else find_config(path)
