@@ -18,7 +18,7 @@ from peft_any import (
     verify_checkpoint,
 )
 from peft_any.errors import PeftError, StorageError
-from peft_any.io._outgoing import CLAIM
+from peft_any.io._claim import CLAIM
 from peft_any.surgery.compute import Surgeon
 from tests.test_cluster import client as client
 from tests.test_cluster import killing, slow_down

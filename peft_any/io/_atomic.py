@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft_any.errors import PeftError, StorageError, UsageError
 from peft_any.io._faults import StrPath as StrPath
+from peft_any.io._faults import is_model_file
 from peft_any.io._faults import reporting as reporting
 from peft_any.io._faults import storage_error as storage_error
 from peft_any.io._faults import taken as taken
@@ -237,7 +238,7 @@ def _refuse_precious(final: Path) -> None:
         why = "it holds the current directory"
     elif (final / ".git").exists():
         why = "it is under version control"
-    elif not any(_model_file(child.name) for child in final.iterdir()):
+    elif not any(is_model_file(child.name) for child in final.iterdir()):
         why = "it holds no model or adapter"
     else:
         return
@@ -245,13 +246,6 @@ def _refuse_precious(final: Path) -> None:
         f"{final}: the existing directory cannot be replaced: {why}, so it is not removed; "
         "remove it yourself or choose another name"
     )
-
-
-def _model_file(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json")) or name in {
-        "adapter_config.json",
-        "merge_receipt.json",
-    }
 
 
 def _real(path: StrPath) -> Path:

@@ -54,6 +54,14 @@ def taken(out: StrPath) -> StorageError:
     )
 
 
+def is_model_file(name: str) -> bool:
+    """Whether only a model's or an adapter's directory has a file of that name."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or name in {
+        "adapter_config.json",
+        "merge_receipt.json",
+    }
+
+
 @contextmanager
 def reporting(path: StrPath, action: str) -> Iterator[None]:
     """Turn the operating system's errors within the block into a `StorageError` about `path`."""

@@ -80,7 +80,7 @@ def _acquire(path: Path, final: Path) -> int:
                 continue
             held, owner = _flock(handle), _owner(handle)
             elsewhere = owner.get("host", _host()) != _host()
-            if held is False or (held and elsewhere) or (held is None and _alive(owner)):
+            if held is False or (held and elsewhere) or (held is None and alive(owner)):
                 mine = False  # whoever holds it may have been quicker than its maker
                 raise _refused(final, path, owner)
             if _same(handle, path) if held else mine:
@@ -154,11 +154,15 @@ def _flock(handle: int) -> bool | None:
 
 
 def _sign(handle: int) -> None:
-    pid = os.getpid()
-    mine = {"pid": pid, "host": _host(), "began": _began(pid), "since": time.strftime("%F %T")}
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps(mine).encode())
+    os.write(handle, json.dumps(signature()).encode())
+
+
+def signature() -> dict[str, Any]:
+    """Say which process this is, on which machine."""
+    pid = os.getpid()
+    return {"pid": pid, "host": _host(), "began": _began(pid), "since": time.strftime("%F %T")}
 
 
 def _owner(handle: int) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def _same(handle: int, path: Path) -> bool:
         return False
 
 
-def _alive(owner: Mapping[str, Any]) -> bool:
+def alive(owner: Mapping[str, Any]) -> bool:
     """Whether the process may still run: yes, where that cannot be told."""
     if not owner:
         return False

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import re
-import time
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 from peft_any.errors import StorageError, UsageError
-from peft_any.io._faults import StrPath
-from peft_any.io._remote import Mirror, filesystem, reaching
+from peft_any.io._claim import CLAIM, Claim, is_dead, owner, refusal
+from peft_any.io._faults import StrPath, is_model_file, taken
+from peft_any.io._remote import MARKER, Mirror, filesystem, info_of, reaching
+from peft_any.io._replacing import JOURNAL, NEW, complete, put_in_place, turn, visible
+from peft_any.io._sending import listed, remove, send
 from peft_any.io._urls import is_url
 
-CLAIM = ".peft_any.claim"
 _ATTEMPT = re.compile(r"\.[0-9a-f]{32}$")
-_WHOLE = {
-    "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "r2", "tos", "memory",
-}  # fmt: skip
-"""Protocols of stores, where a file is there once all of it is."""
 
 
 def refuse_shared(out: str, inputs: Iterable[StrPath]) -> None:
@@ -45,76 +39,54 @@ def _settled(url: StrPath) -> str:
     return f"{scheme}://{'/'.join(part for part in rest.split('/') if part not in ('', '.'))}"
 
 
-def refuse_taken(url: str, *, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output whose place is not free.
+def refuse_taken(url: str, *, overwrite: bool, resume: bool = False) -> bool:
+    """Refuse an output whose place is not free, and tell whether one stands there to be replaced.
 
     Raises
     ------
     StorageError, UsageError
     """
-    if resume:
-        raise UsageError(
-            f"{url}: a merge to a URL cannot be continued: leave out --resume (resume=False), or "
-            "give a path of a mounted file system"
-        )
     if url.endswith(".safetensors"):
         raise UsageError(f"{url}: a single file cannot be written to a URL: give a directory")
+    url = url.rstrip("/")
     fs, key = filesystem(url)
     with reaching(url, "be written"):
-        found = [*fs.find(key)] if fs.exists(key) else []
-    names = [name[len(key) :].lstrip("/") for name in found]
-    if CLAIM in names:
-        raise _claimed(fs, key, url)
-    if not any(names) and not (found and fs.isfile(key)):
-        return
-    if overwrite:
+        if (info_of(fs, key) or {}).get("type") == "file":
+            raise StorageError(f"{url}: the output cannot go here: a file is there; choose another")
+        names = listed(fs, key)
+    who = owner(fs, key) if CLAIM in names else {}
+    if CLAIM in names and not is_dead(who):
+        raise refusal(who, url)
+    seen = visible(names)
+    if not seen and MARKER not in names:
+        return False
+    if _unfinished(names, who):
+        if overwrite or (resume and _has(names, JOURNAL)):
+            return False
         raise StorageError(
-            f"{url}: the existing output cannot be replaced: this file system cannot do it in one "
-            "step, and a killed run would leave neither; remove it yourself or choose another name"
+            f"{url}: the output cannot go here: a killed run has left part of one; "
+            "overwrite=True (--overwrite) removes it"
+            + (", resume=True (--resume) goes on with it" if _has(names, JOURNAL) else "")
         )
-    raise StorageError(f"{url}: the output cannot go here: it exists; choose another name")
+    if not overwrite:
+        raise taken(url)
+    if MARKER not in names and not any(is_model_file(name) for name in seen):
+        raise StorageError(
+            f"{url}: what is there cannot be replaced: it holds no model or adapter, so it is not "
+            "removed; remove it yourself or choose another name"
+        )
+    return True
 
 
-def _claimed(fs: Any, key: str, url: str) -> StorageError:
-    owner: dict[str, Any] = {}
-    with suppress(Exception):
-        owner = dict(json.loads(fs.cat_file(f"{key}/{CLAIM}")[:4096]))
-    who = f"process {owner.get('pid')!s:.20} on {owner.get('host')!s:.80}"
-    return StorageError(
-        f"{url}: the output cannot go here: {who}, since {owner.get('since')!s:.40}, is writing "
-        "it; wait for it, or choose another place; if it runs no more, remove what it left there"
-    )
+def _has(names: Iterable[str], folder: str) -> bool:
+    return any(name.startswith(f"{folder}/") for name in names)
 
 
-def _is_store(fs: Any) -> bool:
-    """Whether files are whole when they appear, and directories are but parts of their names."""
-    return bool(_WHOLE & ({fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}))
-
-
-def send(path: Path, url: str) -> None:
-    """Copy a file to a URL, where it appears whole or is never looked at."""
-    fs, key = filesystem(url)
-    with reaching(url, "be written"):
-        if _is_store(fs):
-            fs.put_file(str(path), key)
-        else:
-            fs.makedirs(fs._parent(key), exist_ok=True)  # noqa: SLF001 - it has no other name
-            own = f"{key}.{uuid4().hex}"  # an attempt
-            fs.put_file(str(path), own)
-            fs.mv(own, key)
-        fs.invalidate_cache()
-        size, there = path.stat().st_size, int(fs.info(key)["size"])
-    if size != there:
-        raise StorageError(f"{url}: cannot be written: of {size} bytes {there} are there")
-
-
-@contextmanager
-def passing(url: str) -> Iterator[Path]:
-    """Give a place here for a file that is sent to a URL if the block succeeds."""
-    with TemporaryDirectory(prefix="peft_any-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder, url.rpartition("/")[2])
-        yield path
-        send(path, url)
+def _unfinished(names: list[str], who: dict[str, Any]) -> bool:
+    """Whether what is there is part of an output that a killed run began."""
+    if MARKER in names or any(n.endswith("_receipt.json") and "/" not in n for n in names):
+        return False
+    return _has(names, JOURNAL) or (CLAIM in names and who.get("staged") is False)
 
 
 class Outgoing:
@@ -124,50 +96,111 @@ class Outgoing:
     ----------
     mirror : Mirror
         What is here, and what was sent.
+    claim : Claim
+    final : tuple of str
+        The place of the output, and its URL: that of `mirror` unless it takes an old one's place.
+    keeps : bool
+        Whether what was sent is left for another run, if this one fails.
     """
 
-    def __init__(self, mirror: Mirror) -> None:
-        self.mirror = mirror
+    def __init__(self, mirror: Mirror, claim: Claim, final: tuple[str, str]) -> None:
+        self.mirror, self.claim, self.final = mirror, claim, final
+        self.keeps = True  # until it is known whose files are there
+        self._replaces = final[0] != mirror.root
 
     def url_of(self, name: str) -> str:
         """Where a file of the output goes."""
         return f"{self.mirror.url}/{name}"
 
-    def hold(self, name: str) -> None:
-        """Note that a file was sent, by whichever process."""
+    def hold(self, name: str) -> dict[str, Any]:
+        """Note that a file was sent, by whichever process, and give what is known of it."""
         with reaching(self.url_of(name), "be read"):
-            info = self.mirror.fs.info(f"{self.mirror.root}/{name}")
+            self.mirror.fs.invalidate_cache()
+            info: dict[str, Any] = self.mirror.fs.info(f"{self.mirror.root}/{name}")
         self.mirror.add(name, info)
+        return info
+
+    def unfinished(self, known: Collection[str]) -> list[str]:
+        """List what is there of the output and is not known."""
+        names = visible(listed(self.mirror.fs, self.mirror.root))
+        return [name for name in names if name not in known]
+
+    def recover(self, *, resume: bool) -> None:
+        """Put right what a killed run has left in a place that is claimed."""
+        fs, (root, url) = self.mirror.fs, self.final
+        complete(fs, root, url)
+        with reaching(url, "be written"):
+            names = [n for n in listed(fs, root) if not n.startswith(CLAIM)]
+            beside = [n for n in names if n.startswith(f"{NEW}/")]
+            home, left = NEW, beside
+            if not self._replaces:
+                home, left = "", [n for n in names if n not in beside]
+                if visible(left) and not _unfinished([*left, CLAIM], self.claim.former):
+                    raise taken(url)  # since it was looked for, or it was not seen
+                remove(fs, f"{root}/{NEW}")  # of an output that has gone since
+            if left and not (resume and _has(left, f"{home}/{JOURNAL}".lstrip("/"))):
+                for name in left:
+                    fs.rm_file(f"{root}/{name}")
+                warnings.warn(f"{url}: removed what a killed run left there", stacklevel=5)
+        self.keeps = False
 
     def finish(self) -> None:
         """Send what is here: what tells readers of a model goes last, and the receipt after it."""
-        folder, fs = self.mirror.folder, self.mirror.fs
+        folder, fs, root = self.mirror.folder, self.mirror.fs, self.mirror.root
         with reaching(self.mirror.url, "be written"):
-            fs.invalidate_cache()
-            for left in [name for name in fs.find(self.mirror.root) if _ATTEMPT.search(name)]:
-                fs.rm_file(left)  # of a worker that was lost
+            for name in listed(fs, root):
+                if _ATTEMPT.search(name):  # of a worker that was lost
+                    fs.rm_file(f"{root}/{name}")
         files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        for name in sorted(set(files) - self.mirror.away.keys(), key=_turn):
+        self._check()
+        for name in sorted(set(files) - self.mirror.away.keys(), key=turn):
             send(folder / name, self.url_of(name))
+        if self._replaces:
+            self._check()
+            self.keeps = True  # there is no way back
+            put_in_place(fs, *self.final, files)
+        else:
+            with reaching(self.mirror.url, "be written"):
+                remove(fs, f"{root}/{JOURNAL}")
+        self._release()
 
+    def _release(self) -> None:
+        try:
+            self.claim.release()
+        except Exception as cause:  # noqa: BLE001 - what was to be done is done
+            url = self.final[1]
+            warnings.warn(f"{url}/{CLAIM}: cannot be removed: {cause}", stacklevel=4)
 
-def _turn(name: str) -> tuple[int, str]:
-    ends = ".safetensors", "", ".index.json", "config.json", "_receipt.json"
-    return max(i for i, end in enumerate(ends) if name.endswith(end)), name
+    def _check(self) -> None:
+        if not self.claim.holds():
+            raise refusal(owner(self.mirror.fs, self.final[0]), self.final[1])
+
+    def give_up(self) -> None:
+        """Remove what was sent, unless another run has taken the place, or may go on with it."""
+        try:
+            if not self.claim.holds():
+                return
+            if not self.keeps:
+                remove(self.mirror.fs, self.mirror.root)
+            if self._replaces or self.keeps:
+                self._release()
+        except Exception as cause:  # noqa: BLE001 - the first one counts
+            said = f"{self.final[1]}: what was written cannot be removed: {cause}"
+            warnings.warn(said, stacklevel=4)
 
 
 @contextmanager
 def outgoing(
     url: str, overwrite: bool = False, *, inputs: Iterable[StrPath] = (), resume: bool = False
 ) -> Iterator[Outgoing]:
-    """Claim a place for an output, and complete it if the block succeeds; else nothing is left.
+    """Claim a place for an output, and complete it if the block succeeds.
 
     Parameters
     ----------
     url : str
         A directory.
     overwrite, inputs, resume
-        As for `output_directory`: nothing is replaced, and nothing is resumed.
+        As for `output_directory`. What takes an old output's place is made beside it.
 
     Raises
     ------
@@ -177,40 +210,20 @@ def outgoing(
         Where it would touch one of `inputs`.
     """
     refuse_shared(url, inputs)
-    refuse_taken(url, overwrite=overwrite, resume=resume)
+    replaces = refuse_taken(url, overwrite=overwrite, resume=resume)
     url = url.rstrip("/")
     fs, key = filesystem(url)
-    _claim(fs, key, url)
-    try:
-        with TemporaryDirectory(prefix="peft_any-", ignore_cleanup_errors=True) as place:
-            folder = Path(place).resolve()
-            out = Outgoing(Mirror(fs, key, url, folder, folder, url))
-            with out.mirror.telling():
+    claim = Claim(fs, key, url, staged=replaces)
+    inner = f"/{NEW}" if replaces else ""
+    with TemporaryDirectory(prefix="peft_any-", ignore_cleanup_errors=True) as place:
+        folder = Path(place).resolve()
+        mirror = Mirror(fs, f"{key}{inner}", f"{url}{inner}", folder, folder, url)
+        out = Outgoing(mirror, claim, (key, url))
+        try:
+            with mirror.telling():
+                out.recover(resume=resume)
                 yield out
                 out.finish()
-    except BaseException:
-        try:
-            fs.invalidate_cache()
-            fs.rm(key, recursive=True)
-        except Exception as cause:  # noqa: BLE001 - the first one counts
-            warnings.warn(f"{url}: what was written cannot be removed: {cause}", stacklevel=3)
-        raise
-    with reaching(url, "be written"):
-        fs.rm_file(f"{key}/{CLAIM}")
-
-
-def _claim(fs: Any, key: str, url: str) -> None:
-    mine = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
-    place, data = f"{key}/{CLAIM}", json.dumps(mine).encode()
-    try:
-        with reaching(url, "be written"):
-            if not _is_store(fs):
-                fs.makedirs(key, exist_ok=True)
-            try:
-                fs.pipe_file(place, data, mode="create")
-            except TypeError:  # an old version, which cannot refuse what is there
-                fs.pipe_file(place, data)
-    except StorageError as error:
-        if isinstance(error.__cause__, FileExistsError):
-            raise _claimed(fs, key, url) from error
-        raise
+        except BaseException:
+            out.give_up()
+            raise

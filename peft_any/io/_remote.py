@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,10 @@ _HEAD = 1 << 16
 """Bytes that are read at first: most headers are no longer."""
 _KEPT = 1 << 26
 """Bytes of tensors that a file keeps beside the latest."""
+OURS = ".peft_any."
+"""How files begin that are there while an output is made."""
+MARKER = f"{OURS}replacing"
+"""What says that an output's files are being replaced: they are of two models."""
 _BESIDE = ("config.json", "adapter_config.json")
 
 
@@ -75,6 +79,14 @@ def filesystem(url: str) -> tuple[Any, str]:
     with reaching(url, "be read"):
         fs.invalidate_cache()
     return fs, str(key).rstrip("/")
+
+
+def info_of(fs: Any, key: str) -> dict[str, Any] | None:
+    """Give what is known of a file or a directory; None where there is none, and only then."""
+    try:
+        return dict(fs.info(key))
+    except FileNotFoundError:
+        return None
 
 
 class RemoteFile(SafetensorsFile):
@@ -171,6 +183,8 @@ class Mirror(os.PathLike[str]):
         What stands here for what was given, which may be a file.
     away : dict of str to str
         By their names relative to `folder`: the keys of what was not fetched.
+    look : callable
+        Lists the files there anew.
     """
 
     fs: Any
@@ -180,6 +194,9 @@ class Mirror(os.PathLike[str]):
     path: Path
     given: str
     away: dict[str, str] = field(default_factory=dict)
+    look: Callable[[], dict[str, Any]] = dict
+    _seen: dict[str, str] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -194,9 +211,8 @@ class Mirror(os.PathLike[str]):
         if odd or not parts:
             return
         path = self.folder.joinpath(*parts)
-        version = {k: info.get(k) for k in ("size", "ETag", "etag", "md5Hash", "mtime", "created")}
-        digest = hashlib.sha256(f"{version} {info.get('LastModified')}".encode()).digest()
-        when = int.from_bytes(digest[:4], "little")
+        version = _version(info)
+        when = int(version[:8], 16)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
@@ -204,14 +220,22 @@ class Mirror(os.PathLike[str]):
             os.utime(path, (when, when))
         except OSError:
             return
-        self.away[path.relative_to(self.folder).as_posix()] = f"{self.root}/{name}"
+        known = path.relative_to(self.folder).as_posix()
+        self.away[known], self._seen[known] = f"{self.root}/{name}", version
 
     def fetch(self, names: Iterable[str]) -> None:
         """Copy files whole."""
         for name in names:
             if (key := self.away.get(name)) is not None:
-                with reaching(f"{self.url}/{name}", "be read"):
-                    self.fs.get_file(key, str(self.folder / name))
+                path, url = self.folder / name, f"{self.url}/{name}"
+                size = path.stat().st_size
+                with reaching(url, "be read"):
+                    self.fs.get_file(key, str(path))
+                if path.stat().st_size != size:
+                    raise StorageError(
+                        f"{url}: cannot be read: of {size} bytes came {path.stat().st_size}: "
+                        "did it change meanwhile?"
+                    )
                 del self.away[name]
 
     def file(self, path: Path) -> SafetensorsFile:
@@ -219,7 +243,25 @@ class Mirror(os.PathLike[str]):
         name = path.relative_to(self.folder).as_posix()
         if name not in self.away:
             return SafetensorsFile(path)
+        self._used.add(name)
         return RemoteFile(self.fs, self.away[name], path, f"{self.url}/{name}")
+
+    def refuse_changes(self) -> None:
+        """Refuse files that are others now than when they were listed.
+
+        Raises
+        ------
+        StorageError
+            Listing them all.
+        """
+        with reaching(self.url, "be read"):
+            found = self.look() if self._used else {}
+        now = {name[len(self.root) :].lstrip("/"): _version(i) for name, i in found.items()}
+        if other := sorted(name for name in self._used if now.get(name) != self._seen[name]):
+            raise StorageError(
+                f"{self.given}: cannot be relied on: {', '.join(other)} changed while it was read; "
+                "begin anew when nobody writes there"
+            )
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -231,6 +273,17 @@ class Mirror(os.PathLike[str]):
                 told = str(error.args[0]).replace(str(self.folder), self.url)
                 error.args = (told, *error.args[1:])
             raise
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Digest what tells one version of a file from another; all of it is known of no file."""
+    keys = "size", "ETag", "etag", "md5Hash", "mtime", "created", "LastModified", "last_modified"
+    return hashlib.sha256(f"{[info.get(key) for key in keys]}".encode()).hexdigest()
+
+
+def tag_of(info: dict[str, Any]) -> str:
+    """Give what a store says of a file's contents, or an empty text where it does not."""
+    return next((f"{key}:{info[key]}" for key in ("ETag", "etag", "md5Hash") if info.get(key)), "")
 
 
 @contextmanager
@@ -248,11 +301,23 @@ def mirrored(url: str) -> Iterator[Mirror]:
     with reaching(url, "be read"):
         lone = fs.info(key)["type"] != "directory"
         root = fs._parent(key) if lone else key  # noqa: SLF001 - fsspec has no other name for it
-        if lone and not key.endswith(".index.json"):
-            names = [key, *(f"{root}/{name}" for name in _BESIDE)]
-            found = {name: fs.info(name) for name in names if fs.exists(name)}
-        else:
-            found = fs.find(root, detail=True)
+
+        def look() -> dict[str, Any]:
+            fs.invalidate_cache()
+            if lone and not key.endswith(".index.json"):
+                names = [key, *(f"{root}/{name}" for name in _BESIDE)]
+                known = {name: info_of(fs, name) for name in names}
+                return {name: info for name, info in known.items() if info is not None}
+            return dict(fs.find(root, detail=True))
+
+        found = look()
+        found = {k: info for k, info in found.items() if not k.startswith(f"{root}/{OURS}")}
+        if info_of(fs, f"{root}/{MARKER}"):
+            raise StorageError(
+                f"{url}: cannot be read: a run is putting a new output in its place: wait for it; "
+                "if it runs no more, write there again with overwrite=True (--overwrite), "
+                "which puts the rest in place"
+            )
     if len(found) > _FILES:
         raise StorageError(
             f"{url}: cannot be read: {len(found)} files are no model: {_FILES} are the limit"
@@ -261,7 +326,7 @@ def mirrored(url: str) -> Iterator[Mirror]:
     with TemporaryDirectory(prefix="peft_any-", ignore_cleanup_errors=True) as place:
         folder = Path(place).resolve()
         path = folder / key.rpartition("/")[2] if lone else folder
-        mirror = Mirror(fs, root, above, folder, path, url)
+        mirror = Mirror(fs, root, above, folder, path, url, look=look)
         with reaching(url, "be read"):
             for name, info in found.items():
                 mirror.add(name[len(root) :].lstrip("/"), info)
@@ -274,4 +339,4 @@ def holds(url: str, name: str) -> bool:
     """Whether a directory elsewhere has a file."""
     fs, key = filesystem(url)
     with reaching(url, "be read"):
-        return bool(fs.exists(f"{key}/{name}"))
+        return info_of(fs, f"{key}/{name}") is not None

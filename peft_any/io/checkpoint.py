@@ -237,6 +237,11 @@ class Checkpoint(Mapping[str, HostArray]):
         """Whether tensors are fetched from elsewhere."""
         return self._mirror is not None
 
+    def refuse_changes(self) -> None:
+        """Refuse files elsewhere that are others than when they were opened (`StorageError`)."""
+        if self._mirror is not None:
+            self._mirror.refuse_changes()
+
     def shard_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor; `KeyError` where there is none."""
         return self._shard(name)

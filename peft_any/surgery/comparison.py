@@ -168,6 +168,8 @@ def diff(
             done += size
             if progress is not None:
                 progress(done, sum(sizes), name)
+        one.refuse_changes()
+        two.refuse_changes()
         return CheckpointDifference(described(a, one), described(b, two), tuple(found))
 
 

@@ -126,6 +126,8 @@ def extract(
         writing = nullcontext() if out is None else output_directory(out, overwrite, inputs=inputs)
         with writing as folder:
             adapter = work.run()
+            one.refuse_changes()
+            two.refuse_changes()
             origin = made_on(one, work.division.sites.values())
             adapter = adapter.replace(metadata={**adapter.metadata, **origin})
             done = Extraction(

@@ -29,7 +29,7 @@ from peft_any.surgery.beside import (
     write_json,
 )
 from peft_any.surgery.compute import Surgeon
-from peft_any.surgery.journal import Journal, task_of
+from peft_any.surgery.journal import Journal, Ledger, task_of
 from peft_any.surgery.output import Output, fill
 from peft_any.surgery.plan import Plan
 from peft_any.surgery.shards import Spec, packed
@@ -54,6 +54,8 @@ class Piece:
 
     changes: tuple[Change, ...]
     copied: int
+    mark: str = ""
+    """A checksum of what was sent."""
 
 
 Elsewhere: TypeAlias = Callable[[list[ShardItem], Callable[[ShardItem, Piece], None]], None]
@@ -155,7 +157,7 @@ class Job:
         self,
         folder: Path | None,
         names: dict[str, str] | None = None,
-        journal: Journal | None = None,
+        journal: Ledger | None = None,
         sent: Outgoing | None = None,
     ) -> Iterator[None]:
         """Compute everything, and write it into `folder`, or have it `sent`, if there is either.
@@ -173,10 +175,8 @@ class Job:
         rest = nothing if journal is None else journal.write
 
         def synced(item: ShardItem, piece: Piece) -> None:
-            if sent is not None:
-                sent.hold(item[0])
-            if journal is not None and isinstance(item[1], Path):
-                journal.add(item[1], piece.changes, piece.copied)
+            if journal is not None:
+                journal.add(item[0], piece.changes, piece.copied, piece.mark)
 
         def ticked(item: ShardItem, piece: Piece) -> None:
             found[item[0]] = piece
@@ -198,7 +198,7 @@ class Job:
                 self.copied += found[name].copied
             yield
 
-    def _finished(self, journal: Journal, sizes: dict[str, int]) -> dict[str, Piece]:
+    def _finished(self, journal: Ledger, sizes: dict[str, int]) -> dict[str, Piece]:
         """Count the shards that an earlier run finished."""
         found = {}
         for name, size in sizes.items():
@@ -224,7 +224,9 @@ class Job:
             self._tick(tensor, self._size(tensor, dtype, shape))
 
         if any(isinstance(place, str) for _, place in items):
-            yield self._all_sent(items, synced)
+            from peft_any.surgery.sent import all_sent  # noqa: PLC0415 - URLs alone need it
+
+            yield all_sent(self.pieces, items, synced, rest)
             return
         with ExitStack() as stack:
             outputs = [
@@ -245,18 +247,6 @@ class Job:
 
             yield written()
 
-    def _all_sent(
-        self, items: Sequence[ShardItem], synced: Callable[[ShardItem, Piece], None]
-    ) -> Iterator[tuple[ShardItem, Piece]]:
-        """Compute shards, each of which stands here until it was sent where it goes."""
-        from peft_any.io._outgoing import passing  # noqa: PLC0415 - URLs alone need it
-
-        for item in items:
-            with passing(str(item[1])) as path, self.pieces([(item[0], path)]) as pieces:
-                [(_, piece)] = pieces
-            synced(item, piece)
-            yield item, piece
-
     def _writer(
         self, name: str, path: Path | str | None
     ) -> AbstractContextManager[PlacedWriter | None]:
@@ -274,7 +264,8 @@ class Job:
             self.progress(self.done, self.total, name)
 
     def finish(self, made: Receipt, since: float, out: dict[str, Any] | None = None) -> Receipt:
-        """Complete the receipt, and refuse what kept too little."""
+        """Complete the receipt, and refuse what kept too little, or was made of changing files."""
+        self.base.refuse_changes()
         self.seconds["merge"] = time.perf_counter() - since
         done = replace(
             made,
@@ -295,10 +286,14 @@ class Job:
         inputs += [source.path for source in self.plan.sources if source.path is not None]
         if isinstance(self.out, str):
             from peft_any.io._outgoing import outgoing  # noqa: PLC0415 - URLs alone need it
+            from peft_any.surgery.sent import Sent  # noqa: PLC0415 - likewise
 
-            sending = outgoing(self.out, overwrite, inputs=inputs)
-            with sending as sent, self.run(None, sent=sent):
-                done = self._completed(sent.mirror, made, since)
+            with outgoing(self.out, overwrite, inputs=inputs, resume=self.resume) as sent:
+                task = task_of(made, self.plan, self.kinds)
+                ledger = Sent(sent, task, resume=self.resume)
+                self.plan.warnings.extend(ledger.notes)
+                with self.run(None, journal=ledger, sent=sent):
+                    done = self._completed(sent.mirror, made, since)
             return done
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)

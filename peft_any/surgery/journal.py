@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ _FREE = {"min_kept", "dry_run", "full_hash"}
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is complete and on the device.
+    """A shard that is complete and on the device, or in the store.
 
     Attributes
     ----------
@@ -42,50 +43,38 @@ class Finished:
     changes : tuple of Change
     copied : int
         Tensors taken over byte for byte.
+    tag : str
+        What a store says of its contents.
     """
 
     file: str
     fingerprint: str
     changes: tuple[Change, ...]
     copied: int
+    tag: str = ""
 
 
-class Journal:
-    """The journal beside a partial output: a line on what is merged, and one for each shard.
+class Ledger(abc.ABC):
+    """A line on what is merged, and one for each shard that is finished.
 
     Parameters
     ----------
-    folder : Path
-        The partial output, as `output_directory` gives it.
     task : mapping
         What decides the output's bytes: `task_of`.
     out : str
         The output, for messages.
-    whole : bool
-        Whether every byte of a shard is told, which takes a tenth of a merge's time.
 
     Attributes
     ----------
     finished : dict of str to Finished
         By file name: what an earlier run finished and still stands there.
-
-    Raises
-    ------
-    StorageError
-        Where the journal is another merge's, naming what differs.
     """
 
-    def __init__(
-        self, folder: Path, task: Mapping[str, Any], out: str, *, whole: bool = False
-    ) -> None:
-        self.folder, self.whole = folder, whole
-        self.path = journal_of(folder)
+    def __init__(self, task: Mapping[str, Any], out: str) -> None:
         self._out = out
         self._task = plain({"form": _FORM, **task})
         self.finished: dict[str, Finished] = {}
         self._noted: list[Finished] = []
-        if self.path.exists():
-            self._go_on()
 
     @property
     def notes(self) -> list[str]:
@@ -93,44 +82,34 @@ class Journal:
         count = len(self.finished)
         return [f"{self._out}: continued; {count} shards were finished before"] if count else []
 
-    def add(self, path: Path, changes: Sequence[Change], copied: int) -> None:
-        """Note that a shard is finished; its bytes are on the device already."""
-        done = Finished(self._name(path), _mark(path, self.whole), tuple(changes), copied)
-        self._noted.append(done)
+    @abc.abstractmethod
+    def add(self, name: str, changes: Sequence[Change], copied: int, mark: str = "") -> None:
+        """Note that a shard is finished; its bytes are safe already."""
 
     def write(self) -> None:
         """Write down what was noted."""
         if not self._noted:
             return
-        begun = self.path.exists() and self.path.stat().st_size
-        head = [] if begun else [self._task]
-        text = "".join(json.dumps(line) + "\n" for line in (*head, *map(asdict, self._noted)))
-        with reporting(self.path, "be written"), self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        self._append([json.dumps(asdict(done)) for done in self._noted])
         self.finished |= {done.file: done for done in self._noted}
         self._noted.clear()
 
-    def _name(self, path: Path) -> str:
-        return path.absolute().relative_to(self.folder.absolute()).as_posix()
+    @abc.abstractmethod
+    def _append(self, lines: list[str]) -> None:
+        """Have lines stand at the end, whatever happens next."""
 
-    def _go_on(self) -> None:
-        with reporting(self.path, "be read"):
-            raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1  # what follows was cut off
-        lines = raw[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
+    @abc.abstractmethod
+    def _stands(self, done: Finished) -> bool:
+        """Whether a shard is as it was noted."""
+
+    def _take(self, lines: Sequence[str]) -> None:
+        """Go on from a journal's lines; `StorageError` where it is another merge's."""
         if lines:
             self._refuse_another(lines[0])
         for line in lines[1:]:
             done = _read(line)
             if done is not None and self._stands(done):
                 self.finished[done.file] = done
-        with reporting(self.path, "be written"):
-            os.truncate(self.path, whole)
-            for found in [*self.folder.rglob("*")]:
-                if found.is_file() and self._name(found) not in self.finished:
-                    discard(found)
 
     def _refuse_another(self, head: str) -> None:
         out = self._out
@@ -145,6 +124,59 @@ class Journal:
                 + "\ngive what was given then, or leave --resume out (resume=False), which removes "
                 "the partial output and begins anew"
             )
+
+
+class Journal(Ledger):
+    """The journal beside a partial output.
+
+    Parameters
+    ----------
+    folder : Path
+        The partial output, as `output_directory` gives it.
+    task, out
+        As for `Ledger`.
+    whole : bool
+        Whether every byte of a shard is told, which takes a tenth of a merge's time.
+
+    Raises
+    ------
+    StorageError
+        Where the journal is another merge's, naming what differs.
+    """
+
+    def __init__(
+        self, folder: Path, task: Mapping[str, Any], out: str, *, whole: bool = False
+    ) -> None:
+        super().__init__(task, out)
+        self.folder, self.whole = folder, whole
+        self.path = journal_of(folder)
+        if self.path.exists():
+            self._go_on()
+
+    def add(self, name: str, changes: Sequence[Change], copied: int, mark: str = "") -> None:
+        """Note that a shard is finished; its bytes are on the device already."""
+        mark = mark or _mark(self.folder / name, self.whole)
+        self._noted.append(Finished(name, mark, tuple(changes), copied))
+
+    def _append(self, lines: list[str]) -> None:
+        begun = self.path.exists() and self.path.stat().st_size
+        text = "".join(f"{line}\n" for line in ([] if begun else [json.dumps(self._task)]) + lines)
+        with reporting(self.path, "be written"), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _go_on(self) -> None:
+        with reporting(self.path, "be read"):
+            raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1  # what follows was cut off
+        self._take(raw[:whole].decode("utf-8", errors="replace").split("\n")[:-1])
+        with reporting(self.path, "be written"):
+            os.truncate(self.path, whole)
+            for found in [*self.folder.rglob("*")]:
+                name = found.relative_to(self.folder).as_posix()
+                if found.is_file() and name not in self.finished:
+                    discard(found)
 
     def _stands(self, done: Finished) -> bool:
         try:

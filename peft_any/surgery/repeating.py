@@ -141,6 +141,7 @@ def replicate_checkpoint(
                 write_index(index, checkpoint.index or {}, dict(sorted(homes.items())), total)
             if changed:
                 write_json(folder / "config.json", config)
+            checkpoint.refuse_changes()
             with Checkpoint(folder) as written:
                 made = described(out, written)
         return Replication(described(base, checkpoint), made, place, order, changed)

@@ -83,6 +83,8 @@ def verify_checkpoint(
         audit.run(
             progress, None if isinstance(work, Local) else auditing(work, audit, adapter, fit)
         )
+        checkpoint.refuse_changes()
+        theirs.refuse_changes()
         receipt = Receipt(
             "verify",
             described(base, checkpoint),
