@@ -321,6 +321,48 @@ def test_rules_come_from_files_mappings_and_presets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("preset", "here", "there"),
+    [
+        ("vit", "vit.layers.10.mlp.fc2", "vit.encoder.layer.10.output.dense"),
+        ("vit", "layers.1.attention.k_proj", "encoder.layer.1.attention.attention.key"),
+        ("vit", "layers.1.layernorm_before", "encoder.layer.1.layernorm_before"),
+        ("vit", "dinov2.encoder.layer.1.mlp.fc1", "dinov2.encoder.layer.1.mlp.fc1"),
+        (
+            "swin",
+            "encoder.layers.0.blocks.1.mlp.fc1",
+            "encoder.layers.0.blocks.1.intermediate.dense",
+        ),
+        (
+            "segformer",
+            "stages.0.blocks.1.attention.o_proj",
+            "encoder.block.0.1.attention.output.dense",
+        ),
+        ("gpt-neox", "lm_head", "embed_out"),
+    ],
+)
+def test_presets_know_the_names_in_files(preset: str, here: str, there: str) -> None:
+    for rule in read_rules(preset):
+        assert isinstance(rule, Rename)
+        here = rule(here)
+    assert here == there
+
+
+def test_an_error_suggests_the_preset_that_helps(tmp_path: Path) -> None:
+    weights = {"encoder.layer.0.attention.attention.query.weight": np.ones((4, 4), "float32")}
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    p = {"lora_A.weight": np.ones((1, 4), "float32"), "lora_B.weight": np.ones((4, 1), "float32")}
+    config = LoraConfig(r=1, target_modules=["q_proj"])
+    adapter = Adapter(config, {"layers.0.attention.q_proj": p})
+    with pytest.raises(TargetError, match="all of them are there with --map vit"):
+        merge_checkpoint(tmp_path / "model.safetensors", adapter, dry_run=True)
+    merge_checkpoint(tmp_path / "model.safetensors", adapter, dry_run=True, names="vit")
+    other = Adapter(config, {"layers.1.attention.q_proj": p})
+    with pytest.raises(TargetError) as error:
+        merge_checkpoint(tmp_path / "model.safetensors", other, dry_run=True)
+    assert "--map" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("config", "groups", "rows"),
     [
         ({"model_type": "gpt_neox", "num_attention_heads": 4, "hidden_size": 8}, 4, [8, 8, 8]),

@@ -29,6 +29,14 @@ _EACH = rf"{_NAME}\.\{{\}}\.{_PART}"
 _PARTS = re.compile(rf"{_PART}(?:\+{_PART})+|{_EACH}(?:\+{_EACH})*")
 _WHOLE = re.compile(rf"({_NAME})(?:@(\d+))?")
 
+
+def _attention(within: str) -> dict[str, str]:
+    """Rename an attention's projections to what models of images call them in their files."""
+    heads = {"q": "query", "k": "key", "v": "value"}
+    found = {rf"\battention\.{short}_proj$": f"{within}.{name}" for short, name in heads.items()}
+    return found | {r"\battention\.o_proj$": "attention.output.dense"}
+
+
 PRESETS: dict[str, dict[str, str]] = {
     "llava": {
         r"^model\.language_model\b": "language_model.model",
@@ -38,6 +46,30 @@ PRESETS: dict[str, dict[str, str]] = {
     "qwen2-vl": {
         r"^model\.language_model\b": "model",
         r"^model\.visual\b": "visual",
+    },
+    "gpt-neox": {r"^lm_head$": "embed_out"},
+    "segformer": {
+        r"\bstages\.(\d+)\.patch_embeddings\b": r"encoder.patch_embeddings.\1",
+        r"\bstages\.(\d+)\.layer_norm$": r"encoder.layer_norm.\1",
+        r"\bstages\.(\d+)\.blocks\b": r"encoder.block.\1",
+        r"\battention\.sequence_reduction\.layer_norm$": "attention.self.layer_norm",
+        r"\bsequence_reduction\.sequence_reduction$": "self.sr",
+        r"\blayernorm_before$": "layer_norm_1",
+        r"\blayernorm_after$": "layer_norm_2",
+        r"\bmlp\.fc(\d)$": r"mlp.dense\1",
+        r"\blinear_projections\b": "linear_c",
+        **_attention("attention.self"),
+    },
+    "swin": {
+        r"\bmlp\.fc1$": "intermediate.dense",
+        r"\bmlp\.fc2$": "output.dense",
+        **_attention("attention.self"),
+    },
+    "vit": {
+        r"(^|(?<!encoder)\.)layers\.(\d+)\.mlp\.fc1$": r"\1layers.\2.intermediate.dense",
+        r"(^|(?<!encoder)\.)layers\.(\d+)\.mlp\.fc2$": r"\1layers.\2.output.dense",
+        r"(^|(?<!encoder)\.)layers\.(\d+)\b": r"\1encoder.layer.\2",
+        **_attention("attention.attention"),
     },
     "mixtral": {
         "mlp.experts.gate_up_proj": "block_sparse_moe.experts.{}.w1+block_sparse_moe.experts.{}.w3",

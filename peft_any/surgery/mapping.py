@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peft_any.errors import ShapeError, TargetError, nearest
+from peft_any.errors import PeftError, ShapeError, TargetError, nearest
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.layout import layout
@@ -15,7 +15,7 @@ from peft_any.naming.fusing import Pieces
 from peft_any.naming.heads import Heads
 from peft_any.naming.regrouping import fuse_modules, measured, split_modules, stems
 from peft_any.naming.renaming import modules
-from peft_any.naming.rules import Regroup, Rename, Rule
+from peft_any.naming.rules import PRESETS, Regroup, Rename, Rule, read_rules
 from peft_any.surgery.restacking import put_together, take_apart
 from peft_any.surgery.sources import Given, Kinds
 
@@ -68,6 +68,24 @@ def mapped(
             )
         )
     return out
+
+
+def with_preset(one: Given, base: Iterable[str], error: PeftError) -> PeftError:
+    """Add to an error the preset with which the base has all of an adapter's modules."""
+    names = modules(one.adapter)
+    known = {name.rpartition(".")[0] for name in base}
+    if not isinstance(error, TargetError) or known.issuperset(names):
+        return error
+    for preset in PRESETS:
+        rules = [rule for rule in read_rules(preset) if isinstance(rule, Rename)]
+        renamed = [*names]
+        for rule in rules:
+            renamed = [*map(rule, renamed)]
+        if len(rules) == len(PRESETS[preset]) and known.issuperset(renamed):
+            return TargetError(
+                f"{error}\nall of them are there with --map {preset} (names={preset!r})"
+            )
+    return error
 
 
 def _rename(one: Given, rule: Rename) -> Given | None:

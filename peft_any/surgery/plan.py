@@ -17,7 +17,7 @@ from peft_any.origin import other_base
 from peft_any.receipt import Source, Target, Use
 from peft_any.selection import Rules, in_projection, saved_whole
 from peft_any.surgery.fitting import Fitting
-from peft_any.surgery.mapping import mapped
+from peft_any.surgery.mapping import mapped, with_preset
 from peft_any.surgery.sources import Given, View, given_adapters, misfit, pruned, uses
 from peft_any.targets import configured, place
 from peft_any.traversal import known_parts
@@ -139,7 +139,7 @@ def make_plan(
         try:
             placed.append(fit_one(one, view, fit, alone=len(given) == 1))
         except PeftError as error:
-            faults.append((one, error))
+            faults.append((one, with_preset(one, view, error)))
     if faults:
         raise misfit(faults) from faults[0][1]
     plan = Plan(base, view, given, placed, _touched(view, given, placed))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file as torch_file  # noqa: E402
 
 from peft_any import merge_checkpoint, verify_checkpoint  # noqa: E402
 from peft_any.adapter import Adapter  # noqa: E402
+from peft_any.errors import TargetError  # noqa: E402
 from peft_any.integrations.torch import attach  # noqa: E402
 from peft_any.model import PeftModel  # noqa: E402
 from tests.hf.models import GROUPED, base_of, outputs, quietly  # noqa: E402
@@ -189,3 +190,16 @@ def test_projections_are_drawn_again_in_the_bases_precision(
     moved = [k for k, v in got.items() if not torch.equal(v, want[k])]
     changed = sum(int((got[k] != want[k]).sum()) for k in moved)
     assert changed <= 1e-3 * sum(v.numel() for v in got.values())
+
+
+def test_a_model_of_images_takes_its_adapter_by_a_preset(tmp_path: Path) -> None:
+    base_of("vit").save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj", "fc1", "fc2"])
+    theirs = trained(base_of("vit"), lora, tmp_path / "a")
+    with pytest.raises(TargetError, match="--map vit"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out", names="vit")
+    with quietly():
+        kind = transformers.ViTForImageClassification
+        ours = kind.from_pretrained(tmp_path / "out").eval()
+    close(outputs(ours, "vit"), outputs(theirs, "vit"))
