@@ -761,7 +761,7 @@ def test_an_interrupt_that_something_hides_is_still_one(
     [
         (MemoryError("12 GB"), 1, "not enough memory: 12 GB"),
         (RuntimeError("odd"), 1, "internal error: RuntimeError: odd (--debug"),
-        (OSError(errno.EIO, "Input/output error", "disk"), 5, "disk: Input/output error"),
+        (OSError(errno.EIO, "Input/output error", "disk"), 5, "disk: cannot be used: the device"),
         (StorageError("disk: gone"), 5, "disk: gone"),
     ],
 )
@@ -903,7 +903,7 @@ def test_a_result_that_cannot_be_printed_is_an_error() -> None:
     with Path("/dev/full").open("w") as full:
         code, _, err = process("methods", stdout=full)
     assert code == 5
-    assert "No space left" in err
+    assert "standard output: cannot be used: no space is left on the device; free some" in err
 
 
 def test_closed_and_narrow_streams(base: Path) -> None:
@@ -997,12 +997,3 @@ def test_a_path_without_permission_is_no_wrong_command(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # for root there are no others
     shell.ok("inspect", adapter)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_standard_output_is_told_with_a_way_out(adapter: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        process = start("inspect", adapter, stdout=full)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 5
-    assert "standard output: cannot be used: no space is left on the device; free some" in err
