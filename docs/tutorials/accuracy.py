@@ -1,6 +1,6 @@
 """Error against trained parameters: every method, in several sizes, on the demo's network and data.
 
-    pip install "peft_any[plot]"
+    pip install ".[plot]"
     python accuracy.py --figure accuracy.png
 
 Some twenty minutes on two cores. ``--steps 5 --sizes 1`` shows that it runs.

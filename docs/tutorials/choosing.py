@@ -1,6 +1,6 @@
 """What a change can be, against what it costs: rank of ΔW and trained parameters, by method.
 
-    pip install "peft_any[plot]"
+    pip install ".[plot]"
     python choosing.py --figure choosing.png
 
 Seconds. Parameters are drawn at random on a layer of 64 inputs and outputs, not trained: what

