@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -390,6 +391,22 @@ class TestCommands:
             assert len(deep) == 8
         Adapter.load(LORA).save("memory://m/copy")
         assert files(there, "copy") == files(there, "lora")
+
+    def test_chains(self, here: Path, there: Any, tmp_path: Path) -> None:
+        """Archives and caches are read; what a cache may hide is not written through it."""
+        packed = shutil.make_archive(str(tmp_path / "all"), "zip", here)
+        there.pipe("/m/all.zip", Path(packed).read_bytes())
+        cached = f"simplecache::{BASE}", f"simplecache::{LORA}"
+        archived = "zip://base::memory://m/all.zip", "zip://lora::memory://m/all.zip"
+        lying = f"zip://base::file://{packed}", f"local://{here}/lora"
+        for i, (base, lora) in enumerate((cached, archived, lying)):
+            merge_checkpoint(base, lora, tmp_path / f"out{i}")
+            same(contents(here / "merged"), contents(tmp_path / f"out{i}"))
+        for way in ("simplecache", "filecache", "dir::blockcache"):
+            with pytest.raises(UsageError, match="a cache may hide"):
+                merge_checkpoint(BASE, LORA, f"{way}::{OUT}", overwrite=True)
+        with pytest.raises(StorageError, match=r"zip://x::memory://m/all\.zip"):
+            merge_checkpoint(BASE, LORA, "zip://x::memory://m/all.zip")
 
     def test_file_urls_are_paths(
         self, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

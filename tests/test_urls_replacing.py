@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class World:
     root: str
     faults: Faults
     new: Files
+    old: Files = field(default_factory=dict)
 
     @property
     def out(self) -> str:
@@ -66,13 +67,17 @@ class World:
 
     def make_old(self) -> Files:
         """Put an output there that differs in every file, and has one of its own."""
-        if self.fs.exists(self.fs._strip_protocol(self.out)):
-            self.fs.rm(self.fs._strip_protocol(self.out), recursive=True)
-        merge_checkpoint(self.url("base"), [(self.url("lora"), 2.0)], self.out)
-        for name, data in (("config.json", b'{"old": true}'), ("tokenizer.json", b'"old"')):
-            self.fs.pipe_file(self.fs._strip_protocol(f"{self.out}/{name}"), data)
-        self.fs.pipe_file(self.fs._strip_protocol(f"{self.out}/old.txt"), b"old")
-        return self.files()
+        key = self.fs._strip_protocol(self.out)
+        if self.fs.exists(key):
+            self.fs.rm(key, recursive=True)
+        if not self.old:
+            merge_checkpoint(self.url("base"), [(self.url("lora"), 2.0)], self.out)
+            other = {"config.json": b'{"old": true}', "tokenizer.json": b'"old"', "old.txt": b"old"}
+            self.old = {**self.files(), **other}
+        for name, data in self.old.items():
+            self.fs.makedirs(self.fs._parent(f"{key}/{name}"), exist_ok=True)
+            self.fs.pipe_file(f"{key}/{name}", data)
+        return self.old
 
 
 @pytest.fixture(params=["store", "renames"])

@@ -48,6 +48,12 @@ def refuse_taken(url: str, *, overwrite: bool, resume: bool = False) -> bool:
     """
     if url.endswith(".safetensors"):
         raise UsageError(f"{url}: a single file cannot be written to a URL: give a directory")
+    scheme = url.partition("://")[0]
+    if any(name.endswith("cache") for name in scheme.split("::")):
+        raise UsageError(
+            f"{url}: the output cannot go here: a cache may hide what other runs wrote: give the "
+            "URL of what it is a cache of"
+        )
     url = url.rstrip("/")
     fs, key = filesystem(url)
     with reaching(url, "be written"):
