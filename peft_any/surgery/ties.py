@@ -40,7 +40,7 @@ def settle_ties(plan: Plan, value: Callable[[str], Host]) -> None:
             continue
         stored = [name for name in group if name in plan.base]
         ways = [plan.touched[name] for name in hit]
-        rows = all(how.site is None and not how.copies for how in ways)
+        rows = all(_only_rows(plan, how) for how in ways)
         # rows of an output layer alone are its own in HF too
         heads = all(OUTPUT.fullmatch(name.removesuffix(".weight")) for name in hit)
         if group[-1].endswith(".bias"):  # the decoder's is the one that acts
@@ -63,6 +63,14 @@ def _same_copies(ways: list[Touched], group: tuple[str, ...], value: Callable[[s
     return all(equal_bytes(first, value(name)) for name in group[1:])
 
 
+def _only_rows(plan: Plan, how: Touched) -> bool:
+    """Whether a table gets new rows and nothing else."""
+    parts = plan.parts(how.site) if how.site is not None else ()
+    return not how.copies and all(
+        plan.placed[i].adapter.config.peft_type == "TRAINABLE_TOKENS" for i in parts
+    )
+
+
 def _alike(plan: Plan, ways: list[Touched], names: list[str]) -> bool:
     """Whether each adapter changes all names alike: what it trained on them was one."""
     first = ways[0]
@@ -82,7 +90,7 @@ def _alike(plan: Plan, ways: list[Touched], names: list[str]) -> bool:
 def _one_method(plan: Plan, sites: list[Site | None]) -> bool:
     """Whether each adapter's factors of two layers, if there are any, are the same."""
     there = [site for site in sites if site is not None]
-    if not there:
+    if not there or len(sites) == 1:
         return True
     if len(there) != len(sites) or len(sites) != 2 or len({(*plan.parts(s),) for s in there}) != 1:
         return False
@@ -91,7 +99,9 @@ def _one_method(plan: Plan, sites: list[Site | None]) -> bool:
 
 
 def _turned(head: Params, table: Params) -> bool:
-    """Whether a linear layer's factors are an embedding's, turned."""
+    """Whether a linear layer's factors are an embedding's, turned; or its new rows are."""
+    if head.keys() == table.keys() == {"trainable_tokens_delta"}:
+        return all(_equal(head[k], table[k]) for k in head)
     names = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
     if head.keys() != names.keys() or table.keys() != {*names.values()}:
         return False

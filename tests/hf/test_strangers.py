@@ -203,3 +203,22 @@ def test_a_model_of_images_takes_its_adapter_by_a_preset(tmp_path: Path) -> None
         kind = transformers.ViTForImageClassification
         ours = kind.from_pretrained(tmp_path / "out").eval()
     close(outputs(ours, "vit"), outputs(theirs, "vit"))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_trained_tokens_of_tied_tables_leave_one_table(alone: bool, tmp_path: Path) -> None:
+    model = base_of("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    tokens = peft.TrainableTokensConfig(token_indices=[3, 7], target_modules=["embed_tokens"])
+    theirs = trained(model, tokens, tmp_path / "a")
+    adapter = Adapter.load(tmp_path / "a")
+    assert {*adapter.sites} == {"model.embed_tokens", "lm_head"}
+    if alone:  # as files of older versions are
+        adapter = adapter.replace(sites={k: p for k, p in adapter.sites.items() if k != "lm_head"})
+    receipt = merge_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
+    verify_checkpoint(tmp_path / "base", adapter, tmp_path / "out")
+    assert not receipt.untied
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    with quietly():
+        ours = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    close(outputs(ours, "llama"), outputs(theirs, "llama"))
