@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -137,45 +138,84 @@ def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...
     return tuple(found)
 
 
-def mirrored(top: Any, rows: int, onto: Any = None) -> Any:
-    """Complete an even matrix, whose entry (−i, −j) is that at (i, j), by its last rows.
+def in_memory(*arrays: Any) -> bool:
+    """Whether arrays are NumPy's, or torch's on the processor, of one dtype, and none is traced.
 
-    Parameters
-    ----------
-    top : array (rows // 2 + 1, n)
-    rows : int
-    onto : array (rows, n), optional
-        What it is added to.
+    What is made of such arrays can be written part by part.
 
     Examples
     --------
-    >>> mirrored(np.asarray([[0, 1, 2], [3, 4, 5]]), 3).tolist()
-    [[0, 1, 2], [3, 4, 5], [3, 5, 4]]
+    >>> in_memory(np.ones(1), np.ones(2)), in_memory(np.ones(1), np.ones(1, "float32"))
+    (True, False)
     """
-    xp, half, name = namespace(top), top.shape[0], library_of(top).name
-    part = top[1 : rows - half + 1, :]
-    first, rest = xp.flip(part[:, :1], axis=(0,)), xp.flip(part[:, 1:], axis=(0, 1))
-    if name in ("numpy", "torch") and not any(map(is_differentiated, (top, onto))):
-        shape, kind = (rows, top.shape[1]), top.dtype if onto is None else xp.result_type(top, onto)
-        out = np.empty(shape, kind) if name == "numpy" else top.new_empty(shape, dtype=kind)
-        below = slice(half, None)
-        parts = (
-            ((slice(half), slice(None)), top),
-            ((below, slice(1)), first),
-            ((below, slice(1, None)), rest),
-        )
-        try:
-            for place, new in parts:
-                if onto is None:
-                    out[place] = new
-                else:
-                    xp.add(onto[place], new, out=out[place])
-        except RuntimeError:  # under a transformation
-            pass
+    if any(map(is_differentiated, arrays)) or len({a.dtype for a in arrays}) > 1:
+        return False
+    if library_of(arrays[0]).name != "torch":
+        return all(type(a) is np.ndarray for a in arrays)
+    torch = LIBRARIES["torch"].module
+    own = torch.Tensor, torch.nn.Parameter
+    return all(
+        type(a) in own and a.device.type == "cpu" and a.layout is torch.strided for a in arrays
+    )
+
+
+def even_rows(columns: Any, places: Any, shape: tuple[int, int], onto: Any = None) -> Any:
+    """Transform an even matrix's rows back, entry (−i, −j) being that at (i, j), block by block.
+
+    What a block forms on its way stays in the processor's cache; only what is given is written.
+
+    Parameters
+    ----------
+    columns : array (k, m // 2 + 1 or more, 2)
+        Real and imaginary parts of columns of the half spectrum, the others being zero: of NumPy,
+        or of torch on the processor, where no derivative is asked for.
+    places : array (k,) of int
+        Which columns.
+    shape : (int, int)
+        (m, n).
+    onto : array (m, n), optional
+        What the matrix is added to.
+
+    Returns
+    -------
+    array (m, n)
+
+    Examples
+    --------
+    >>> even_rows(np.asarray([[[0.0, 0.0], [3.0, 0.0]]]), np.asarray([1]), (2, 3)).round(3)
+    array([[ 0.,  0.,  0.],
+           [ 2., -1., -1.]])
+    """
+    xp, (m, n), dtype = namespace(columns), shape, columns.dtype
+    inverse: Callable[..., Any]
+    if library_of(columns).name == "numpy":
+        waves = columns.view(np.result_type(dtype, np.complex64))[..., 0]
+        inverse = partial(np.fft.irfft, n=n, axis=1)
+    else:
+        torch = LIBRARIES["torch"].module
+        waves, inverse = torch.view_as_complex(columns), partial(torch.fft.irfft, n=n, dim=1)
+    half, rows = m // 2 + 1, max(8 * _BLOCK // (n * dtype.itemsize), 8)
+    spectrum = xp.zeros((min(rows, half), n // 2 + 1), dtype=waves.dtype)
+    out = xp.empty(m * n, dtype=dtype)
+    known = None if onto is None else onto.reshape((m * n,))
+
+    def write(here: slice, new: Any) -> None:
+        if known is None:
+            out[here] = new
         else:
-            return out
-    whole = xp.concat([top, xp.concat([first, rest], axis=1)], axis=0)
-    return whole if onto is None else onto + whole
+            xp.add(known[here], new, out=out[here])
+
+    for i in range(0, half, rows):
+        part = spectrum[: half - i]
+        part[:, places] = waves[:, i : min(i + rows, half)].T
+        top = inverse(part)
+        write(slice(i * n, min(i + rows, half) * n), top.reshape(-1))
+        first, last = max(i, 1), min(i + rows, m - half + 1)
+        if first < last:
+            top, start, stop = top[first - i : last - i], (m - last + 1) * n, (m - first + 1) * n
+            write(slice(start + 1, stop), xp.flip(top, axis=(0, 1)).reshape(-1)[:-1])
+            write(slice(start, stop, n), xp.flip(top[:, 0], axis=0))  # which came a row too low
+    return out.reshape(shape)
 
 
 def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> Any:

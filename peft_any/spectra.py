@@ -14,8 +14,9 @@ from peft_any.backend import (
     astype,
     creation_device,
     dtype_name,
+    even_rows,
     from_numpy_like,
-    mirrored,
+    in_memory,
     namespace,
     to_numpy,
 )
@@ -196,19 +197,20 @@ _DEEP = 16
 
 
 @lru_cache(maxsize=8)
-def _column_waves(
-    places: bytes, shape: tuple[int, int], kind: str
-) -> tuple[Host, Host, Host, Host] | None:
+def _column_waves(places: bytes, shape: tuple[int, int], kind: str) -> tuple[Host, ...] | None:
     """Sort places by the column of the half spectrum that each belongs to, v or −v.
 
     Returns
     -------
     slots : (columns with places + 1, depth) of int
         Which places a column has, filled up with one that is not there; the last column has none.
-    coarse : (…, I·a, depth), fine : (…, depth, b)
-        Their waves along the rows: that of row I·a + b is the product.
+    coarse : (…, I·a, 2·depth), fine : (…, depth, 2, 2·b)
+        Their waves along the rows: that of row I·a + b is the product. Both are of real numbers,
+        a complex one being two, and `fine` holds it, and then i times it.
     of_column : (n // 2 + 1,) of int
         The row of `slots`, for every column.
+    known : (columns with places,) of int
+        The columns with places.
     """
     (m, n), (u, v) = shape, np.divmod(np.frombuffer(places, "int64"), shape[1])
     mirrored = v > n // 2
@@ -229,22 +231,61 @@ def _column_waves(
     # a real transform counts every column twice but those that are their own mirror images
     once = np.full((len(slots), 1, 1), 0.5 * m, roots.real.dtype)
     once[of_column[2 * np.arange(n // 2 + 1) % n == 0]] = m
-    return slots, coarse, once * roots[np.arange(step) * at[:, :, None] % m], of_column
+    fine = once * roots[np.arange(step) * at[:, :, None] % m]
+    real, both = once.dtype, np.stack([fine, 1j * fine], axis=2)
+    return slots, coarse.view(real), both.view(real), of_column, known
 
 
 def _by_columns(
     values: Array, waves: tuple[Host, ...], shape: tuple[int, int], onto: Array | None
 ) -> Array:
     """Sum each column's waves, and transform rows: half of them, since ΔW is even."""
-    (columns, depth), (m, n), half = waves[0].shape, shape, shape[0] // 2 + 1
-    at, left, right, of = (from_numpy_like(host, values) for host in waves)
-    xp = namespace(values, left)
-    taken = xp.take(xp.concat([values, xp.zeros_like(values[:1])]), xp.reshape(at, (-1,)))
-    taken = xp.reshape(xp.astype(taken, _complex(xp, values)), (columns, depth, 1))
+    slots, coarse, fine, of_column, known = waves
+    (columns, depth), half, xp = slots.shape, shape[0] // 2 + 1, namespace(values)
+
+    def given() -> Array:
+        every = xp.concat([values, xp.zeros_like(values[:1])])
+        return xp.take(every, from_numpy_like(slots.reshape(-1), values))  # type: ignore[no-any-return]
+
+    whole: Array
+    if in_memory(values, values if onto is None else onto):
+        try:
+            right = from_numpy_like(fine, values) * xp.reshape(given(), (columns, depth, 1, 1))
+            right = xp.reshape(right, (columns, 2 * depth, -1))
+            sums = xp.reshape(from_numpy_like(coarse, values) @ right, (columns, -1, 2))[:-1, ...]
+            whole = even_rows(sums, from_numpy_like(known, values), shape, onto)
+        except RuntimeError:  # torch's, under a transformation
+            pass
+        else:
+            return whole
+    kind = np.result_type(coarse, np.complex64)
+    left, right = (from_numpy_like(a.view(kind), values) for a in (coarse, fine[:, :, 0]))
+    taken = xp.reshape(xp.astype(given(), _complex(xp, values)), (columns, depth, 1))
     sums = xp.reshape(left @ (taken * right), (columns, left.shape[1] * right.shape[2]))
-    rows = packed(xp.matrix_transpose(xp.take(sums, of, axis=0)[:, :half]))
-    top = xp.fft.irfft(rows, n=n, axis=1)
-    return mirrored(top, m, onto)  # type: ignore[no-any-return]
+    sums = xp.take(sums, from_numpy_like(of_column, values), axis=0)[:, :half]
+    rows = packed(xp.matrix_transpose(sums))
+    whole = mirrored(xp.fft.irfft(rows, n=shape[1], axis=1), shape[0])
+    return whole if onto is None else onto + whole
+
+
+def mirrored(top: Array, rows: int) -> Array:
+    """Complete an even matrix, whose entry (−i, −j) is that at (i, j), by its last rows.
+
+    Parameters
+    ----------
+    top : array (rows // 2 + 1, n)
+    rows : int
+
+    Examples
+    --------
+    >>> mirrored(np.asarray([[0, 1, 2], [3, 4, 5]]), 3).tolist()
+    [[0, 1, 2], [3, 4, 5], [3, 5, 4]]
+    """
+    xp, half = namespace(top), top.shape[0]
+    part = top[1 : rows - half + 1, :]
+    first, rest = xp.flip(part[:, :1], axis=(0,)), xp.flip(part[:, 1:], axis=(0, 1))
+    whole: Array = xp.concat([top, xp.concat([first, rest], axis=1)], axis=0)
+    return whole
 
 
 def _by_waves(values: Array, u: Host, v: Host, shape: tuple[int, int]) -> Array:
