@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,15 +158,26 @@ def killing(client: Any, after: int) -> Iterator[Any]:
     step.seen = 0  # type: ignore[attr-defined]
     yield step
     assert killed
-    assert killed[0] not in client.run(os.getpid).values()
-    client.wait_for_workers(2, timeout=60)  # what the next test runs on all has to reach both
+    replaced(client, killed[0])
+
+
+def replaced(client: Any, pid: int) -> None:
+    """Wait for a killed worker's successor: what the next test runs on all has to reach both."""
+    until = time.monotonic() + 60
+    while True:  # the scheduler may not have heard of it yet
+        known = client.run(os.getpid, on_error="ignore").values()
+        if pid not in known and len(known) == 2:
+            return
+        assert time.monotonic() < until, f"the successor of {pid} has not come: {[*known]}"
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)
-class Slow(Recipe[int, int]):
-    """Squares that take a while and tell, in a file each, who began them."""
+class Squares(Recipe[int, int]):
+    """Squares that tell, in a file each, who began them; one of them ends only if it is killed."""
 
     folder: Path
+    fatal: int
 
     @contextmanager
     def open(self) -> Iterator[Any]:
@@ -174,23 +186,37 @@ class Slow(Recipe[int, int]):
     def work(self, n: int) -> int:
         with (self.folder / str(n)).open("a") as file:
             file.write(f"{os.getpid()}\n")
-        time.sleep(0.3)
+        while n == self.fatal and len((self.folder / str(n)).read_text().split()) == 1:
+            time.sleep(0.01)
         return n * n
 
 
 def test_a_lost_workers_pieces_are_done_again(client: Any, tmp_path: Path) -> None:
     found: dict[int, int] = {}
-    with killing(client, after=2) as step:
+    killed: list[int] = []
 
-        def done(n: int, result: int) -> None:
-            assert n not in found
-            found[n] = result
-            step(0, 0, "")
+    def kill() -> None:
+        """Kill whoever begins the fatal one."""
+        file = tmp_path / "5"
+        while not (file.exists() and file.read_text().endswith("\n")):
+            time.sleep(0.01)
+        killed.append(int(file.read_text()))
+        os.kill(killed[0], signal.SIGKILL)
 
-        engine_of("dask").run(Slow(tmp_path), range(10), done)
+    def done(n: int, result: int) -> None:
+        assert n not in found
+        found[n] = result
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    engine_of("dask").run(Squares(tmp_path, 5), range(10), done)
+    killer.join()
     assert found == {n: n * n for n in range(10)}
-    begun = {n: (tmp_path / str(n)).read_text().split() for n in range(10)}
-    assert max(map(len, begun.values())) >= 2, "the killed worker was at a piece"
+    begun = (tmp_path / "5").read_text().split()
+    assert begun[0] == str(killed[0])
+    assert len(begun) == 2
+    assert begun[1] != begun[0]
+    replaced(client, killed[0])
 
 
 def slow_down() -> None:
