@@ -705,6 +705,22 @@ def test_damaged_bases_are_refused_on_the_quick_way_too(tmp_path: Path) -> None:
         merge_checkpoint(base, made, dry_run=True, any_base=True)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-18, 1e-24])
+def test_faint_weights_are_measured_as_others_are(size: float, tmp_path: Path) -> None:
+    """Their squares have no place in single precision."""
+    w, _, _ = layer(512, 256, 2, 0.01)
+    w = (w.astype("f4") * np.float32(size)).astype(BF16)
+    made = random_adapter({"fc.weight": w}, LoraConfig(r=2, target_modules=["fc"]))
+    made.sites["fc"]["lora_B.weight"] *= np.float32(size * 1e-2)
+    (change,) = merge_checkpoint(
+        single(tmp_path / "base", {"fc.weight": w}), made, dry_run=True
+    ).changes
+    exact = peft_any.merge({"fc.weight": widened(w)}, made)["fc.weight"]
+    want = measure(w, nearest(exact, "bfloat16"), exact=exact)
+    assert (change.kept, change.error) == pytest.approx((want.kept, want.error), rel=1e-4)
+    assert change.base_norm == pytest.approx(want.base2**0.5, rel=1e-5)
+
+
 MEASURED = """
 import json, sys, threading, time
 def anonymous():

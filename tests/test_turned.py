@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from peft_any import merge_checkpoint
+from peft_any import merge, merge_checkpoint, read_safetensors
 from peft_any.errors import FormatError
 from peft_any.method import Tuner
 from peft_any.methods.boft import BOFTConfig
@@ -242,6 +242,22 @@ def test_merges_take_the_quick_way_and_fall_back_by_blocks(
     for one, two in zip(quick.changes, slow.changes, strict=True):
         assert one.unchanged == two.unchanged
         assert (one.kept, one.error) == pytest.approx((two.kept, two.error), rel=1e-6)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-40, 2.0**-130])
+def test_gains_that_single_precision_cannot_hold(small: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    w = (rng.standard_normal((512, 256)) * 1e5).astype(BF16)
+    config = BOFTConfig(boft_block_size=4, target_modules=["fc"])
+    adapter = random_adapter({"fc.weight": w}, config, scale=1e-2)
+    p = adapter.sites["fc"]
+    p["boft_s"] = np.full((512, 1), small)
+    base = single(tmp_path / "base", {"fc.weight": w})
+    merge_checkpoint(base, adapter, tmp_path / "out", threads=1)
+    want = nearest(merge({"fc.weight": widened(w)}, adapter)["fc.weight"], "bfloat16")
+    got = read_safetensors(next((tmp_path / "out").glob("*.safetensors")))["fc.weight"]
+    np.testing.assert_array_equal(widened(got), widened(want))
+    assert np.any(want) == (small > 0)
 
 
 def test_damaged_bases_are_refused_on_the_quick_way_too(tmp_path: Path) -> None:

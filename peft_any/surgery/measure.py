@@ -59,7 +59,7 @@ class Moments:
     @property
     def error(self) -> float | None:
         """‖R − Δ‖/‖Δ‖."""
-        return sqrt(self.miss2 / self.delta2) if self.delta2 else None
+        return sqrt(max(self.miss2, 0.0) / self.delta2) if self.delta2 else None
 
     @property
     def unchanged(self) -> float:

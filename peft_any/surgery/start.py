@@ -17,6 +17,10 @@ from peft_any.surgery.turned import Turned
 
 _SAMPLE, _MANY = 1 << 14, 1 << 16
 """Elements that tell how large a tensor's weights are; and that are worth to be told."""
+_SMALL = 2.0**-100
+"""Gains below may have lost digits in single precision."""
+_FAINT = 2.0**-80
+"""Mean squares below may have lost digits in single precision, or all."""
 _SEEN = 1e-6
 """Of ‖Δ‖²/‖W‖²: single precision measures larger ones as W′ − W."""
 
@@ -74,10 +78,13 @@ class Start:
         self, sums: Sums, rows: slice, gain: Host | None = None
     ) -> tuple[Host, Moments] | None:
         """Give rows of g ⊙ (W + Δ), rounded; None where that takes double precision."""
+        if gain is not None and np.any((gain != 0) & (np.abs(gain) < _SMALL)):
+            return None
         base = self.stored[rows]
         with np.errstate(over="ignore", invalid="ignore"):
             made, moments = sums.rounded(base.reshape(base.shape[0], -1), rows.start, gain)
-        seen = gain is None or moments.delta2 > _SEEN * moments.base2
+        seen = moments.base2 > _FAINT * moments.size
+        seen &= gain is None or moments.delta2 > _SEEN * moments.base2
         return (made.reshape(base.shape), moments) if moments.finite and seen else None
 
     def rows(self, start: int, stop: int) -> Host:
