@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import stat
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -972,3 +974,34 @@ class TestTrouble:
             StorageError, lambda: merge_checkpoint(model, tuned, tmp_path / "out"), tmp_path
         )
         assert "read-only" in text
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_the_seconds_of_a_receipt_are_the_whole_time(
+    to_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a device that takes its time once for each shard; not of the small files that follow."""
+    real, slow, known = os.fsync, 0.5, set()
+
+    def fsync(handle: int) -> None:
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode) and found.st_size > 10_000 and found.st_ino not in known:
+            known.add(found.st_ino)
+            time.sleep(slow)
+        real(handle)
+
+    weights = {"fc.weight": np.ones((64, 64), "float32")}
+    write_safetensors(tmp_path / "base.safetensors", weights)
+    made = PeftModel(weights).add("a", LoraConfig(r=2, target_modules=["fc"]))
+    made.save(tmp_path / "a")
+    out = tmp_path / ("out.safetensors" if to_file else "out")
+    monkeypatch.setattr(os, "fsync", fsync)
+    start = time.perf_counter()
+    receipt = merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", out)
+    took = time.perf_counter() - start
+    assert known
+    total = sum(receipt.seconds.values())
+    assert took - slow / 2 < total < took + 0.002
+    assert receipt.seconds["sync"] > slow / 2
+    (path,) = tmp_path.glob("out*/merge_receipt.json") if not to_file else tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["seconds"] == receipt.seconds

@@ -294,7 +294,7 @@ class Job:
                 self.plan.warnings.extend(ledger.notes)
                 with self.run(None, journal=ledger, sent=sent):
                     done = self._completed(sent.mirror, made, since)
-            return done
+                return self._synced(done, since, Path(sent.mirror) / RECEIPT)
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as whole:
@@ -303,8 +303,7 @@ class Job:
                     with SafetensorsFile(whole) as written:
                         out = described(self.out, written, self.full_hash)
                     done = self.finish(made, since, out)
-                    text.write_text(done.to_json() + "\n", encoding="utf-8")
-            return done
+                return self._synced(done, since, text)
         directory = output_directory(self.out, overwrite, inputs=inputs, resume=self.resume)
         with directory as folder:
             task = task_of(made, self.plan, self.kinds)
@@ -312,7 +311,7 @@ class Job:
             self.plan.warnings.extend(journal.notes)
             with self.run(folder, journal=journal):
                 done = self._completed(folder, made, since)
-        return done
+            return self._synced(done, since, folder / RECEIPT)
 
     def _completed(self, folder: StrPath, made: Receipt, since: float) -> Receipt:
         """Put beside the shards what belongs there, and the receipt."""
@@ -320,8 +319,13 @@ class Job:
         self._side_files(place)
         with Checkpoint(folder) as written:
             out = described(str(self.out), written, self.full_hash)
-        done = self.finish(made, since, out)
-        (place / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
+        return self.finish(made, since, out)
+
+    def _synced(self, done: Receipt, since: float, path: Path) -> Receipt:
+        """Write the receipt, with the time that the shards took to reach the device."""
+        took = time.perf_counter() - since - self.seconds["merge"]
+        done = replace(done, seconds={**done.seconds, "sync": round(took, 3)})
+        path.write_text(done.to_json() + "\n", encoding="utf-8")
         return done
 
     def _side_files(self, folder: Path) -> None:
