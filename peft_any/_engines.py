@@ -64,6 +64,21 @@ def is_differentiated(x: Any) -> bool:
     return is_traced(x)
 
 
+def is_trained(x: Any) -> bool:
+    """Whether torch's autograd follows an array, even while ``no_grad`` lets it record nothing.
+
+    What is made of such an array must not be kept: it would be a constant for ever, and stay what
+    it was when an optimizer writes to the array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_trained(np.ones(2))
+    False
+    """
+    return bool(getattr(x, "requires_grad", False))
+
+
 class Engine:
     """A library's own differentiation."""
 

@@ -21,6 +21,10 @@ _PIECE = 1 << 14
 """Entries of a piece, some arrays of which fit there together."""
 _THIN = 16
 """Up to so large a rank a product costs less than the passes over what it gives."""
+_FEW = 64
+"""Up to so many vectors are multiplied the quicker as columns, which BLAS need not turn."""
+_SIDE, _TORCH_SIDE = 256, 1024
+"""Where both sides of the matrix have so many numbers, on NumPy and on torch."""
 
 
 def dense(x: Any, w: Any, b: Any = None) -> Any:
@@ -38,7 +42,8 @@ def dense(x: Any, w: Any, b: Any = None) -> Any:
         name = library_of(x).name
         own = _folded if name in ("numpy", "cupy") else _plain
         if name == "torch":
-            own = LIBRARIES["torch"].module.nn.functional.linear
+            torch = LIBRARIES["torch"].module
+            own = _torch_dense(torch) if type(x) is torch.Tensor else torch.nn.functional.linear
         if name:
             _dense_of[type(x)] = own
     return own(x, w, b)
@@ -50,10 +55,45 @@ def _plain(x: Any, w: Any, b: Any) -> Any:
 
 
 def _folded(x: Any, w: Any, b: Any) -> Any:
-    if x.ndim < 3:
-        return _plain(x, w, b)
-    y = _plain(x.reshape((prod(x.shape[:-1]), x.shape[-1])), w, b)
-    return y.reshape((*x.shape[:-1], w.shape[0]))
+    if x.ndim > 2:
+        y = _folded(x.reshape((prod(x.shape[:-1]), x.shape[-1])), w, b)
+        return y.reshape((*x.shape[:-1], w.shape[0]))
+    few = x.ndim == 2 and 1 < x.shape[0] <= _FEW and min(w.shape) >= _SIDE
+    if few and type(x) is type(w) is np.ndarray and w.flags.c_contiguous and x.dtype == w.dtype:
+        y = np.ascontiguousarray((w @ np.ascontiguousarray(x.T)).T)
+        if b is not None and b.dtype == y.dtype:
+            return np.add(y, b, out=y)
+        return y if b is None else y + b
+    return _plain(x, w, b)
+
+
+def _torch_dense(torch: Any) -> Callable[..., Any]:
+    linear, compiled = torch.nn.functional.linear, torch.compiler.is_compiling
+
+    def own(x: Any, w: Any, b: Any) -> Any:
+        if not few_columns(x, w) or compiled():
+            return linear(x, w, b)
+        if is_differentiated(x) or is_differentiated(w):
+            return linear(x, w, b)
+        y = turned(x, w).contiguous().reshape((*x.shape[:-1], w.shape[0]))
+        return y if b is None else y + b
+
+    return own
+
+
+def few_columns(x: Any, w: Any, least: int = _TORCH_SIDE) -> bool:
+    """Whether torch multiplies w by so few vectors the quicker where they stand as columns."""
+    rows, width = w.shape
+    if rows < least or width < least:
+        return False
+    # fewer make the copies cost more than they save
+    few = _FEW // 4 * width <= x.numel() <= _FEW * width
+    return bool(few and x.dtype.itemsize > 2 and x.device.type == "cpu" and w.is_contiguous())
+
+
+def turned(x: Any, w: Any) -> Any:
+    """Give torch's x·wᵀ, whose memory has the vectors as columns."""
+    return (w @ x.reshape((-1, w.shape[1])).T.contiguous()).T
 
 
 def taken(x: Any, places: Any) -> Any:

@@ -11,7 +11,14 @@ from peft_any import attention
 from peft_any import parts as several
 from peft_any._tree import leaves
 from peft_any._typing import Array
-from peft_any.backend import astype, dtype_name, is_floating, is_traced
+from peft_any.backend import (
+    astype,
+    dtype_name,
+    is_differentiated,
+    is_floating,
+    is_traced,
+    is_trained,
+)
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input
 from peft_any.parts import Part
@@ -37,7 +44,10 @@ class BoundLayer:
     stacked: bool
 
     def __post_init__(self) -> None:
+        held = [a for part in self.parts for a in part.params.values() if is_trained(a)]
         parts, base = several.ready(self.parts, self.base, stacked=self.stacked)
+        object.__setattr__(self, "_trained", held[:1])
+        object.__setattr__(self, "_paused", bool(held) and not is_differentiated(held[0]))
         object.__setattr__(self, "_wide", (parts, base))
         object.__setattr__(self, "_names", (dtype_name(base.weight), dtype_name(self.base.weight)))
 
@@ -48,7 +58,14 @@ class BoundLayer:
     @property
     def ready(self) -> tuple[list[Part], Dense]:
         """Adapters and base in the compute dtype, with what all calls have in common."""
+        if self._paused and is_differentiated(self._trained[0]):  # type: ignore[attr-defined]
+            self.__post_init__()  # what was made while no derivatives were recorded has none
         return self._wide  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def trained(self) -> bool:
+        """Whether torch's autograd follows its parameters."""
+        return bool(self._trained)  # type: ignore[attr-defined]
 
     @property
     def traced(self) -> bool:

@@ -33,12 +33,14 @@ from peft_any.backend import (
     from_numpy_like,
     is_array,
     is_floating,
+    move,
     namespace,
     numpy_dtype,
     plus_product,
     resolve,
     summed,
     to_numpy,
+    ways,
 )
 from peft_any.errors import BackendError
 from peft_any.spectra import real_inverse_transform
@@ -397,6 +399,50 @@ def test_a_transform_is_the_whole_one_and_has_the_dtype_of_the_sum(
     assert dtype_name(got) == (onto or "float32")
     if lib.has_values:
         np.testing.assert_allclose(to_numpy(got), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("rows", [1, 2, 16, 64, 65])
+def test_few_vectors_are_multiplied_as_columns(library: str, rows: int) -> None:
+    pytest.importorskip(library)
+    rng = np.random.default_rng(0)
+    w, b, x = (rng.standard_normal(s) for s in ((1030, 1040), (1030,), (rows, 1, 1040)))
+    given = move([x, w, b], library)
+    for bias in (given[2], None):
+        got = dense(given[0], given[1], bias)
+        want = x @ w.T + (b if bias is not None else 0.0)
+        np.testing.assert_allclose(to_numpy(got), want, rtol=1e-10, atol=1e-10)
+        assert to_numpy(got).flags.c_contiguous
+    np.testing.assert_array_equal(to_numpy(given[0]), x)
+    short = ways(*given)
+    assert short is not None
+    held = move(np.ones((rows, 1, 1030)), library)
+    y = short.onto(held, *given)
+    np.testing.assert_allclose(to_numpy(y), 1.0 + x @ w.T + b, rtol=1e-10, atol=1e-10)
+
+
+def test_columns_are_differentiated_and_mapped_as_rows_are() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, w, b, u = (
+        torch.tensor(rng.standard_normal(s))
+        for s in ((3, 16, 1030), (1040, 1030), (3, 1040), (3, 1040, 1030))
+    )
+    want = torch.einsum("kin,mn->kim", x, w) + b[:, None]
+    for got in (
+        torch.func.vmap(lambda x, b: dense(x, w, b))(x, b),
+        torch.func.vmap(lambda x, b: ways(x, w).onto(x[..., :1] * 0 + w[:, 0] * 0, x, w, b))(x, b),
+        torch.stack([ways(x, w).onto(torch.zeros(16, 1040).double(), *p, *q)
+                     for p, q in (((x[i], w), (b[i],)) for i in range(3))]),
+    ):  # fmt: skip
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    each = torch.func.vmap(
+        lambda w: ways(x[0], w).onto(torch.zeros(16, 1040).double(), x[0], w, b[0])
+    )
+    torch.testing.assert_close(each(u), x[0] @ u.mT + b[0], rtol=1e-10, atol=1e-10)
+    one = x[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(dense(one, w, b[0]).sum(), one)
+    torch.testing.assert_close(slope, w.sum(0).expand(16, -1), rtol=1e-10, atol=1e-10)
 
 
 def test_entries_are_computed_in_pieces_as_at_once() -> None:

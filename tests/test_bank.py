@@ -254,15 +254,20 @@ def test_rows_are_integers_of_any_width(library: str, dtype: str) -> None:
 def test_the_joined_path_is_taken_where_it_costs_little() -> None:
     layer = model_of([2, 3, 1]).bind(rows=["lora0", "lora1", None]).layers["fc"]
     layer(np.ones((3, 6)))
-    assert "_joined" in vars(layer)
-    assert "_stacked" not in vars(layer)
+    assert taken_by(layer) == {"joined"}
     site = layer.base.site
-    assert few(128, replace(site, n_in=2048, n_out=2048), 64)
-    assert not few(128, replace(site, n_in=2048, n_out=2048), 65)
+    large = replace(site, n_in=2048, n_out=2048)
+    assert few(128, large, 64)
+    assert not few(128, large, 65)
     small = replace(site, n_in=64, n_out=64)
     assert few(128, small, 1024)
-    assert not few(256, small, 1024)
+    assert not few(128, small, 1025)
     assert few(128, replace(site, n_in=4096, n_out=4096), 1 << 20)
+
+
+def taken_by(layer: Any) -> set[str]:
+    """Tell the paths that a mixed layer has prepared."""
+    return {path for path, ready in layer._made.items() if ready is not None}
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -282,9 +287,94 @@ def test_rows_in_equal_shares_are_stacked(library: str, shares: tuple[int, ...])
     layer = model.bind(rows=rows.tolist()).layers["fc"]
     want = np.asarray(MixedLayer(layer.layers, layer.rows, "grouped")(x))
     np.testing.assert_allclose(np.asarray(layer(x)), want, rtol=1e-9, atol=1e-9)
-    assert ("_stacked" in vars(layer)) == (max(shares) < 29)
+    assert ("stacked" in taken_by(layer)) == (max(shares) < 29)
     below = model.bind(rows=[None] * 32).layers["fc"](x)
     assert np.abs(np.asarray(below) - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("n", [24, 800, 1030])
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_call_prepares_serves_the_next(library: str, n: int, count: int, bias: bool) -> None:
+    pytest.importorskip(library)
+    from peft_any import move
+
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.standard_normal((n, n + 8)), "fc.bias": rng.standard_normal(n)}
+    model = PeftModel(move(weights if bias else {"fc.weight": weights["fc.weight"]}, library))
+    for i in range(count):
+        config = LoraConfig(r=8 if i else 5, init_lora_weights=False, target_modules=["fc"])
+        model.add(f"a{i}", config, seed=i, dtype="float64")
+    even, uneven = [*model.names] * 3, [*model.names, None, *["a0"] * 15]
+    for names in (even, uneven, ["a0"] * 20):
+        layer = model.bind(rows=names).layers["fc"]
+        alone = MixedLayer(layer.layers, layer.rows, "grouped")
+        for lead in ((), (1,), (3,), (1,), (1,), (2, 2), (0,)):
+            x = move(rng.standard_normal((len(names), *lead, n + 8)), library)
+            kept = to_numpy(x).copy()
+            for _ in range(2):
+                got, want = to_numpy(layer(x)), to_numpy(alone(x))
+                np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+            assert layer._last[3] is not None
+            np.testing.assert_array_equal(to_numpy(x), kept)
+        single = to_numpy(layer(move(to_numpy(x).astype("float32"), library)))
+        assert single.dtype == np.float32
+        with pytest.raises(ShapeError, match=f"{len(names)} rows"):
+            layer(x[1:, ...])
+
+
+def test_a_prepared_call_is_differentiated_and_mapped() -> None:
+    torch = pytest.importorskip("torch")
+    model = PeftModel({"fc.weight": torch.randn(800, 800).double()})
+    for i in range(4):
+        config = LoraConfig(r=12, init_lora_weights=False, target_modules=["fc"])
+        model.add(f"a{i}", config, seed=i, dtype="float64")
+    for rows in (["a0", "a1"] * 10, ["a0", "a1", "a2", "a3", None] * 4, ["a0"] * 20):
+        layer, x = model.bind(rows=rows).layers["fc"], torch.randn(20, 800).double()
+        alone = MixedLayer(layer.layers, layer.rows, "grouped")
+        for _ in range(2):
+            slopes = [torch.func.grad(lambda x, one=one: one(x).square().sum())(x)
+                      for one in (layer, alone)]  # fmt: skip
+            torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+            given = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(layer(given).square().sum(), given)
+            torch.testing.assert_close(slope, slopes[1], rtol=1e-10, atol=1e-10)
+            mapped = torch.func.vmap(layer, in_dims=1, out_dims=1)(x[:, None, :].expand(-1, 3, -1))
+            want = alone(x)[:, None, :].expand(-1, 3, -1)
+            torch.testing.assert_close(mapped, want, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(layer(x), alone(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [["a", "b", None], ["a", "a", "a"], "numbers", None])
+def test_what_was_called_without_derivatives_has_them_after(rows: Any) -> None:
+    torch = pytest.importorskip("torch")
+    model = PeftModel({"fc.weight": torch.randn(12, 8)})
+    for name, config in (("a", LoraConfig), ("b", IA3Config)):
+        more: Any = {"feedforward_modules": []} if name == "b" else {"init_lora_weights": False}
+        model.add(name, config(target_modules=["fc"], **more))
+    rows = torch.tensor([0, 1, -1]) if isinstance(rows, str) else rows
+    params = {
+        a: {s: {k: v.clone().requires_grad_() for k, v in p.items()} for s, p in sites.items()}
+        for a, sites in model.parameters.items()
+        if a in model.active or rows is not None
+    }
+    bound, x = model.bind(params, rows=rows), torch.randn(3, 8)
+    with torch.no_grad():
+        before = bound.layers["fc"](x)
+    for _ in range(2):
+        y = bound.layers["fc"](x)
+        torch.testing.assert_close(y.detach(), before)
+        y.square().sum().backward()
+        for p in params["a"]["fc"].values():
+            assert p.grad is not None
+            assert p.grad.abs().max() > 0
+    with torch.no_grad():  # as an optimizer does
+        for p in params["a"]["fc"].values():
+            p.mul_(2.0)
+        want = model.bind(params, rows=rows).layers["fc"](x)
+        assert (want - before).abs().max() > 1e-3
+        torch.testing.assert_close(bound.layers["fc"](x), want)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -20,7 +20,7 @@ LAYERS = [
     {"_dtypes", "_imports", "arguments"},
     {"_libraries"},
     {"_arrays", "_jaxpr"},
-    {"_engines", "_kernels"},
+    {"_engines", "_kernels", "_ways"},
     {"backend"},
     {"tape"},
     {"autodiff", "custom"},

@@ -44,9 +44,19 @@ class StackedLayer:
     def _shared(self) -> list[Dense | None]:
         return [shared_base([self.layers[0], layer]) for layer in self.layers]
 
-    @cached_property
+    @property
     def _stack(self) -> tuple[Dense, dict[str, Array], list[int]]:
-        """The widened base, the stacked factors, and the adapters that have none."""
+        """The widened base, the stacked factors, and the adapters that have none.
+
+        Kept for all calls, but not what was made of trained arrays.
+        """
+        return self._made() if any(layer.trained for layer in self.layers) else self._kept
+
+    @cached_property
+    def _kept(self) -> tuple[Dense, dict[str, Array], list[int]]:
+        return self._made()
+
+    def _made(self) -> tuple[Dense, dict[str, Array], list[int]]:
         found = [factors_of(layer) for layer in self.layers]
         if is_embedding := self.base.site.kind == "Embedding":
             found = [{} if f is not None and not f else None for f in found]

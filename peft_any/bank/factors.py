@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from peft_any._typing import Array, Params
 from peft_any.backend import (
     creation_device,
+    dense,
     detach,
     dtype_name,
     from_numpy_like,
@@ -19,15 +20,18 @@ from peft_any.backend import (
     namespace,
     plus_product,
     taken,
+    ways,
 )
 from peft_any.bound import BoundLayer
-from peft_any.layer import EXPERTS, Dense, Site, linear
+from peft_any.layer import EXPERTS, MATRICES, Dense, Site, linear
 from peft_any.method import Additive, Tuner
 
-JOINED, QUICKER = 1 << 25, 1 << 22
+TOGETHER = 32
+"""Up to so large a rank of the factors of all adapters together the joined path is the quickest."""
+JOINED = 1 << 25
 """The most products of two numbers that all vectors with the factors of all adapters may be, for
-the joined path to be chosen, and up to which it is before the stacked one; half as many where
-their ranks together are above a side's size. As `tests/benchmarks/mixed.py` measured it."""
+the joined path to be chosen where the stacked one is not; half as many where their ranks together
+are above a side's size."""
 STACKED = 1 << 22
 """The most numbers of all factors together for the stacked path to be chosen."""
 
@@ -39,10 +43,10 @@ def total_rank(layers: Sequence[BoundLayer]) -> int:
     return sum(config.rank(site) for config in configs if factored(config, site))
 
 
-def few(total: int, site: Site, vectors: int, most: int = JOINED) -> bool:
+def few(total: int, site: Site, vectors: int) -> bool:
     """Whether so many vectors, multiplied by factors of all ranks together, cost little."""
     each, side = total * (site.n_out + site.width), min(site.n_out, site.width)
-    return vectors * each <= (most if total <= side else most // 2) or 32 * total <= side
+    return vectors * each <= (JOINED if total <= side else JOINED // 2) or 32 * total <= side
 
 
 def even(layers: Sequence[BoundLayer], rows: Sequence[int]) -> bool:
@@ -158,9 +162,13 @@ def joined(found: Sequence[Mapping[str, Array]], base: Dense, rows: Sequence[int
     kept = [f for f in found if f]
     xp = namespace(base.weight, *(array for f in kept for array in f.values()))
     a, b = (xp.concat([f[n] for f in kept], axis=i) for i, n in enumerate("ab"))
-    owner = np.asarray([i for i, f in enumerate(found) if f for _ in range(int(f["a"].shape[0]))])
-    mask = (np.asarray(rows)[:, None] == owner[None, :]).astype(dtype_name(base.weight))
-    made = {"a": a, "b": b, "mask": from_numpy_like(mask, base.weight)}
+    made = {"a": a, "b": b}
+    if len(found) > 1:
+        owner = [i for i, f in enumerate(found) if f for _ in range(int(f["a"].shape[0]))]
+        mask = (np.asarray(rows)[:, None] == np.asarray(owner)[None, :]).astype(
+            dtype_name(base.weight)
+        )
+        made["mask"] = from_numpy_like(mask, base.weight)
     if any(len(f) > 2 for f in kept):
         each = alike(found, base)
         more = [name for name in ("gain", "shift") if name in each[0]]
@@ -231,6 +239,53 @@ def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
         gain = xp.reshape(rows["gain"], lead)
         y = y * gain if base.bias is None else y * gain + (base.bias - base.bias * gain)
     return y
+
+
+def planned(x: Array, base: Dense, rows: Mapping[str, Array]) -> Callable[[Array], Array] | None:
+    """Prepare `applied` for all inputs that look like x, where a library has shorter ways for it.
+
+    Parameters
+    ----------
+    x : array (rows, …, width)
+    base : Dense
+    rows : mapping
+        As `joined`, or `stacked`, gives it.
+
+    Returns
+    -------
+    callable or None
+    """
+    w, bias = base.weight, base.bias
+    short = ways(x, *rows.values(), *(held for held in (w, bias) if held is not None))
+    if short is None or base.site.kind not in MATRICES or rows.keys() & {"gain", "shift"}:
+        return None
+    take, times, onto, onto_first = short
+    if "a" in rows:
+        a, b, mask = rows["a"], rows["b"], rows.get("mask")
+        if mask is None:
+            return lambda x: onto(dense(dense(x, a), b), x, w, bias)
+        own = namespace(mask).reshape(mask, (x.shape[0], *(1,) * (x.ndim - 2), -1))
+        return lambda x: onto(dense(dense(x, a) * own, b), x, w, bias)
+    down, up, order, place = rows["down"], rows["up"], rows.get("order"), rows.get("place")
+    count, groups = (x if order is None else order).shape[0], down.shape[0]
+    each = groups, count // groups * prod(x.shape[1:-1]), x.shape[-1]
+    shape = count, *x.shape[1:-1], w.shape[0]
+
+    def turned(x: Array) -> tuple[Array, Array]:
+        some: Any = x if order is None else take(x, order)
+        return some, times(some.reshape(each), down)
+
+    def beside(x: Array) -> Array:
+        added = times(turned(x)[1], up).reshape(shape)
+        return onto(added if place is None else take(added, place), x, w, bias)  # type: ignore[no-any-return]
+
+    def within(x: Array) -> Array:
+        some, low = turned(x)
+        below = dense(some, w, bias).reshape((*each[:2], w.shape[0]))
+        y = plus_product(below, low, up, owned=True).reshape(shape)
+        return y if place is None else take(y, place)  # type: ignore[no-any-return]
+
+    return beside if count > x.shape[0] or onto_first(x, w) else within
 
 
 def _by_groups(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:

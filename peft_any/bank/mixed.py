@@ -24,7 +24,7 @@ from peft_any.backend import (
     taken,
 )
 from peft_any.bank.factors import (
-    QUICKER,
+    TOGETHER,
     applied,
     even,
     factored,
@@ -33,6 +33,7 @@ from peft_any.bank.factors import (
     finite,
     groups_of,
     joined,
+    planned,
     stacked,
     total_rank,
 )
@@ -93,6 +94,10 @@ class MixedLayer:
     rows: Sequence[int]
     path: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_made", {})
+        object.__setattr__(self, "_last", (None, None, None, None))
+
     @property
     def traced(self) -> bool:
         """Whether its arrays only stand for some, inside a transformation such as jit."""
@@ -111,13 +116,21 @@ class MixedLayer:
         ConfigError, ShapeError
             If it is a convolution, or `x` has another number of rows, or other columns.
         """
-        site = self.base.site
+        kind, shape, dtype, call = self._last  # type: ignore[attr-defined]
+        if type(x) is kind and x.shape == shape and x.dtype == dtype:
+            return call(x)  # type: ignore[no-any-return]
+        site, alone = self.base.site, len(self.layers) == 1
         if site.is_conv:
             return self.layers[0](x)  # which says why not
         check_rows(x, site, len(self.rows))
-        if len(self.layers) == 1:
-            return self.layers[0](x)
         ready = self._at_once(x) if is_floating(x) else None
+        if ready is not None and not self._trained and dtype_name(x) == dtype_name(ready[0].weight):
+            call = planned(x, *ready)
+            if call is not None:
+                object.__setattr__(self, "_last", (type(x), x.shape, x.dtype, call))
+                return call(x)
+        if alone:
+            return self.layers[0](x)
         if ready is None and self.path in ("joined", "stacked"):
             raise ConfigError(
                 f"{site.name}: these adapters cannot be {self.path}: each must add one product of "
@@ -126,11 +139,8 @@ class MixedLayer:
         if ready is None:
             return self._grouped(x)
         base, rows = ready
-        out, wide = dtype_name(x), dtype_name(base.weight)
-        if out == wide:
-            return applied(x, base, rows)
-        y: Array = astype(applied(astype(x, wide), base, rows), out)
-        return y
+        y: Array = applied(astype(x, dtype_name(base.weight)), base, rows)
+        return astype(y, dtype_name(x))  # type: ignore[no-any-return]
 
     @cached_property
     def _shared(self) -> Dense | None:
@@ -139,25 +149,41 @@ class MixedLayer:
     def _at_once(self, x: Array) -> tuple[Dense, dict[str, Array]] | None:
         """The base and the factors of all rows, where that is possible and, by itself, quicker."""
         if self.path is not None:
-            return getattr(self, f"_{self.path}") if self.path != "grouped" else None
-        way = self._total, self.base.site, prod(x.shape[:-1])
-        if few(*way, QUICKER) and self._joins(x):
-            return self._joined
-        if self._even and self._stacked is not None:
-            return self._stacked
-        return self._joined if few(*way) and self._joins(x) else None
+            return None if self.path == "grouped" else self._ready(self.path)
+        if len(self.layers) == 1 or (self._total <= TOGETHER and self._joins(x)):
+            return self._ready("joined")
+        if self._even and (ready := self._ready("stacked")) is not None:
+            return ready
+        few_enough = few(self._total, self.base.site, prod(x.shape[:-1]))
+        return self._ready("joined") if few_enough and self._joins(x) else None
 
     def _joins(self, x: Array) -> bool:
         """Whether rows do not harm each other where all meet the factors of all adapters."""
-        ready = self._joined
+        ready = self._ready("joined")
         # A slope by one adapter's factors reads all rows: an infinity times 0 is none.
         return ready is not None and not (is_differentiated(ready[1]["a"]) and not finite(x))
+
+    @cached_property
+    def _trained(self) -> bool:
+        return any(layer.trained for layer in self.layers)
 
     @cached_property
     def _total(self) -> int:
         return total_rank(self.layers)
 
     @cached_property
+    def _even(self) -> bool:
+        return even(self.layers, self.rows)
+
+    def _ready(self, path: str) -> tuple[Dense, dict[str, Array]] | None:
+        """What a path needs: kept for all calls, but not what was made of trained arrays."""
+        if path not in self._made:  # type: ignore[attr-defined]
+            found = self._joined() if path == "joined" else self._stacked()
+            if self._trained:
+                return found
+            self._made[path] = found  # type: ignore[attr-defined]
+        return self._made[path]  # type: ignore[attr-defined,no-any-return]
+
     def _factors(self) -> tuple[Dense, list[dict[str, Array]]] | None:
         """The factors of every adapter, where each has some over the same base."""
         parts = [part for layer in self.layers for part in layer.ready[0]]
@@ -167,29 +193,19 @@ class MixedLayer:
         known = [f for f in found if f is not None]
         return None if base is None or len(known) < len(found) else (base, known)
 
-    @cached_property
     def _joined(self) -> tuple[Dense, dict[str, Array]] | None:
         """The factors of all adapters side by side; unless asked for, where none is infinite."""
-        if self._factors is None:
+        ready = self._factors()
+        if ready is None or not any(ready[1]):
             return None
-        base, known = self._factors
-        if not any(known) or (
-            self.path is None and not finite(*(a for f in known for a in f.values()))
-        ):
-            return None
-        return base, joined(known, base, self.rows)
+        base, known = ready
+        harmless = len(known) == 1 or finite(*(a for f in known for a in f.values()))
+        return (base, joined(known, base, self.rows)) if self.path or harmless else None
 
-    @cached_property
-    def _even(self) -> bool:
-        return even(self.layers, self.rows)
-
-    @cached_property
     def _stacked(self) -> tuple[Dense, dict[str, Array]] | None:
         """The factors of all adapters, and where the rows of each go."""
-        if self._factors is None or is_lazy(self.base.weight):
-            return None
-        base, known = self._factors
-        return base, stacked(known, base, self.rows)
+        ready = None if is_lazy(self.base.weight) else self._factors()
+        return None if ready is None else (ready[0], stacked(ready[1], ready[0], self.rows))
 
     @cached_property
     def _order(self) -> tuple[list[list[int]], list[int]]:
