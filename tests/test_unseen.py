@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from peft_any.methods.boft import BOFTConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.oft import OFTConfig
+from peft_any.methods.road import RoadConfig
 from peft_any.model import PeftModel
 from peft_any.parts import Part, effect
 from peft_any.testing import Lib
@@ -428,3 +430,17 @@ def test_gains_keep_to_what_is_not_excluded() -> None:
     adapter = Adapter(config, {"h.1.fc": {"ia3_l": draw(3, 1)}})
     made, _ = peft_any.combine([adapter, adapter])
     assert made.config.target_modules == ["h.1.fc"]  # type: ignore[attr-defined]
+
+
+def test_a_conversion_targets_no_layer_that_its_method_passed_by(tmp_path: Path) -> None:
+    weights = {"a.proj.weight": draw(8, 4), "b.proj.weight": draw(8, 4, 3, 3)}
+    model = PeftModel(weights)
+    rows = RoadConfig(target_modules=["a.proj"], group_size=4, init_weights=False)
+    added = model.add("a", rows)
+    added = added.replace(
+        config=replace(added.config, target_modules=["proj"])
+    )  # as of linear ones
+    made, _ = peft_any.convert(added, base=weights)
+    assert made.config.target_modules == ["a.proj"]  # type: ignore[attr-defined]
+    peft_any.write_safetensors(tmp_path / "model.safetensors", weights)
+    peft_any.merge_checkpoint(tmp_path / "model.safetensors", made, dry_run=True)

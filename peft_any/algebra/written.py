@@ -13,12 +13,15 @@ from peft_any.adapter import Adapter
 from peft_any.algebra.lowrank import Factors, pad
 from peft_any.backend import astype, creation_device, namespace
 from peft_any.errors import ConfigError
-from peft_any.layer import Site
+from peft_any.layer import Kind, Site
 from peft_any.method import Tuner
 from peft_any.methods.lora import LoraConfig
 from peft_any.patterns import matching
 from peft_any.selection import out_projection
 from peft_any.targets import configured
+
+_COMMON = frozenset[Kind]({"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"})
+"""What modules of one name may be that LoRA adapts."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,16 @@ def _repeated(configs: Sequence[Tuner]) -> list[list[int]] | None:
 
 
 def _targets(configs: Sequence[Tuner], names: Sequence[str]) -> list[str]:
-    """Unite the lists of targets; where rules say more than a list can, name every layer."""
+    """Unite the lists of targets; where rules say more than a list can, name every layer.
+
+    So do lists of a method that passes by layers of their names which LoRA would take.
+    """
     lists = [c.target_modules for c in configs if isinstance(c.target_modules, list)]
     rules = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    plain = all(getattr(c, rule, None) in (None, [], "") for c in configs for rule in rules)
+    alike = all(c.kinds >= _COMMON for c in configs)
+    plain = alike and all(
+        getattr(c, rule, None) in (None, [], "") for c in configs for rule in rules
+    )
     united = sorted({entry for entries in lists for entry in entries})
     reached = all(any(f".{n}".endswith(f".{entry}") for entry in united) for n in names)
     if configs and plain and len(lists) == len(configs) and reached:
