@@ -6,10 +6,11 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.methods.lora import LoraConfig
 from peft_any.surgery.choice import engine_of
+from peft_any.surgery.cluster import QUIET
 from peft_any.surgery.couple import Couple
 from peft_any.surgery.engines import Recipe
 from peft_any.surgery.factoring import Factoring
@@ -53,7 +55,11 @@ def client() -> Iterator[Any]:
     """Two worker processes of one thread."""
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            scheduler_kwargs=QUIET,
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -416,3 +422,20 @@ def test_checkpoints_that_are_others_on_a_worker_are_refused(client: Any, folder
     site = Site("layers.0.q", n_in=WIDTH, n_out=ROWS)
     with pytest.raises(UsageError, match="another checkpoint on this worker"):
         engine_of("dask").run(swapped, [site], lambda *_: None)
+
+
+def test_a_cluster_of_its_own_beside_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the ports that Dask would take are taken, too."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(
+        distributed, "get_client", lambda **_: (_ for _ in ()).throw(ValueError("no client"))
+    )
+    with ExitStack() as stack:
+        for port in (8786, 8787):
+            taken = stack.enter_context(socket.socket())
+            with suppress(OSError):  # by another one
+                taken.bind(("", port))
+                taken.listen()
+        merge_checkpoint(folder / "base", folder / "lora", folder / "out", engine="dask")
+    merge_checkpoint(folder / "base", folder / "lora", folder / "here")
+    assert contents(folder / "out") == contents(folder / "here")

@@ -18,6 +18,9 @@ ATTEMPTS = 4
 _PATIENCE = "30s"
 """How long a scheduler has to answer, and the first worker to come."""
 
+QUIET = {"dashboard_address": "127.0.0.1:0"}
+"""A scheduler without a dashboard still serves a page or two, by default where another may be."""
+
 
 class Dask(Engine):
     """One task for each piece; a lost worker's pieces are done again by another one.
@@ -109,6 +112,7 @@ class Dask(Engine):
                     threads_per_worker=1,
                     processes=True,
                     dashboard_address=None,
+                    scheduler_kwargs=QUIET,
                 )
             )
             return self._distributed.Client(cluster, set_as_default=False)
