@@ -997,3 +997,14 @@ def test_a_path_without_permission_is_no_wrong_command(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # for root there are no others
     shell.ok("inspect", adapter)
+
+
+def test_what_is_no_file_is_told(shell: Shell, adapter: Path, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        odd = shutil.copytree(adapter, tmp_path / f"odd-{name}")
+        (odd / name).unlink()
+        (odd / name).mkdir()
+        shell.refused(5, "inspect", odd, says=(f"{name}: cannot be read: it is not a regular",))
+    says = ("gone: there is no such adapter or model; check",)
+    shell.refused(5, "diff", adapter, tmp_path / "gone", says=says)
+    shell.refused(5, "diff", tmp_path / "gone", adapter, says=says)

@@ -34,6 +34,7 @@ def find_config(folder: Path) -> Path:
     path = folder / CONFIG_NAME
     if path.is_file():
         return path
+    _refuse_special(path)
     with reporting(folder, "be read"):  # it may vanish
         _refuse_other(folder)
         found = [*folder.glob(f"*/{CONFIG_NAME}"), *folder.glob(f"snapshots/*/{CONFIG_NAME}")]
@@ -88,6 +89,7 @@ def find_adapter(path: Path, *, configured: bool = False) -> tuple[Path, Path]:
         for pickle in sorted(p for p in path.iterdir() if p.suffix in PICKLES):
             _refuse_pickle(pickle)
         _refuse_other(path)
+        _refuse_special(tensors)
         names = [p.name for p in path.iterdir()]
         raise StorageError(f"{path}: has no {TENSORS}{nearest(TENSORS, names)}")
 
@@ -113,7 +115,13 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
+def _refuse_special(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_file():
+        raise StorageError(f"{path}: cannot be read: it is not a regular file")
+
+
 def _looks(path: Path) -> str:
+    _refuse_special(path)
     with path.open("rb") as file:
         hint = disguise(file.read(64))
     if not hint and path.suffix == ".safetensors":

@@ -16,7 +16,7 @@ from peft_any.algebra.difference import AdapterDifference, compare_adapters
 from peft_any.algebra.terms import Base
 from peft_any.arguments import checked
 from peft_any.backend import Backend, is_floating
-from peft_any.errors import UsageError
+from peft_any.errors import StorageError, UsageError
 from peft_any.io._atomic import StrPath
 from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint
@@ -152,7 +152,10 @@ def diff(
         options: dict[str, Any] = {"backend": backend, "kinds": kinds, "strict": strict}
         return compare_adapters(a, b, base, **options, progress=progress)
     if any(of_adapters):
-        lone = a if of_adapters[0] else b
+        lone, other = (a, b) if of_adapters[0] else (b, a)
+        assert not isinstance(other, Adapter)  # noqa: S101 - told above
+        if not is_url(other) and not Path(other).exists():
+            raise StorageError(f"{other}: there is no such adapter or model; check the spelling")
         raise UsageError(f"{lone}: is an adapter, and cannot be compared with a model: give two")
     if base is not None:
         raise UsageError("base: is for two adapters: models are compared as they are")
