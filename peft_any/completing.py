@@ -167,7 +167,10 @@ def rederived(
     for name, site in placed.sites.items():
         own = placed.adapter.sites[name]
         of = placed.configs[name]
-        params[name] = of.rederive(own, site, root.at(name)) if of.lacks(own) else own
+        found = of.rederive(own, site, root.at(name)) if of.lacks(own) else own
+        if site.weight in placed.adapter.extra:  # a copy that lacks what was taken out of the base
+            found = {k: 0 * a if k.startswith("start_") else a for k, a in found.items()}
+        params[name] = found
     return replace(placed, adapter=placed.adapter.replace(sites=params))
 
 
