@@ -79,6 +79,27 @@ def is_trained(x: Any) -> bool:
     return bool(getattr(x, "requires_grad", False))
 
 
+def in_memory(*arrays: Any) -> bool:
+    """Whether arrays are NumPy's, or torch's on the processor, of one dtype, and none is traced.
+
+    What is made of such arrays can be written part by part.
+
+    Examples
+    --------
+    >>> in_memory(np.ones(1), np.ones(2)), in_memory(np.ones(1), np.ones(1, "float32"))
+    (True, False)
+    """
+    if any(map(is_differentiated, arrays)) or len({a.dtype for a in arrays}) > 1:
+        return False
+    if library_of(arrays[0]).name != "torch":
+        return all(type(a) is np.ndarray for a in arrays)
+    torch = LIBRARIES["torch"].module
+    own = torch.Tensor, torch.nn.Parameter
+    return all(
+        type(a) in own and a.device.type == "cpu" and a.layout is torch.strided for a in arrays
+    )
+
+
 class Engine:
     """A library's own differentiation."""
 

@@ -178,25 +178,30 @@ def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...
     return tuple(found)
 
 
-def in_memory(*arrays: Any) -> bool:
-    """Whether arrays are NumPy's, or torch's on the processor, of one dtype, and none is traced.
+def by_blocks(x: Any, r: Any) -> Any:
+    """Multiply by a block-diagonal matrix, laid out by rows: groups of rows, each written once.
 
-    What is made of such arrays can be written part by part.
+    Parameters
+    ----------
+    x : array (m, k·b)
+    r : array (k, b, b)
+        As `in_memory` takes them.
 
     Examples
     --------
-    >>> in_memory(np.ones(1), np.ones(2)), in_memory(np.ones(1), np.ones(1, "float32"))
-    (True, False)
+    >>> by_blocks(np.ones((1, 2)), np.asarray([[[2.0]], [[3.0]]]))
+    array([[2., 3.]])
     """
-    if any(map(is_differentiated, arrays)) or len({a.dtype for a in arrays}) > 1:
-        return False
-    if library_of(arrays[0]).name != "torch":
-        return all(type(a) is np.ndarray for a in arrays)
-    torch = LIBRARIES["torch"].module
-    own = torch.Tensor, torch.nn.Parameter
-    return all(
-        type(a) in own and a.device.type == "cpu" and a.layout is torch.strided for a in arrays
-    )
+    xp, (m, n), (k, b, _) = namespace(x), x.shape, r.shape
+    if library_of(x).name == "numpy":  # OpenBLAS takes twice as long for small transposed blocks
+        product, r = np.matmul, np.ascontiguousarray(r)
+    else:
+        product = LIBRARIES["torch"].module.bmm
+    out, rows = xp.empty((m, n), dtype=x.dtype), max(16 * _BLOCK // (n * x.dtype.itemsize), 8)
+    for i in range(0, m, rows):
+        given, made = (a[i : i + rows].reshape((-1, k, b)).swapaxes(0, 1) for a in (x, out))
+        product(given, r, out=made)
+    return out
 
 
 def even_rows(columns: Any, places: Any, shape: tuple[int, int], onto: Any = None) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from peft_any._typing import Array
-from peft_any.backend import creation_device, detach, inv, namespace
+from peft_any.backend import by_blocks, creation_device, detach, in_memory, inv, namespace
 from peft_any.layer import linear
 
 
@@ -191,6 +191,11 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
     if r.shape[0] == 1:
         y = xp.reshape(x, (count * (n // b), b)) @ r[0, ...]
     elif rows:
+        if apart == 1 and in_memory(x, r):
+            try:
+                return xp.reshape(by_blocks(xp.reshape(x, (count, n)), r), shape)  # type: ignore[no-any-return]
+            except RuntimeError:  # torch's, under a transformation
+                pass
         y = xp.reshape(x, (count, high, b // run, apart, run))
         y = xp.reshape(xp.permute_dims(y, (1, 3, 0, 2, 4)), (n // b, count, b)) @ r
         y = xp.reshape(y, (high, apart, count, b // run, run))
