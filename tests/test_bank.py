@@ -26,6 +26,7 @@ from peft_any.bank.data import StackedLayer
 from peft_any.bank.factors import factored, factors_of, few
 from peft_any.bank.mixed import MixedLayer
 from peft_any.bound import BoundLayer
+from peft_any.errors import UsageError
 from peft_any.layer import Dense
 from peft_any.methods.prompt_tuning import PromptTuningConfig
 from peft_any.parts import Part
@@ -725,3 +726,64 @@ def test_a_swap_is_checked_and_a_bound_model_keeps_its_state() -> None:
 def test_what_does_not_fit_is_refused(rows: Any, shape: Any, error: str) -> None:
     with pytest.raises((ConfigError, ShapeError), match=error):
         model_of([1, 1, 1]).bind(rows=rows).layers["fc"](np.ones(shape))
+
+
+@pytest.mark.parametrize("rows", [3, {"lora0": 1}, {"lora0"}, b"lora0", [True], [["lora0"]]])
+def test_what_is_no_list_of_rows_is_told_so(rows: Any) -> None:
+    model = model_of([1, 1, 1])
+    with pytest.raises(ConfigError, match=r"^rows.*: give a (list|name)"):
+        model.bind(rows=rows)
+
+
+@pytest.mark.parametrize(
+    "new",
+    [None, "lora0", [], {"fc": None}, {"fc": {"lora_A.weight": None}}, {"fc": {"a": [[1.0]]}}],
+)
+def test_what_is_no_adapter_is_swapped_for_none(new: Any) -> None:
+    model, x = model_of([1, 1, 1]), np.ones((1, 6))
+    bound = model.bind(rows=["lora0"])
+    before = bound.layers["fc"](x)
+    for name in ("lora0", 0, ["lora0"]):
+        with pytest.raises(UsageError, match=r"^Bank\.swap: (new|name).* cannot be taken: give a"):
+            bound.swap(name, new)
+    np.testing.assert_array_equal(bound.layers["fc"](x), before)
+
+
+@pytest.mark.parametrize("library", ["dask", "strict"])
+def test_a_bank_is_one_on_libraries_that_do_no_more_than_the_standard(library: str) -> None:
+    pytest.importorskip({"dask": "dask.array", "strict": "array_api_strict"}[library])
+    from peft_any import move
+
+    host, x = model_of([2, 3, 1]), np.random.default_rng(1).standard_normal((5, 2, 6))
+    model = PeftModel(move(host.weights, library))
+    for name in host.names:
+        model.add(name, host[name])
+    padded = stack([pad_to_rank(one[name], 4) for one in (host, model) for name in ("lora0",)],
+                   model.weights)  # fmt: skip
+    banks = [
+        (one, stack({name: one[name] for name in one.names}, one.weights)) for one in (host, model)
+    ]
+    lists = (["lora0", None, "lora1", "lora0", "lora2"], ["oft", "lora0", None, "ia3", "oft"])
+    numbers = np.asarray([0, -1, 1, 0, 2])
+
+    def seen(bank: Any, given: Any, rows: Any) -> Any:
+        return to_numpy(bank.bind(rows).layers["fc"](given))
+
+    given = move(x, library)
+    for rows in (*lists, numbers, [0, -1, 1, 0, 2]):
+        want, got = (
+            seen(bank, own, rows) for (_, bank), own in zip(banks, (x, given), strict=True)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    taken = move(numbers, library)
+    got = seen(banks[1][1], given, taken)
+    np.testing.assert_allclose(got, seen(banks[0][1], x, numbers), rtol=1e-10, atol=1e-12)
+    got = seen(padded, given, ["0", "1", None, "0", "1"])
+    want = seen(banks[0][1], x, ["lora0", "lora0", None, "lora0", "lora0"])
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    for one, bank in banks:
+        bank.swap("lora0", one["oft"])
+    got, want = (
+        seen(bank, own, lists[0]) for (_, bank), own in zip(banks, (x, given), strict=True)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)

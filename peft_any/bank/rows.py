@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from operator import index
 from threading import Lock
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ import numpy as np
 from peft_any import attention
 from peft_any._typing import Array
 from peft_any.adapter import Adapter
+from peft_any.arguments import methods_checked, shown
 from peft_any.backend import astype, dtype_name, from_numpy_like, is_array
 from peft_any.bank.data import DataLayer, StackedLayer
 from peft_any.bank.mixed import MixedLayer
@@ -53,6 +55,7 @@ class State:
         return self._stacks[key]
 
 
+@methods_checked("swap")
 class Bank:
     """Adapters over one base that batches mix and that are exchanged while others read.
 
@@ -166,8 +169,11 @@ class Bank:
         """Give names for a list of rows, or an array in the base's library."""
         if is_array(rows):
             return self._numbers(rows)
-        if not rows or isinstance(rows, str):
-            raise ConfigError(f"rows={rows!r}: give a list with one name, or None, for each row")
+        unordered = isinstance(rows, str | bytes | Mapping | AbstractSet)
+        if unordered or not isinstance(rows, Iterable) or not rows:
+            raise ConfigError(
+                f"rows={shown(rows)}: give a list with one name, or None, for each row"
+            )
         wrong: list[Any] = []
         out: list[str | None] = []
         for row in rows:
@@ -190,12 +196,11 @@ class Bank:
 
     def _numbered(self, row: Any) -> str | None:
         """Give the name of an adapter's number, None for a negative one."""
-        try:
-            number = index(row)
-        except TypeError:
+        if isinstance(row, bool) or not hasattr(row, "__index__"):
             raise ConfigError(
                 f"rows: {row!r} names no adapter: give a name, a number or None for each row"
-            ) from None
+            )
+        number = index(row)
         if number < 0:
             return None
         self._refuse_numbers()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from peft_any.adapter import Adapter
 from peft_any.arguments import methods_checked
-from peft_any.backend import dtype_name, numpy_dtype
+from peft_any.backend import dtype_name, numpy_dtype, resolve
 from peft_any.errors import ConfigError, StorageError, nearest
 from peft_any.io._faults import reporting
 from peft_any.io._finding import CONFIG_NAME, INDEX, TENSORS, files_of, find_adapter
@@ -85,6 +85,7 @@ class AdapterStore(Mapping[str, Adapter]):
             raise StorageError(f"{directory}: there is no such directory of adapters")
         if max_bytes < 0:
             raise ConfigError(f"max_bytes={max_bytes}: give the most bytes to hold, at least 0")
+        resolve(backend)  # which says what is wrong with it
         self.max_bytes = max_bytes
         self._backend, self._mapped = backend, mapped
         self._lock = Lock()
