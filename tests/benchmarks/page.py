@@ -61,10 +61,10 @@ sides do. Where the target lies above it, no way of computing the merge would re
 
 Other work ran on the machine's two cores meanwhile (load averages from 10 to 14) and shared their
 caches and memory: a figure near 1 moves by a tenth from run to run, and merges that mostly wait for
-memory come nearer to each other (OFT's were 19 and more beside less work). What misses: FourierFT,
-where half of an inverse transform and a transposition are left to do; unmerges by factors and by
-few entries, which read one array and write another where Hugging Face PEFT writes into the one it
-reads; what is a product of large matrices alone on NumPy (OSF, PVeRA, VeRA, calls), which its
+memory come nearer to each other. What misses: unmerges by factors and by few entries, which read
+one array and write another where Hugging Face PEFT writes into the one it reads: that alone
+takes 2 to 3 of the 3 to 6 ms that its unmerge takes when the system gives the new array's pages
+afresh; what is a product of large matrices alone on NumPy (OSF, PVeRA, VeRA, calls), which its
 OpenBLAS takes up to a fifth longer for than torch's MKL; and a step of LN tuning on NumPy, which
 trains all weights of the layer, and whose optimiser gives new arrays where torch's writes into the
 old.
