@@ -401,6 +401,32 @@ def test_torch_compiles_a_mixed_layer(engine: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo (detected|does not know)")
+@pytest.mark.parametrize("rows", [["lora0", None, "lora1"], ["oft", "lora0", "ia3"], "numbers"])
+def test_a_layer_that_was_called_is_compiled_whole(rows: Any) -> None:
+    torch = pytest.importorskip("torch")
+    from peft_any import move
+
+    host = model_of([2, 3, 1], dtype="float32")
+    model = PeftModel(move(host.weights, "torch"))
+    for name in host.names:
+        model.add(name, host[name])
+    layer = model.bind(rows=torch.tensor([0, -1, 3]) if rows == "numbers" else rows).layers["fc"]
+    torch._dynamo.reset()
+    layer(torch.randn(3, 6))
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    for shape in ((3, 6), (3, 4, 6)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(whole(x), layer(x))
+    torch._dynamo.reset()
+
+    def binding(x: Any) -> Any:
+        return model.bind().layers["fc"](x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(binding, backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo (detected|does not know)")
 def test_torch_compiles_binding_and_other_rows_and_parameters_compile_nothing() -> None:
     torch = pytest.importorskip("torch")
     from torch._dynamo.testing import CompileCounter
