@@ -225,6 +225,39 @@ def test_a_lost_workers_pieces_are_done_again(client: Any, tmp_path: Path) -> No
     replaced(client, killed[0])
 
 
+@dataclass(frozen=True)
+class Lasting(Recipe[int, int]):
+    """Pieces that tell when they begin and end; all but the first take a while."""
+
+    folder: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        yield self.work
+
+    def work(self, n: int) -> int:
+        (self.folder / f"{n}.begun").touch()
+        while n == 0 and not (self.folder / "1.begun").exists():
+            time.sleep(0.01)
+        time.sleep(0.5 * (n > 0))
+        (self.folder / f"{n}.ended").touch()
+        return n
+
+
+def test_what_is_given_up_has_ended(client: Any, tmp_path: Path) -> None:
+    """A piece that is under way on another worker writes nothing afterwards."""
+
+    def done(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine_of("dask").run(Lasting(tmp_path), range(20), done)
+    begun, ended = ({p.stem for p in tmp_path.glob(f"*.{kind}")} for kind in ("begun", "ended"))
+    assert "1" in begun
+    assert begun == ended
+    assert len(begun) < 20
+
+
 def slow_down() -> None:
     """On a worker: take a while over each tensor, so that a shard is half written when it dies."""
     from peft_any.surgery.compute import Surgeon

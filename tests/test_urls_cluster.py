@@ -140,6 +140,28 @@ def test_failures_leave_nothing(client: Any, shelf: Path) -> None:
     assert contents(shelf) == before
 
 
+def test_an_output_is_continued_and_replaced(client: Any, here: Path, shelf: Path) -> None:
+    merge_checkpoint(BASE, [(LORA, 2.0)], OUT, engine="dask")
+    old = contents(shelf / "out")
+    asked: dict[str, Any] = {"engine": "dask", "overwrite": True, "resume": True}
+    seen = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(BASE, LORA, OUT, progress=stop, **asked)
+    left = contents(shelf / "out")
+    assert {name: left[name] for name in old} == old
+    assert CLAIM not in left
+    made = merge_checkpoint(BASE, LORA, OUT, **asked)
+    assert f"{OUT}: continued; 2 shards were finished before" in made.warnings
+    same(contents(here / "merged"), contents(shelf / "out"))
+
+
 def test_workers_without_the_library(client: Any, here: Path, shelf: Path) -> None:
     def forget() -> None:
         from fsspec.registry import _registry

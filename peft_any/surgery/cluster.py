@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 from uuid import uuid4
 
@@ -15,6 +17,8 @@ from peft_any.surgery.engines import Done, Engine, Item, Recipe, Result
 
 ATTEMPTS = 4
 """How often a piece is begun before its workers are taken to die of it."""
+_LEFT = 30.0
+"""Seconds that pieces which are under way have to end, when the others are given up."""
 _PATIENCE = "30s"
 """How long a scheduler has to answer, and the first worker to come."""
 
@@ -66,9 +70,22 @@ class Dask(Engine):
                 for future in self._distributed.as_completed(list(futures), loop=client.loop):
                     done(futures[future], self._result(future, futures[future]))
                     future.release()
+            except BaseException:
+                client.cancel(list(futures), force=True)
+                self._settle(client, token)
+                raise
             finally:
                 client.cancel(list(futures), force=True)
                 client.run(_forget, token, on_error="ignore")
+
+    @staticmethod
+    def _settle(client: Any, token: str) -> None:
+        """Wait for pieces that are under way, which nobody can stop: what they write goes next."""
+        until = time.monotonic() + _LEFT
+        while any(client.run(_at_work, token, on_error="ignore").values()):
+            if time.monotonic() > until:
+                return
+            time.sleep(0.05)
 
     def _result(self, future: Any, item: Any) -> Any:
         try:
@@ -131,6 +148,27 @@ _opened: dict[tuple[str, int], tuple[ExitStack, Callable[[Any], Any]]] = {}
 """On a worker: the recipes that are open, by the token of their run and the thread."""
 
 
+_running: Counter[str] = Counter()
+_counting = Lock()
+"""On a worker: how many pieces of a run are under way."""
+
+
+@contextmanager
+def _counted(token: str) -> Iterator[None]:
+    with _counting:
+        _running[token] += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _running[token] -= 1
+
+
+def _at_work(token: str) -> bool:
+    """Whether a worker is at a piece of a run."""
+    return _running[token] > 0
+
+
 def _piece(token: str, version: str, recipe: Recipe[Any, Any], item: Any) -> Any:
     """Do a piece on a worker, each of whose threads opens the recipe for its first one."""
     if version != __version__:
@@ -139,11 +177,12 @@ def _piece(token: str, version: str, recipe: Recipe[Any, Any], item: Any) -> Any
             "they must be the same"
         )
     key = token, get_ident()
-    if key not in _opened:
-        stack = ExitStack()
-        _opened[key] = stack, stack.enter_context(recipe.open())
-    _, work = _opened[key]
-    return work(item)
+    with _counted(token):
+        if key not in _opened:
+            stack = ExitStack()
+            _opened[key] = stack, stack.enter_context(recipe.open())
+        _, work = _opened[key]
+        return work(item)
 
 
 def _forget(token: str) -> None:
@@ -151,3 +190,4 @@ def _forget(token: str) -> None:
     for key in [key for key in [*_opened] if key[0] == token]:
         stack, _ = _opened.pop(key)
         stack.close()
+    _running.pop(token, None)
