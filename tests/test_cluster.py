@@ -33,7 +33,7 @@ from peft_any.io.checkpoint import Checkpoint
 from peft_any.layer import Site
 from peft_any.methods.lora import LoraConfig
 from peft_any.surgery.choice import engine_of
-from peft_any.surgery.cluster import QUIET
+from peft_any.surgery.cluster import QUIET, patient
 from peft_any.surgery.couple import Couple
 from peft_any.surgery.engines import Recipe
 from peft_any.surgery.factoring import Factoring
@@ -54,6 +54,7 @@ SHARDS, ROWS, WIDTH = 6, 48, 32
 def client() -> Iterator[Any]:
     """Two worker processes of one thread."""
     with (
+        patient(),
         distributed.LocalCluster(
             n_workers=2,
             threads_per_worker=1,

@@ -123,6 +123,7 @@ class Dask(Engine):
 
     def _connected(self, stack: ExitStack) -> Any:
         if self.scheduler is None:
+            stack.enter_context(patient())
             cluster = stack.enter_context(
                 self._distributed.LocalCluster(
                     n_workers=os.cpu_count() or 1,
@@ -142,6 +143,16 @@ class Dask(Engine):
             raise BackendError(
                 f"engine dask: {self.scheduler}: no scheduler answers there: {error}"
             ) from error
+
+
+def patient() -> Any:
+    """Have a cluster on this machine keep a worker that dies again while it starts anew.
+
+    Dask looks for it once, fifteen seconds after the first time, and gives its place up for good.
+    """
+    import dask  # noqa: PLC0415 - an extra
+
+    return dask.config.set({"distributed.deploy.lost-worker-timeout": "52 weeks"})
 
 
 _opened: dict[tuple[str, int], tuple[ExitStack, Callable[[Any], Any]]] = {}
