@@ -257,13 +257,12 @@ def test_the_joined_path_is_taken_where_it_costs_little() -> None:
     layer(np.ones((3, 6)))
     assert taken_by(layer) == {"joined"}
     site = layer.base.site
-    large = replace(site, n_in=2048, n_out=2048)
-    assert few(128, large, 64)
-    assert not few(128, large, 65)
+    assert few(128, replace(site, n_in=256, n_out=256), 1 << 20)
+    assert few(512, replace(site, n_in=1023, n_out=1023), 32)
+    assert not few(512, replace(site, n_in=1023, n_out=1023), 33)
     small = replace(site, n_in=64, n_out=64)
     assert few(128, small, 1024)
     assert not few(128, small, 1025)
-    assert few(128, replace(site, n_in=4096, n_out=4096), 1 << 20)
 
 
 def taken_by(layer: Any) -> set[str]:

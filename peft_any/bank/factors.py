@@ -46,7 +46,7 @@ def total_rank(layers: Sequence[BoundLayer]) -> int:
 def few(total: int, site: Site, vectors: int) -> bool:
     """Whether so many vectors, multiplied by factors of all ranks together, cost little."""
     each, side = total * (site.n_out + site.width), min(site.n_out, site.width)
-    return vectors * each <= (JOINED if total <= side else JOINED // 2) or 32 * total <= side
+    return vectors * each <= (JOINED if total <= side else JOINED // 2) or 2 * total <= side
 
 
 def even(layers: Sequence[BoundLayer], rows: Sequence[int]) -> bool:
