@@ -76,8 +76,10 @@ def replicate_layers(
 
     Examples
     --------
-    >>> weights = {f"model.layers.{i}.fc.weight": i for i in range(3)} | {"norm": 9}
-    >>> [*replicate_layers(weights, [[0, 2], [1, 3]]).values()]
+    >>> import numpy as np
+    >>> weights = {f"model.layers.{i}.fc.weight": np.full(2, i) for i in range(3)}
+    >>> repeated = replicate_layers(weights | {"norm": np.full(2, 9)}, [[0, 2], [1, 3]])
+    >>> [int(w[0]) for w in repeated.values()]
     [0, 1, 1, 2, 9]
     """
     return Replicated(weights, origins(weights, layer_replication, stack))
