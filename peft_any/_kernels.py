@@ -17,7 +17,7 @@ _dense_of: dict[type, Callable[..., Any]] = {}
 """A library's own way, by the type of its arrays."""
 _BLOCK = 1 << 18
 """Bytes of a block of rows: product and sum of one fit a processor's own cache together."""
-_PIECE = 1 << 14
+_PIECE = 1 << 15
 """Entries of a piece, some arrays of which fit there together."""
 _THIN = 16
 """Up to so large a rank a product costs less than the passes over what it gives."""
@@ -27,10 +27,11 @@ _SIDE, _TORCH_SIDE = 256, 1024
 """Where both sides of the matrix have so many numbers, on NumPy and on torch."""
 
 
-def dense(x: Any, w: Any, b: Any = None) -> Any:
-    """Compute x·wᵀ + b for x (…, n), w (m, n) and b (m,), or none.
+def dense(x: Any, w: Any, b: Any = None, plus: Any = None) -> Any:
+    """Compute x·wᵀ + b + plus for x (…, n), w (m, n), b (m,) and plus (…, m), or without these.
 
-    NumPy and CuPy multiply a stack of matrices one by one, though all meet the same one.
+    NumPy and CuPy multiply a stack of matrices one by one, though all meet the same one. Where a
+    library can be written to, sums are made in the product's memory.
 
     Examples
     --------
@@ -46,25 +47,27 @@ def dense(x: Any, w: Any, b: Any = None) -> Any:
             own = _torch_dense(torch) if type(x) is torch.Tensor else torch.nn.functional.linear
         if name:
             _dense_of[type(x)] = own
-    return own(x, w, b)
+    y = own(x, w, b)
+    return y if plus is None else summed(plus, y, ())
 
 
 def _plain(x: Any, w: Any, b: Any) -> Any:
-    # one expression: NumPy adds into the product
     return x @ w.T if b is None else x @ w.T + b
 
 
 def _folded(x: Any, w: Any, b: Any) -> Any:
-    if x.ndim > 2:
-        y = _folded(x.reshape((prod(x.shape[:-1]), x.shape[-1])), w, b)
-        return y.reshape((*x.shape[:-1], w.shape[0]))
-    few = x.ndim == 2 and 1 < x.shape[0] <= _FEW and min(w.shape) >= _SIDE
+    rows = x if x.ndim < 3 else x.reshape((prod(x.shape[:-1]), x.shape[-1]))
+    few = rows.ndim == 2 and 1 < rows.shape[0] <= _FEW and min(w.shape) >= _SIDE
     if few and type(x) is type(w) is np.ndarray and w.flags.c_contiguous and x.dtype == w.dtype:
-        y = np.ascontiguousarray((w @ np.ascontiguousarray(x.T)).T)
-        if b is not None and b.dtype == y.dtype:
-            return np.add(y, b, out=y)
-        return y if b is None else y + b
-    return _plain(x, w, b)
+        y = np.ascontiguousarray((w @ np.ascontiguousarray(rows.T)).T)
+    else:
+        y = rows @ w.T
+    if b is not None:
+        if type(y) is type(b) and y.dtype == b.dtype:
+            y += b  # a sum with a row would be another array
+        else:
+            y = y + b
+    return y if rows is x else y.reshape((*x.shape[:-1], w.shape[0]))
 
 
 def _torch_dense(torch: Any) -> Callable[..., Any]:
@@ -152,30 +155,68 @@ def plus_product(x: Any, u: Any, v: Any, *, minus: bool = False, owned: bool = F
     return out
 
 
-def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
-    """Apply a function of entries to arrays of one shape.
+def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any, like: Iterable[int]) -> Any:
+    """Apply a function of entries, and of where to put its results, to arrays of one shape.
 
     On NumPy piece by piece: what the function forms on its way stays in the processor's cache.
 
+    Parameters
+    ----------
+    f : callable
+        ``f(*arrays, out)`` gives a tuple of arrays, each of them in the array at its place in
+        `out` (see `into`), where there is one and the function can.
+    arrays : array
+    like : iterable of int
+        Which of the arrays each result has the dtype of.
+
     Examples
     --------
-    >>> by_pieces(lambda a, b: (a + b, a - b), np.ones(2), np.ones(2))
+    >>> def f(a, b, out):
+    ...     return into(out[0], np.add, a, b), a - b
+    >>> by_pieces(f, np.ones(2), np.ones(2), like=(0, 0))
     (array([2., 2.]), array([0., 0.]))
     """
-    shape = arrays[0].shape
+    shape, like = arrays[0].shape, (*like,)
     if not all(
         type(a) is np.ndarray and a.flags.c_contiguous and a.shape == shape and a.size > 2 * _PIECE
         for a in arrays
     ):
-        return f(*arrays)
-    flat = [a.reshape(-1) for a in arrays]
-    found: list[Any] = []
+        return f(*arrays, (None,) * len(like))
+    found = tuple(np.empty(shape, arrays[i].dtype) for i in like)
+    flat, wholes = ([a.reshape(-1) for a in some] for some in (arrays, found))
     for i in range(0, flat[0].size, _PIECE):
-        part = f(*(a[i : i + _PIECE] for a in flat))
-        found = found or [np.empty(shape, a.dtype) for a in part]
-        for whole, piece in zip(found, part, strict=True):
-            whole.reshape(-1)[i : i + _PIECE] = piece
-    return tuple(found)
+        out = [a[i : i + _PIECE] for a in wholes]
+        for place, part in zip(out, f(*(a[i : i + _PIECE] for a in flat), out), strict=True):
+            if part is not place:
+                place[...] = part
+    return found
+
+
+def into(out: Any, f: Callable[..., Any], a: Any, b: Any) -> Any:
+    """Give f(a, b): in an array that is there for it, where that has its dtype."""
+    fits = out is not None and a.dtype == b.dtype == out.dtype
+    return f(a, b, out=out) if fits else f(a, b)
+
+
+def scaled(y: Any, gain: Any, shift: Any = None) -> Any:
+    """Give y·gain + shift for y (…, n), gain (n,) and shift (n,), or none.
+
+    Nobody else has `y`, whose memory NumPy writes to.
+
+    Examples
+    --------
+    >>> scaled(np.ones((1, 2)), np.asarray([1.0, 2.0]), np.asarray([0.0, 1.0]))
+    array([[1., 3.]])
+    """
+    rows = [a for a in (gain, shift) if a is not None]
+    if type(y) is np.ndarray and all(type(a) is np.ndarray and a.dtype == y.dtype for a in rows):
+        y *= gain
+        if shift is not None:
+            y += shift
+        return y
+    if shift is not None and getattr(find_library(y), "name", "") == "torch":
+        return LIBRARIES["torch"].module.addcmul(shift, y, gain)
+    return y * gain if shift is None else y * gain + shift
 
 
 def by_blocks(x: Any, r: Any) -> Any:
@@ -283,12 +324,13 @@ def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> A
     if fresh.shape == x.shape and fresh.dtype == x.dtype:
         if name == "numpy" and fresh.ndim and fresh.flags.writeable:
             arrays = [k for k in (x, *kept) if isinstance(k, np.ndarray)]
-            if not any(np.may_share_memory(fresh, k) for k in arrays):
+            if isinstance(x, np.ndarray) and not any(np.may_share_memory(fresh, k) for k in arrays):
                 return (np.subtract if minus else np.add)(x, fresh, out=fresh)
         elif name == "torch" and not (x.requires_grad or fresh.requires_grad):
             torch = LIBRARIES["torch"].module
-            owned = {_memory(k) for k in (x, *kept) if isinstance(k, torch.Tensor)}
-            if _memory(fresh) not in owned:
+            tensors = [k for k in (x, *kept) if isinstance(k, torch.Tensor)]
+            # a graph that is compiled finds such memory itself
+            if not torch.compiler.is_compiling() and _memory(fresh) not in map(_memory, tensors):
                 try:
                     return (torch.sub if minus else torch.add)(x, fresh, out=fresh)
                 except RuntimeError:  # under a transformation, or of a spread tensor

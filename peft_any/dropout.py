@@ -19,6 +19,7 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import astype, dtype_name, from_numpy_like, is_floating
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, linear
+from peft_any.outputs import added
 
 Seed: TypeAlias = int | Sequence[int]
 
@@ -141,8 +142,9 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
     if not hasattr(config, "residual"):
         y = config.forward(p, x, base)
         return y
-    y, site = base(x), base.site
+    site = base.site
     if _left_out(config, noise):
+        y = base(x)
         return y
     thin = noise.at("input").thinned(x, _rate(config))
     change = config.residual(p, thin, site)
@@ -152,8 +154,7 @@ def dropped(config: Any, p: Params, x: Array, base: Any, noise: Noise) -> Array:
     gain = config.gain(p, base)
     if gain is not None:
         change = (gain - 1.0) * linear(thin, base.weight) + gain * change
-    y = y + change
-    return y
+    return added(base, x, change)
 
 
 def branch(config: Any, p: Params, base: Dense, noise: Noise) -> tuple[Dense, float] | None:

@@ -28,8 +28,8 @@ from peft_any.site import Site as Site
 from peft_any.tape.space import Space
 
 
-def linear(x: Array, w: Array, b: Array | None = None) -> Array:
-    """Apply a dense layer: ``x @ wᵀ + b``.
+def linear(x: Array, w: Array, b: Array | None = None, plus: Array | None = None) -> Array:
+    """Apply a dense layer: ``x @ wᵀ + b + plus``.
 
     Parameters
     ----------
@@ -37,6 +37,7 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
         Integers stand for one-hot rows, as the input of an embedding.
     w : array (n_out, n_in)
     b : array (n_out,), optional
+    plus : array (..., n_out), optional
 
     Returns
     -------
@@ -51,13 +52,14 @@ def linear(x: Array, w: Array, b: Array | None = None) -> Array:
     >>> linear(np.asarray([1]), w)
     array([[2., 4.]])
     """
-    xp = namespace(x, w, b)
+    xp = namespace(x, w, b, plus)
     if is_floating(x):
         if isinstance(xp, Space):  # which records it as one step
-            return xp._linear(x, w, b)  # type: ignore[no-any-return] # noqa: SLF001
-        return dense(x, w, b)  # type: ignore[no-any-return]
+            return xp._linear(x, w, b, plus)  # type: ignore[no-any-return] # noqa: SLF001
+        return dense(x, w, b, plus)  # type: ignore[no-any-return]
     y: Array = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
-    return y if b is None else y + b
+    y = y if b is None else y + b
+    return y if plus is None else y + plus
 
 
 def flat(a: Array) -> Array:

@@ -18,6 +18,7 @@ from peft_any.factors import paired
 from peft_any.initial import drawn
 from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
 from peft_any.linalg import as_product
+from peft_any.outputs import added, gained
 from peft_any.prompt import Prompt as Prompt
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
@@ -284,10 +285,8 @@ class Additive(Tuner):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x); a gain scales all of it but the bias."""
-        y, gain = base(x) + self.residual(p, x, base.site), self.gain(p, base)
-        if gain is None:
-            return y
-        return y * gain if base.bias is None else y * gain + (base.bias - base.bias * gain)
+        more, gain = self.residual(p, x, base.site), self.gain(p, base)
+        return added(base, x, more) if gain is None else gained(base, x, gain, more)
 
 
 @dataclass(frozen=True)

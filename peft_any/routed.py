@@ -11,6 +11,7 @@ from peft_any.dropout import Noise
 from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Layer, Site
 from peft_any.method import Tuner
+from peft_any.outputs import added
 
 
 class Routed(Tuner):
@@ -36,7 +37,7 @@ class Routed(Tuner):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + r(x)."""
-        return base(x) + self.residual(p, x, base.site)
+        return added(base, x, self.residual(p, x, base.site))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:  # noqa: ARG002
         """Apply the layer in training; mostly nothing is random there."""

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peft_any import _libraries
+from peft_any._kernels import into, scaled
 from peft_any.backend import (
     Backend,
     astype,
@@ -447,8 +448,40 @@ def test_columns_are_differentiated_and_mapped_as_rows_are() -> None:
 
 def test_entries_are_computed_in_pieces_as_at_once() -> None:
     rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((210, 211)).astype("float32") for _ in range(2))
-    product, wide = by_pieces(lambda a, b: (a * b, (a - b).astype("float64")), a, b)
-    np.testing.assert_array_equal(product, a * b)
-    np.testing.assert_array_equal(wide, (a - b).astype("float64"))
-    assert (product.shape, wide.dtype) == ((210, 211), np.float64)
+    a, b = (rng.standard_normal((420, 211)).astype("float32") for _ in range(2))
+    b = b.astype("float64")
+    given = []
+
+    def f(a: Any, b: Any, out: Any) -> Any:
+        given.append(out)
+        return into(out[0], np.multiply, a, a), into(out[1], np.subtract, b, a), a + 1
+
+    for rows in (420, 3):
+        given.clear()
+        parts = a[:rows], b[:rows]
+        square, gap, more = by_pieces(f, *parts, like=(0, 1, 0))
+        assert len(given) == (3 if rows > 3 else 1)
+        np.testing.assert_array_equal(square, parts[0] * parts[0])
+        np.testing.assert_array_equal(gap, parts[1] - parts[0])
+        np.testing.assert_array_equal(more, parts[0] + 1)
+        assert (square.shape, square.dtype, gap.dtype) == ((rows, 211), np.float32, np.float64)
+
+
+def test_sums_and_gains_are_made_in_new_arrays_alone(lib: Lib) -> None:
+    rng = np.random.default_rng(0)
+    hosts = [rng.standard_normal(s) for s in ((2, 3, 5), (4, 5), (4,), (2, 3, 4))]
+    x, w, b, plus = (lib.array(a.copy()) for a in hosts)
+    for more in (plus, plus[:1, ...]):  # one of these is not of the product's shape
+        got = dense(x, w, b, more)
+        assert tuple(got.shape) == (2, 3, 4)
+        if lib.has_values:
+            want = hosts[0] @ hosts[1].T + hosts[2] + to_numpy(more)
+            np.testing.assert_allclose(to_numpy(got), want, rtol=1e-12, atol=1e-12)
+    y = dense(x, w)
+    got, alone = scaled(dense(x, w), b, b), scaled(dense(x, w), b)
+    if lib.has_values:
+        want = to_numpy(y) * hosts[2]
+        np.testing.assert_allclose(to_numpy(alone), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(to_numpy(got), want + hosts[2], rtol=1e-12, atol=1e-12)
+        for array, host in zip((x, w, b, plus), hosts, strict=True):
+            np.testing.assert_array_equal(to_numpy(array), host)

@@ -32,6 +32,7 @@ LAYERS = [
         "traversal",
         "rng",
         "layer",
+        "outputs",
         "site",
         "patterns",
         "plugins",

@@ -5,6 +5,7 @@ from typing import ClassVar
 from peft_any.backend import creation_device, namespace
 from peft_any.contract import Additive, Array, Dense, Kind, Layer, Params, Shape, Site
 from peft_any.initial import normal, zeros
+from peft_any.outputs import added
 
 
 class BeftConfig(Additive, peft_type="BEFT"):
@@ -42,7 +43,7 @@ class BeftConfig(Additive, peft_type="BEFT"):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + β."""
-        return base(x) + self.bias_delta(p, base.site)
+        return added(base, x, shift=self.bias_delta(p, base.site))
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W as it is, and b + β."""

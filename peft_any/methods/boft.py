@@ -12,6 +12,7 @@ from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, S
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.initial import normal
+from peft_any.outputs import gained
 
 
 class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"):
@@ -117,8 +118,7 @@ class BOFTConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="BOFT"
         """s ⊙ base(x·R), R's last factor first; the bias is not scaled."""
         for r, *lie in reversed(self.factors(p)):
             x = block_matmul(x, r, *lie)
-        y, s = base(x), namespace(x).reshape(p["boft_s"], (-1,))
-        return y * s if base.bias is None else (y - base.bias) * s + base.bias
+        return gained(base, x, namespace(x).reshape(p["boft_s"], (-1,)))
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """(W′/s)·R: every output within a few roundings of it, however small s; NaN where s = 0."""

@@ -7,10 +7,11 @@ PaRa: Chen et al. 2024, https://arxiv.org/abs/2406.05641.
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
-from peft_any.backend import astype, namespace
+from peft_any.backend import astype, is_differentiated, namespace
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.layer import linear, widen
+from peft_any.outputs import added
 
 
 class DeftConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="DEFT"):
@@ -77,39 +78,47 @@ class DeftConfig(Tuner, Biases, ByLayer, Excludes, FanInFanOut, peft_type="DEFT"
         return q, q
 
     def prepare(self, p: Params, base: Layer) -> Params:
-        """Decompose once, and project the base once."""
+        """Decompose once, and project the base once, if for more than one step of training."""
         q, across = self.directions(p)
+        known = {**p, "directions": (q, across)}
+        if any(map(is_differentiated, p.values())):
+            return known
+        return {**known, "change": self._change(p, across, base)}
+
+    def _change(self, p: Params, across: Array, base: Layer) -> Array:
+        """s·R − ρᵀ·W."""
         taken = namespace(across).matrix_transpose(across) @ base.original
-        return {**p, "directions": (q, across), "taken": taken}
+        return -taken if self.para else self.scaling * p["deft_R"] - taken
 
     def product(self, p: Params, base: Dense) -> tuple[Array, Array]:
-        """−Q and ρᵀ·W − s·R."""
-        (q, across), w = self.directions(p), base.original
-        taken = namespace(w).matrix_transpose(across) @ w
-        if not self.para:
-            taken = taken - self.scaling * p["deft_R"]
-        return -q, taken
+        """Q and s·R − ρᵀ·W."""
+        q, across = self.directions(p)
+        return q, self._change(p, across, base)
 
     def merge(self, p: Params, base: Dense) -> Dense:
-        """W − Q·(ρᵀ·W − s·R)."""
-        left, taken = self.product(p, base)
-        return base.replace(weight=base.weight + left @ taken)
+        """W + Q·(s·R − ρᵀ·W)."""
+        left, change = self.product(p, base)
+        return base.replace(weight=base.weight + left @ change)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
-        """base(x) − Q·((ρᵀ·W − s·R)·x)."""
-        return self._applied(p, x, x, base)
+        """base(x) + Q·((s·R − ρᵀ·W)·x)."""
+        change = p.get("change")
+        if change is None:
+            return self._applied(p, x, x, base)
+        return added(base, x, linear(linear(x, change), self.directions(p)[0]))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin the input of R alone."""
         return self._applied(p, x, noise.at("input").thinned(x, self.deft_dropout), base)
 
     def _applied(self, p: Params, x: Array, thin: Array, base: Layer) -> Array:
-        (q, across), xp = self.directions(p), namespace(x)
-        y = base(x)
-        taken = p.get("taken")
-        if taken is None:
-            taken = xp.matrix_transpose(across) @ base.original
-        less = linear(x, taken)
+        """Take ρᵀ·W·x from the base's output, where that is W·x + b."""
+        (q, across), y = self.directions(p), base(x)
+        down = namespace(across).matrix_transpose(across)
+        if base.adapted:
+            more = -linear(x, down @ base.original)
+        else:
+            more = -linear(y, down) if base.bias is None else down @ base.bias - linear(y, down)
         if not self.para:
-            less = less - self.scaling * linear(thin, p["deft_R"])
-        return y - less @ xp.matrix_transpose(q)
+            more = more + self.scaling * linear(thin, p["deft_R"])
+        return linear(more, q, None, y)

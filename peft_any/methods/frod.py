@@ -11,6 +11,7 @@ from peft_any.checks import OURS, refuse
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Noise, Params, Shape, Site, Tuner
 from peft_any.fields import Biases, ByLayer, FanInFanOut, Rate, Share
 from peft_any.layer import linear
+from peft_any.outputs import added
 
 _U = "frod_U", "frod_found_U"  # of an adapter begun here; found for the V of a file
 
@@ -126,13 +127,13 @@ class FrodConfig(Tuner, Biases, ByLayer, FanInFanOut, peft_type="FROD"):
             return merged(x)
         y = self._applied(p, x, base.site)
         if base.adapted:
-            return base(x) + (y - linear(x, base.original))
+            return added(base, x, y - linear(x, base.original))
         return y if base.bias is None else y + base.bias
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin the input of the change."""
         thin = noise.at("input").thinned(x, self.frod_dropout)
-        return base(x) + (self._applied(p, thin, base.site) - linear(thin, base.original))
+        return added(base, x, self._applied(p, thin, base.site) - linear(thin, base.original))
 
     def _applied(self, p: Params, x: Array, site: Site) -> Array:
         u, middle, v = self._factors(p, site)

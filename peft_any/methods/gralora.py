@@ -94,7 +94,9 @@ class GraloraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="GRALORA")
         rows = prod(lead)
         z = xp.permute_dims(xp.reshape(x, (rows, k, site.n_in // k)), (1, 0, 2)) @ a
         z = xp.permute_dims(xp.reshape(z, (k, rows, k, part)), (2, 1, 0, 3))
-        z = xp.reshape(z, (k, rows, self.r)) @ b
+        z = (self.scaling * xp.reshape(z, (k, rows, self.r))) @ b
         y = xp.reshape(xp.permute_dims(z, (1, 0, 2)), (*lead, site.n_out))
         pair = self._general(p)
-        return self.scaling * (y if pair is None else y + linear(linear(x, pair[1]), pair[0]))
+        if pair is None:
+            return y
+        return linear(self.scaling * linear(x, pair[1]), pair[0], None, y)

@@ -10,6 +10,7 @@ from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, S
 from peft_any.fields import ByLayer, Count, Excludes, FanInFanOut, Rate
 from peft_any.initial import kaiming, normal, zeros
 from peft_any.layer import flat, linear
+from peft_any.outputs import added
 
 
 class HiraConfig(Tuner, ByLayer, Excludes, FanInFanOut, peft_type="HIRA"):
@@ -67,4 +68,4 @@ class HiraConfig(Tuner, ByLayer, Excludes, FanInFanOut, peft_type="HIRA"):
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin the input of W ⊙ (B·A), not of W; token numbers are not thinned."""
         thin = noise.at("input").thinned(x, self.hira_dropout)
-        return base(x) + linear(thin, base.original * self.gains(p))
+        return added(base, x, linear(thin, base.original * self.gains(p)))

@@ -13,6 +13,7 @@ from peft_any.contract import Array, Dense, Kind, Layer, Params, Shape, Site, Tu
 from peft_any.errors import ConfigError
 from peft_any.fields import Excludes, FanInFanOut
 from peft_any.initial import normal, ones
+from peft_any.outputs import scaled
 from peft_any.patterns import expression
 
 
@@ -72,7 +73,8 @@ class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """l ⊙ base(x), or base(l ⊙ x)."""
         if not self.is_feedforward(base.site):
-            return base(x) * namespace(p["ia3_l"]).reshape(p["ia3_l"], (base.site.n_out,))
+            gain = namespace(p["ia3_l"]).reshape(p["ia3_l"], (base.site.n_out,))
+            return scaled(base(x), gain) if type(base) is Dense else base(x) * gain
         gain, _ = self._gains(p, base.site)
         if base.site.groups > 1:  # every group reads inputs of its own
             return super().forward(p, x, base)

@@ -72,4 +72,4 @@ class LilyConfig(Routed, ByLayer, Excludes, peft_type="LILY"):
         mean = xp.mean(xp.reshape(shares, (-1, k)), axis=0)
         flat = xp.reshape(p["lily_B.weight"], (k, self.r * site.n_out))
         mixed = xp.reshape(mean[None, :] @ flat, (self.r, site.n_out))
-        return self.scaling * linear(h, xp.matrix_transpose(mixed))
+        return linear(self.scaling * h, xp.matrix_transpose(mixed))

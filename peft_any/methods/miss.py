@@ -11,6 +11,7 @@ from peft_any.fields import Biases, ByLayer, Count, Excludes, Rate
 from peft_any.initial import kaiming, zeros
 from peft_any.layer import merged_for_calls
 from peft_any.linalg import packed
+from peft_any.outputs import added
 
 
 class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
@@ -100,7 +101,7 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
         """base(x) + (the sum of x's shards)·M; tiles are merged."""
         if self.init_weights == "bat":
             return super().forward(p, x, base)
-        return base(x) + self._added(p, x, base.site)
+        return added(base, x, self._added(p, x, base.site))
 
     def _added(self, p: Params, x: Array, site: Site) -> Array:
         xp, lead, over = namespace(x), tuple(x.shape[:-1]), -site.n_in % self.r
@@ -108,7 +109,9 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
             none = xp.zeros((*lead, over), dtype=x.dtype, device=creation_device(x))
             x = xp.concat([x, none], axis=-1)
         shards = xp.reshape(x, (prod(lead), (site.n_in + over) // self.r, self.r))
-        y = xp.sum(shards, axis=1) @ self.shards(p, site)
+        # some libraries multiply by ones sooner than they sum
+        ones = xp.ones((shards.shape[1],), dtype=x.dtype, device=creation_device(x))
+        y = (ones @ shards) @ self.shards(p, site)
         return xp.reshape(y, (*lead, site.n_out))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
@@ -116,7 +119,7 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
         if self.init_weights == "bat":
             return self.forward(p, x, base)
         thin = noise.at("input").thinned(x, self.miss_dropout)
-        return base(x) + self._added(p, thin, base.site)
+        return added(base, x, self._added(p, thin, base.site))
 
     def unmerge(self, p: Params, merged: Dense) -> Dense:
         """Subtract M from every shard; tiles are (T′ − Mᵢ)·(I + Mᵢ)⁻¹."""

@@ -10,6 +10,7 @@ from peft_any.backend import detach, namespace, plus_product, to_numpy
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import linear, merged_for_calls, widen
+from peft_any.outputs import added
 from peft_any.patterns import expression
 
 _KNOWN = ("osf_high_U", "osf_high_V", "osf_low_U", "osf_low_V")
@@ -114,12 +115,12 @@ class OSFConfig(Tuner, peft_type="OSF"):
         (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
         if prod(x.shape[:-1]) > v.shape[0]:
             left, right = self.product(p, base)
-            return base(x) + linear(linear(x, right), left)
+            return added(base, x, linear(linear(x, right), left))
         flip = namespace(u).matrix_transpose
         z = s * (linear(x, v) + linear(linear(x, v_high) @ v_high, detach(v) - v))
         kept = linear(z, detach(u) - u)  # zero, but for its gradient
         y = linear(z, u) + linear(linear(kept, flip(u_high)), u_high)
-        return base(x) + y - linear(linear(x, v0), u0)
+        return added(base, x, y - linear(linear(x, v0), u0))
 
     def _parts(self, p: Params, base: Layer) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """What W says for good, and U, S and V."""

@@ -13,6 +13,7 @@ from peft_any.errors import ConfigError, ShapeError
 from peft_any.fields import Count, Excludes
 from peft_any.initial import uniform, zeros
 from peft_any.layer import linear
+from peft_any.outputs import added
 
 
 class PolyConfig(Additive, Excludes, peft_type="POLY"):
@@ -118,11 +119,11 @@ class PolyConfig(Additive, Excludes, peft_type="POLY"):
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """base(x) + residual(x)."""
-        return base(x) + self.residual(p, x, base.site)
+        return added(base, x, self.residual(p, x, base.site))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Draw the shares: σ(z + log(u/(1 − u))), u uniform (Maddison et al. 2017)."""
         z = self._chosen(p)
         rows = x.shape[0] if x.ndim > 1 and z.shape[0] == 1 else z.shape[0]
         shares = sigmoid(z + noise.at("router").logistic((rows, z.shape[1]), z))
-        return base(x) + self._applied(shares, p, x, base.site)
+        return added(base, x, self._applied(shares, p, x, base.site))

@@ -9,6 +9,7 @@ from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.initial import full, normal, ones, zeros
 from peft_any.layer import linear
+from peft_any.outputs import added
 from peft_any.projections import drawn, largest, own_part
 
 
@@ -83,7 +84,7 @@ class PveraConfig(
         both = linear(thin, a) * p["pvera_lambda_d"]
         mean, spread = both[..., : self.r], namespace(both).exp(0.5 * both[..., self.r :])
         z = mean + spread * noise.at("latent").normal(tuple(mean.shape), mean)
-        return base(x) + linear(z, b) * p["pvera_lambda_b"]
+        return added(base, x, linear(z, b) * p["pvera_lambda_b"])
 
     def _own(self, p: Params, site: Site) -> tuple[Array, Array]:
         """The site's part of A (2r, n_in) and B (n_out, r)."""

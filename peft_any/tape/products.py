@@ -65,11 +65,12 @@ def _(xp: Any, y: Any, a: Any, b: Any) -> Any:
 
 
 @rule("_linear")
-def _(xp: Any, y: Any, x: Any, w: Any, b: Any) -> Any:
+def _(xp: Any, y: Any, x: Any, w: Any, *sums: Any) -> Any:
     def rows(a: Any) -> Any:
         return a if a.ndim == 2 else xp.reshape(a, (prod(a.shape[:-1]), a.shape[-1]))
 
-    return (lambda g: dense(g, adjoint(xp, w))), (lambda g: rows(g).T @ rows(x)), (lambda g: g)
+    pulls = (lambda g: dense(g, adjoint(xp, w))), (lambda g: rows(g).T @ rows(x))
+    return *pulls, *((lambda g: g) for _ in sums)
 
 
 def _by_vector(xp: Any, a: Any, b: Any) -> Any:

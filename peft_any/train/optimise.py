@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
+from peft_any._kernels import into
 from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
 from peft_any.backend import astype, by_pieces, compute_dtype, dtype_name, namespace
@@ -85,14 +86,21 @@ def adamw(
     ) -> tuple[Tree, Tree, Tree]:
         size, root, decay = numbers
 
-        def change(p: Array, g: Array, m: Array, v: Array) -> tuple[Array, Array, Array]:
-            g = as_like(g, m)
-            m = m + (1 - first) * (g - m)
-            v = second * v + (1 - second) * (g * g)
-            way = -size * (m / (namespace(v).sqrt(v) * (1 / root) + eps))
-            return as_like(way - decay * as_like(p, m), p), m, v
+        def change(p: Array, g: Array, m: Array, v: Array, out: Any) -> tuple[Array, ...]:
+            xp, g = namespace(m, v), as_like(g, m)
+            step = g - m
+            step *= 1 - first
+            m = into(out[1], xp.add, m, step)
+            step = g * g
+            step *= 1 - second
+            v = into(out[2], xp.add, second * v, step)
+            step = xp.sqrt(v)
+            step += eps * root
+            step = m / step
+            step *= -size * root
+            return as_like(into(out[0], xp.subtract, step, decay * as_like(p, m)), p), m, v
 
-        found = tree_map(partial(by_pieces, change), params, grads, m, v)
+        found = tree_map(partial(by_pieces, change, like=(0, 2, 3)), params, grads, m, v)
         updates, m, v = (tree_map(lambda _, new, i=i: new[i], params, found) for i in range(3))
         return updates, m, v
 
