@@ -23,8 +23,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import attached, given, summed
-from peft_any.registry import Config
+from peft_any.placed import Attachable, attached, given, summed
 from peft_any.routed import taken
 from peft_any.view import weights as view
 
@@ -93,7 +92,7 @@ class PeftModel:
     def add(
         self,
         name: str,
-        adapter: Adapter | Config,
+        adapter: Attachable,
         *,
         seed: int = 0,
         dtype: DTypeLike = "float32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, TypeAlias
 
 from peft_any import attention
 from peft_any._typing import Array, DTypeLike, Params
@@ -34,6 +35,9 @@ from peft_any.replication import refuse_unrepeated
 from peft_any.rng import Fresh
 from peft_any.selection import select
 from peft_any.targets import check_params, configured, place
+
+ATTACHABLE = "a configuration, or an adapter that Adapter.load read"
+Attachable: TypeAlias = Annotated[Adapter | Config, ATTACHABLE]
 
 
 def fitted(
@@ -135,7 +139,7 @@ def _refuse_nameless(config: Tuner, params: Params) -> None:
 
 def attached(
     name: str,
-    adapter: Adapter | Config,
+    adapter: Attachable,
     weights: Mapping[str, Array],
     kinds: Mapping[str, Kind | Site] | None,
     *,
@@ -161,8 +165,7 @@ def attached(
             refuse_faults(adapter, f"adapter {name!r}")
     else:
         raise ConfigError(
-            f"adapter {name!r}: {adapter!r:.60} cannot be attached: give a configuration, or "
-            "an adapter that Adapter.load read"
+            f"adapter {name!r}: {adapter!r:.60} cannot be attached: give {ATTACHABLE}"
         )
     if rederive:
         placed = rederived(placed, weights)
