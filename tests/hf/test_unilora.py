@@ -116,7 +116,7 @@ def test_the_order_of_names_is_not_taken_for_it(tmp_path: Path) -> None:
 KINDS = [kind for kinds in traversal._KNOWN.values() for kind in kinds.split()]
 SMALL = {
     "num_hidden_layers": 11, "num_layers": 11, "n_layer": 11, "n_layers": 11, "encoder_layers": 11,
-    "decoder_layers": 11,
+    "decoder_layers": 11, "attention_types": [[["global"], 11]],
 }  # fmt: skip
 """More than ten: their names do not sort as their numbers do."""
 
