@@ -59,10 +59,11 @@ rounds: to copy the weight, since ours writes a new array and Hugging Face PEFT 
 OSF and RandLoRA, whose factors are of full rank, to multiply two matrices of {N}×{N}, which both
 sides do. Where the target lies above it, no way of computing the merge would reach it.
 
-Other work ran on the machine's two cores meanwhile (load averages from 10 to 14) and shared their
+Other work ran on the machine's two cores meanwhile (load averages from 3 to 7) and shared their
 caches and memory: a figure near 1 moves by a tenth from run to run, and merges that mostly wait for
-memory come nearer to each other. What misses: unmerges by factors and by few entries, which read
-one array and write another where Hugging Face PEFT writes into the one it reads: that alone
+memory come nearer to each other or move more (IA³'s, which are one pass over the weight, were 0.5
+to 1.6 in three runs; the last is shown). What misses: unmerges by factors and by few entries, which
+read one array and write another where Hugging Face PEFT writes into the one it reads: that alone
 takes 2 to 3 of the 3 to 6 ms that its unmerge takes when the system gives the new array's pages
 afresh; what is a product of large matrices alone on NumPy (OSF, PVeRA, VeRA, calls), which its
 OpenBLAS takes up to a fifth longer for than torch's MKL; and a step of LN tuning on NumPy, which
