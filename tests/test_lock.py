@@ -180,6 +180,7 @@ class TestLock:
                         raise KeyboardInterrupt
                 return trace
 
+            others = sys.gettrace()  # such as what measures coverage
             sys.settrace(trace)
             try:
                 with _lock.claimed(tmp_path / "out"):
@@ -187,7 +188,7 @@ class TestLock:
             except KeyboardInterrupt:
                 return True
             finally:
-                sys.settrace(None)
+                sys.settrace(others)
             return count >= moment
 
         moment = 1
