@@ -23,7 +23,7 @@ class Ways(NamedTuple):
     times: Callable[[Any, Any], Any]
     """The products of two stacks of matrices (k, m, n) and (k, n, l)."""
     onto: Callable[[Any, Any, Any, Any], Any]
-    """y + `dense` of x, w and b, in the memory of y where that may be."""
+    """y + `dense` of x, w and b, in the memory of either where that may be."""
     onto_first: Callable[[Any, Any], bool]
     """Whether x and w should be multiplied by `onto`, rather than something be added to that."""
 
@@ -55,11 +55,12 @@ def ways(*arrays: Any) -> Ways | None:
     return _ways_of[kind]
 
 
-def _numpy_onto(y: Any, x: Any, w: Any, b: Any) -> Any:
-    return np.add(y, dense(x, w, b), out=y)
-
-
-_NUMPY = Ways(lambda x, i: x.take(i, 0), np.matmul, _numpy_onto, lambda x, w: False)  # noqa: ARG005
+_NUMPY = Ways(
+    lambda x, i: x.take(i, 0),
+    np.matmul,
+    lambda y, x, w, b: dense(x, w, b, y),
+    lambda x, w: False,  # noqa: ARG005
+)
 
 
 def _torch_ways(torch: Any) -> Ways:
