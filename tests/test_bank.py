@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft_any import (
     OFTConfig,
     PeftModel,
     ShapeError,
+    move,
     pad_to_rank,
     stack,
     value_and_grad,
@@ -128,6 +130,14 @@ def model_of(ranks: list[int], *, dtype: str = "float64") -> PeftModel:
     return model
 
 
+def moved(host: PeftModel, library: str, names: Iterable[str] | None = None) -> PeftModel:
+    """Make the same model of another library, with all adapters or some."""
+    model = PeftModel(move(host.weights, library))
+    for name in host.names if names is None else names:
+        model.add(name, host[name])
+    return model
+
+
 @settings(max_examples=40)
 @given(data=st.data(), ranks=st.lists(st.integers(1, 5), min_size=3, max_size=3))
 def test_any_mixture_of_methods_and_ranks(data: st.DataObject, ranks: list[int]) -> None:
@@ -155,12 +165,8 @@ def test_gradients_reach_each_rows_adapter_alone(library: str, names: list[str])
     pytest.importorskip(library)
     if library == "jax":
         pytest.importorskip("jax").config.update("jax_enable_x64", True)
-    from peft_any import move
-
     host = model_of([2, 3, 1])
-    model = PeftModel(move(host.weights, library))
-    for name in host.names:
-        model.add(name, host[name])
+    model = moved(host, library)
     rows = [names[0], None, *names[1:], names[0]]
     x = move(np.random.default_rng(1).standard_normal((len(rows), 6)), library)
 
@@ -204,12 +210,8 @@ def test_no_row_s_input_harms_another_s_gradient(
     library: str, names: list[str], *, numbers: bool
 ) -> None:
     pytest.importorskip(library)
-    from peft_any import move
-
     host = model_of([2, 3, 1])
-    model = PeftModel(move(host.weights, library))
-    for name in names:
-        model.add(name, host[name])
+    model = moved(host, library, names)
     rows: Any = [*names, names[0], None]
     if numbers:
         rows = move(np.asarray([*range(len(names)), 0, -1]), library)
@@ -239,8 +241,6 @@ def test_no_row_s_input_harms_another_s_gradient(
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
 def test_rows_are_integers_of_any_width(library: str, dtype: str) -> None:
     pytest.importorskip(library)
-    from peft_any import move
-
     model = PeftModel(move({"fc.weight": np.ones((3, 4), "float32")}, library))
     adapter = model.add("0", replace(PARTNER, target_modules=["fc"], init_lora_weights=False))
     bank = stack([adapter] * 300, model.weights)
@@ -274,8 +274,6 @@ def taken_by(layer: Any) -> set[str]:
 @pytest.mark.parametrize("shares", [(8, 8, 8, 8), (9, 7, 8, 8), (29, 1, 1, 1)])
 def test_rows_in_equal_shares_are_stacked(library: str, shares: tuple[int, ...]) -> None:
     pytest.importorskip(library)
-    from peft_any import move
-
     rng = np.random.default_rng(0)
     weights = {"fc.weight": rng.standard_normal((512, 2048)), "fc.bias": rng.standard_normal(512)}
     model = PeftModel(move(weights, library))
@@ -298,8 +296,6 @@ def test_rows_in_equal_shares_are_stacked(library: str, shares: tuple[int, ...])
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_a_call_prepares_serves_the_next(library: str, n: int, count: int, bias: bool) -> None:
     pytest.importorskip(library)
-    from peft_any import move
-
     rng = np.random.default_rng(0)
     weights = {"fc.weight": rng.standard_normal((n, n + 8)), "fc.bias": rng.standard_normal(n)}
     model = PeftModel(move(weights if bias else {"fc.weight": weights["fc.weight"]}, library))
@@ -381,12 +377,8 @@ def test_what_was_called_without_derivatives_has_them_after(rows: Any) -> None:
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 def test_torch_compiles_a_mixed_layer(engine: str) -> None:
     torch = pytest.importorskip("torch")
-    from peft_any import move
-
     host = model_of([2, 3, 1], dtype="float32")
-    model = PeftModel(move(host.weights, "torch"))
-    for name in host.names:
-        model.add(name, host[name])
+    model = moved(host, "torch")
     x, stacked = torch.randn(3, 2, 6), model.bind(rows=torch.tensor([0])).layers["fc"].stacked
     for rows in (["lora0", None, "lora1"], ["oft", "lora0", "ia3"]):
         layer = model.bind(rows=rows).layers["fc"]
@@ -403,12 +395,8 @@ def test_torch_compiles_a_mixed_layer(engine: str) -> None:
 @pytest.mark.parametrize("rows", [["lora0", None, "lora1"], ["oft", "lora0", "ia3"], "numbers"])
 def test_a_layer_that_was_called_is_compiled_whole(rows: Any) -> None:
     torch = pytest.importorskip("torch")
-    from peft_any import move
-
     host = model_of([2, 3, 1], dtype="float32")
-    model = PeftModel(move(host.weights, "torch"))
-    for name in host.names:
-        model.add(name, host[name])
+    model = moved(host, "torch")
     layer = model.bind(rows=torch.tensor([0, -1, 3]) if rows == "numbers" else rows).layers["fc"]
     torch._dynamo.reset()
     layer(torch.randn(3, 6))
@@ -430,13 +418,9 @@ def test_torch_compiles_binding_and_other_rows_and_parameters_compile_nothing() 
     torch = pytest.importorskip("torch")
     from torch._dynamo.testing import CompileCounter
 
-    from peft_any import move
-
     names = ["lora0", "oft"]
     host = model_of([2, 3, 1], dtype="float32")
-    model = PeftModel(move(host.weights, "torch"))
-    for name in names:
-        model.add(name, host[name])
+    model = moved(host, "torch", names)
     x, some = torch.randn(3, 6), model.parameters
 
     def loss(params: Any, rows: Any = None) -> Any:
@@ -462,8 +446,6 @@ def test_torch_compiles_binding_and_other_rows_and_parameters_compile_nothing() 
 def test_other_rows_and_other_adapters_compile_nothing_on_jax() -> None:
     jax = pytest.importorskip("jax")
     jax.config.update("jax_enable_x64", True)
-    from peft_any import move
-
     rng = np.random.default_rng(3)
     base = {"fc.weight": rng.standard_normal((8, 6)), "fc.bias": rng.standard_normal(8)}
     model, fields = PeftModel(move(base, "jax")), {"target_modules": ["fc"]}
@@ -777,12 +759,8 @@ def test_what_is_no_adapter_is_swapped_for_none(new: Any) -> None:
 @pytest.mark.parametrize("library", ["dask", "strict"])
 def test_a_bank_is_one_on_libraries_that_do_no_more_than_the_standard(library: str) -> None:
     pytest.importorskip({"dask": "dask.array", "strict": "array_api_strict"}[library])
-    from peft_any import move
-
     host, x = model_of([2, 3, 1]), np.random.default_rng(1).standard_normal((5, 2, 6))
-    model = PeftModel(move(host.weights, library))
-    for name in host.names:
-        model.add(name, host[name])
+    model = moved(host, library)
     padded = stack([pad_to_rank(one[name], 4) for one in (host, model) for name in ("lora0",)],
                    model.weights)  # fmt: skip
     banks = [

@@ -21,6 +21,7 @@ from peft_any.surgery.passes import SWITCH, chosen, passes
 from peft_any.surgery.rounding import nearest, widened
 from peft_any.surgery.turned import Turned
 from tests.models import BF16, random_adapter, single
+from tests.test_engine import each_pass as each_pass
 
 SIZES = st.sampled_from(
     [(b, n) for b in (1, 2, 4, 8, 12, 16, 24, 32, 64, 96) for n in (96, 192, 384) if n % b == 0]
@@ -46,13 +47,6 @@ def by_blocks(w: np.ndarray, turn: np.ndarray, dtype: Any = np.longdouble) -> np
 def loss(m: Moments) -> float:
     """Say how far sums of some size may be off that were formed in single precision."""
     return 2.0**-22 * ((m.base2 + m.delta2) * (m.miss2 + m.delta2)) ** 0.5 + m.size * 2.0**-149
-
-
-@pytest.fixture(scope="class", params=passes())
-def each_pass(request: pytest.FixtureRequest) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SWITCH, request.param)
-        yield request.param
 
 
 @pytest.mark.usefixtures("each_pass")

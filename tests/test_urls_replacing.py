@@ -59,6 +59,17 @@ class World:
             warnings.simplefilter("ignore")
             return merge_checkpoint(self.url("base"), self.url("lora"), self.out, **options)
 
+    def killed(self, moment: int, **options: Any) -> bool:
+        """Merge, with one write the last that is made; tell whether it came to that."""
+        self.faults.set(moment, Killed())
+        try:
+            self.merge(**options)
+        except Killed:
+            return True
+        finally:
+            self.faults.set()
+        return False
+
     def files(self, folder: str = "out") -> Files:
         """Read what is there, with what is there for a while alone."""
         fs, key = fsspec.core.url_to_fs(self.url(folder))
@@ -157,15 +168,8 @@ class TestReplacing:
         assert None not in (*before, *after)
         for moment in range(1, 100):
             world.make_old()
-            world.faults.set(moment, Killed())
-            try:
-                world.merge(overwrite=True)
-            except Killed:
-                pass
-            else:
+            if not world.killed(moment, overwrite=True):
                 break
-            finally:
-                world.faults.set()
             left = world.files()
             taken = as_read(left)
             assert taken in (before[0], after[0], None), moment
@@ -254,15 +258,8 @@ class TestResuming:
         for moment in range(1, 100):
             if replacing:
                 old = world.make_old()
-            world.faults.set(moment, Killed())
-            try:
-                world.merge(**how)
-            except Killed:
-                pass
-            else:
+            if not world.killed(moment, **how):
                 break
-            finally:
-                world.faults.set()
             left = world.files()
             if replacing and MARKER not in left and not shown(left).keys() & {MERGED}:
                 assert shown(left) == old

@@ -44,16 +44,21 @@ def trained(model: Any, config: Any, folder: Path) -> Any:
     return theirs
 
 
+def merged_alike(folder: Path, theirs: Any, name: str, cls: Any) -> None:
+    """Merge on disk, and hold what transformers makes of that to HF PEFT's model."""
+    merge_checkpoint(folder / "base", folder / "a", folder / "out")
+    verify_checkpoint(folder / "base", folder / "a", folder / "out")
+    with quietly():
+        ours = cls.from_pretrained(folder / "out").eval()
+    close(outputs(ours, name), outputs(theirs, name))
+
+
 @pytest.mark.parametrize("fields", MASKED.values(), ids=[*MASKED])
 def test_a_masked_heads_bias_follows_its_tie(fields: dict[str, Any], tmp_path: Path) -> None:
     model = base_of("bert", "BertForMaskedLM", max_position_embeddings=12)
     model.save_pretrained(tmp_path / "base")
     theirs = trained(model, peft.LoraConfig(r=2, **fields), tmp_path / "a")
-    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    with quietly():
-        ours = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
-    close(outputs(ours, "bert"), outputs(theirs, "bert"))
+    merged_alike(tmp_path, theirs, "bert", transformers.BertForMaskedLM)
 
 
 def test_a_layer_beside_stacked_experts_goes_onto_a_base_with_experts_apart(
@@ -116,11 +121,7 @@ def test_a_tied_table_of_another_name_is_parted_from_its_head(
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, time_step_rank=4))
         model.save_pretrained(tmp_path / "base")
     theirs = trained(model, peft.LoraConfig(r=2, **fields), tmp_path / "a")
-    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    verify_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
-    with quietly():
-        ours = transformers.MambaForCausalLM.from_pretrained(tmp_path / "out").eval()
-    close(outputs(ours, "mamba"), outputs(theirs, "mamba"))
+    merged_alike(tmp_path, theirs, "mamba", transformers.MambaForCausalLM)
 
 
 @pytest.mark.parametrize("method", ["LORA", "OSF"])
