@@ -32,6 +32,7 @@ from peft_any.naming.fusing import Pieces
 from peft_any.naming.heads import Heads
 from peft_any.naming.regrouping import split_modules
 from peft_any.naming.rules import PRESETS, Rename, read_rules
+from peft_any.surgery.restacking import put_together
 from peft_any.testing import Lib
 from tests.cases import CASES, Case
 
@@ -607,3 +608,151 @@ def test_a_renamed_copy_and_rows_reach_the_base(tmp_path: Path) -> None:
     goes = {use.tensor.rpartition("model.")[2]: use.to for use in done.uses}
     assert goes["net.head.weight"] == ("head.weight",)
     assert ("wte.weight",) in goes.values()
+
+
+APART = "h.0.block_sparse_moe.experts.{}.{}.weight"
+STACKS = ("h.0.mlp.experts.gate_up_proj", "h.0.mlp.experts.down_proj")
+
+
+def experts(rng: np.random.Generator, count: int) -> dict[str, Any]:
+    """Draw the layers of experts, as Mixtral's files have them."""
+    shapes = {"w1": (6, 4), "w3": (6, 4), "w2": (4, 6)}
+    return {
+        APART.format(i, name): rng.standard_normal(shape)
+        for i in range(count)
+        for name, shape in shapes.items()
+    }
+
+
+def stacks(apart: Any, count: int) -> dict[str, Any]:
+    """Stack them, as transformers has them in memory."""
+    layers = [{n: apart[APART.format(i, n)] for n in ("w1", "w2", "w3")} for i in range(count)]
+    up = np.stack([np.concatenate([one["w1"], one["w3"]]) for one in layers])
+    return dict(zip(STACKS, (up, np.stack([one["w2"] for one in layers])), strict=True))
+
+
+def merged_file(tmp_path: Path, base: Any, adapter: Any, names: Any) -> Any:
+    """Merge into a file, audit it, and read it."""
+    paths = [tmp_path / name for name in ("base.safetensors", "out.safetensors")]
+    write_safetensors(paths[0], base)
+    merge_checkpoint(paths[0], adapter, paths[1], names=names, overwrite=True)
+    assert not verify_checkpoint(paths[0], adapter, paths[1], names=names).problems
+    return read_safetensors(paths[1])
+
+
+@pytest.mark.parametrize("targets", [STACKS, STACKS[:1], STACKS[1:]])
+@pytest.mark.parametrize("flags", [{}, {"use_rslora": True, "r": 3}])
+@pytest.mark.parametrize("filed", [False, True])
+def test_a_stack_of_experts_merges_as_the_experts_apart(
+    targets: Any, flags: Any, filed: bool, tmp_path: Path
+) -> None:
+    base = experts(np.random.default_rng(0), 3)
+    given: dict[str, Any] = {"r": 2, "lora_alpha": 5, "init_lora_weights": False, **flags}
+    model = PeftModel(stacks(base, 3))
+    config = LoraConfig(**given, target_modules=[], target_parameters=[*targets])
+    adapter: Any = model.add("a", config, dtype="float64")
+    if filed:  # there the parameters have no names
+        adapter.save(tmp_path / "a")
+        adapter = tmp_path / "a"
+    got = stacks(merged_file(tmp_path, base, adapter, "mixtral"), 3)
+    for name, want in model.merge().items():
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-12)
+        assert (name in targets) != np.array_equal(want, model.weights[name])
+
+
+@pytest.mark.parametrize("absent", [(), ("w3",), ("w1", "w3"), ("experts.0", "experts.2.w2")])
+@pytest.mark.parametrize("ranks", [{}, {"w1": 1, r"2\.w2": 3}])
+def test_experts_apart_merge_as_their_stack(absent: Any, ranks: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    base = experts(rng, 3)
+    config = LoraConfig(r=2, lora_alpha=3, rank_pattern=ranks)
+    sites = {}
+    for tensor, array in base.items():
+        site = Site(tensor.removesuffix(".weight"), array.shape[1], array.shape[0])
+        if not any(f".{part}." in tensor for part in absent):
+            sites[site.name] = lora(rng, site.n_in, site.n_out, config.at(site).r)
+    model = PeftModel(base)
+    adapter = Adapter(replace(config, target_modules=[*sites]), sites)
+    model.add("a", adapter)
+    got = merged_file(tmp_path, stacks(base, 3), adapter, "mixtral-stacked")
+    for name, want in stacks(model.merge(), 3).items():
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-12)
+
+
+PART, SIX = np.ones((6, 4)), {"lora_A.weight": np.ones((1, 4)), "lora_B.weight": np.ones((6, 1))}
+UP = "experts.{}.w1+experts.{}.w3=experts.up"
+
+
+@pytest.mark.parametrize(
+    ("sites", "base", "rule", "said"),
+    [
+        ({"experts.0.w1": SIX}, {"a": PART}, UP, "experts.up: the base has no such stack"),
+        ({"experts.0.w1": SIX}, {"experts.up": PART}, UP, "experts.up: the base has no such stack"),
+        (
+            {"experts.2.w1": SIX},
+            {"experts.up": np.ones((2, 12, 4))},
+            UP,
+            "experts.up: has 2 experts, and the adapter one of 3",
+        ),
+        (
+            {"experts.0.w1": SIX, "experts.1.w1": {**SIX, "lora_A.weight": np.ones((1, 5))}},
+            {"experts.up": np.ones((2, 12, 4))},
+            UP,
+            "experts of 4 and 5 inputs differ",
+        ),
+        (
+            {"experts.0.w1": {**SIX, "lora_B.bias": np.ones(6)}},
+            {"experts.up": np.ones((1, 12, 4))},
+            UP.replace("{}.w1", "{}.w1:6"),
+            "lora_B.bias cannot be stacked",
+        ),
+        (
+            {"experts.0.w1": SIX},
+            {"experts.up": np.ones((1, 12, 4))},
+            UP.replace("{}.w1", "{}.w1:5"),
+            "no linear layer of 5 outputs has such",
+        ),
+        ({"experts.up": SIX}, {"experts.0.w1.weight": PART}, "", "the base has no such layer"),
+        ({"experts.up": SIX}, {"a.weight": PART}, "", "the base has no layer experts.0.w1"),
+        (
+            {"experts.up": SIX},
+            {"experts.0.w1.weight": PART, "experts.0.w3.weight": np.ones((6, 5))},
+            "",
+            r"experts.up: experts of sizes \[\(\(4, 6\), \(5, 6\)\)\] cannot be one tensor",
+        ),
+        (
+            {"experts.up": {**SIX, "lora_diag": np.ones(1)}},
+            {"experts.0.w1.weight": PART, "experts.0.w3.weight": PART},
+            "",
+            "lora_diag cannot be stacked or unstacked",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_regrouped_are_named(
+    sites: Any, base: Any, rule: str, said: str, tmp_path: Path
+) -> None:
+    write_safetensors(tmp_path / "base.safetensors", base)
+    stack = rule == ""
+    config = LoraConfig(
+        r=1,
+        lora_bias=any("lora_B.bias" in p for p in sites.values()),
+        target_modules=[] if stack else [*sites],
+        target_parameters=[*sites] if stack else None,
+    )
+    adapter = Adapter(config, sites)
+    rule = rule or "=".join(reversed(UP.split("=")))
+    with pytest.raises((ConfigError, ShapeError, TargetError), match=said):
+        merge_checkpoint(tmp_path / "base.safetensors", adapter, names=rule, dry_run=True)
+
+
+def test_what_stacks_have_of_a_part_without_an_adapter_is_said() -> None:
+    config = LoraConfig(r=1, target_modules=["w1"])
+    adapter = Adapter(config, {"experts.0.w1": SIX, "experts.1.w1": SIX})
+    (rule,) = read_rules(UP)
+    with pytest.raises(ShapeError, match=r"how many outputs experts\.\{\}\.w3 has"):
+        put_together(adapter, rule, None)
+    (rule,) = read_rules(UP.replace("w3", "w3:2"))
+    stacked, moved = put_together(adapter, rule, None)
+    assert tuple(stacked.sites["experts.up"]["lora_B.weight"].shape) == (8, 2)
+    assert moved == {f"experts.{i}.{n}": ("experts.up",) for i in (0, 1) for n in ("w1", "w3")}
+    assert put_together(Adapter(config, {"fc": SIX}), rule, None) is None
