@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,29 @@ def test_the_error_function_is_libms() -> None:
 def test_its_slope_is_gausss(x: float) -> None:
     slope = grad(lambda v: erf(v).sum())(np.asarray([x]))
     np.testing.assert_allclose(slope, 2 / math.sqrt(math.pi) * math.exp(-x * x), atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("elu", "elu", {}),
+        ("gelu", "gelu", {}),
+        ("gelu_new", "gelu", {"approximate": "tanh"}),
+        ("hardswish", "hardswish", {}),
+        ("leaky_relu", "leaky_relu", {}),
+        ("mish", "mish", {}),
+        ("prelu", "leaky_relu", {"negative_slope": 0.25}),
+        ("relu", "relu", {}),
+        ("relu6", "relu6", {}),
+        ("sigmoid", "sigmoid", {}),
+        ("silu", "silu", {}),
+        ("tanh", "tanh", {}),
+    ],
+)
+def test_activations_are_torchs(name: str, theirs: str, options: Any) -> None:
+    torch = pytest.importorskip("torch")
+    want = getattr(torch.nn.functional, theirs)(torch.tensor(X[:2001]), **options).numpy()
+    np.testing.assert_allclose(activation(name)(X[:2001]), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS])

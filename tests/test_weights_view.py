@@ -311,6 +311,50 @@ def test_numpy_does_the_rest_with_the_merged_array() -> None:
         draw(3, 7) @ w.T
 
 
+NOT_THE_LAYER: dict[str, Any] = {
+    "both are weights": lambda w, x: np.matmul(w, w.T),
+    "both are weights, contracted": lambda w, x: np.tensordot(w, w, axes=(1, 1)),
+    "in another dtype": lambda w, x: np.matmul(x, w.T, dtype="float64"),
+    "over the outputs": lambda w, x: w.T @ np.ones(8, "float32"),
+    "over the outputs, contracted": lambda w, x: np.tensordot(np.ones(8, "f4"), w, axes=(0, 0)),
+    "over both axes": lambda w, x: np.tensordot(w, np.ones((8, 6), "float32"), axes=2),
+    "over both axes, named": lambda w, x: np.tensordot(w, np.ones((8, 6)), axes=([0, 1], [0, 1])),
+    "over an axis that is not there": lambda w, x: np.tensordot(x, w, axes=(1, 2)),
+    "over axes of three": lambda w, x: np.tensordot(x, w, axes=(1, 1, 1)),
+    "with a number": lambda w, x: np.dot(2.0, w),
+    "with a number, contracted": lambda w, x: np.tensordot(2.0, w, axes=0),
+    "with integers": lambda w, x: np.dot(np.ones((2, 6), dtype="int64"), w.T),
+    "row by row": lambda w, x: np.linalg.norm(w - np.ones((8, 6), "float32"), axis=1),
+    "rows of it": lambda w, x: np.take(w, [1, 0], axis=0),
+    "entries of it": lambda w, x: np.take(w, [1, 0]),
+    "by its places": lambda w, x: np.take(np.arange(9.0), np.asarray(w > 0, dtype="int64")),
+    "turned by default": lambda w, x: np.transpose(w, None),
+    "turned by a list": lambda w, x: np.transpose(w, [1, 0]),
+    "not turned": lambda w, x: np.transpose(w, (0, 1)),
+    "turned by too many": lambda w, x: np.transpose(w, (0, 1, 2)),
+    "an axis exchanged with itself": lambda w, x: np.swapaxes(w, 1, 1),
+    "in a list": lambda w, x: np.block([[w], [w]]),
+}
+"""What NumPy makes of an adapted weight (8, 6) and x (3, 6) that is no product of the layer."""
+if hasattr(np, "vecdot"):  # from NumPy 2 on
+    NOT_THE_LAYER["vector by vector"] = lambda w, x: np.vecdot(np.ones((8, 6), "float32"), w)
+
+
+@pytest.mark.parametrize("name", NOT_THE_LAYER)
+def test_what_is_not_the_layer_s_product_is_the_merged_array_s(name: str) -> None:
+    host, _ = adapted(mlp(), CONFIGS["dora"])
+    w, full, x = host.bind().weights["fc1.weight"], host.merge()["fc1.weight"], draw(3, 6)
+    try:
+        want = NOT_THE_LAYER[name](full, x)
+    except (IndexError, ValueError, TypeError) as error:
+        with pytest.raises(type(error)):
+            NOT_THE_LAYER[name](w, x)
+    else:
+        got = np.asarray(NOT_THE_LAYER[name](w, x))
+        assert got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, atol=4e-6)
+
+
 def test_dtypes_meet_as_in_layers() -> None:
     half = {k: v.astype(ml_dtypes.bfloat16) for k, v in mlp().items()}
     host, _ = adapted(half, CONFIGS["lora"])
@@ -450,6 +494,8 @@ def test_torch_functions_and_autograd() -> None:
     assert torch.mm(w["fc1.weight"], x[0].T).shape == (8, 2)
     with pytest.raises(ConfigError, match="written"):
         w["fc1.weight"].add_(1.0)
+    with pytest.raises(ConfigError, match=r"wte\.weight: max_norm cannot be used"):
+        functional.embedding(idx, w["wte.weight"], max_norm=1.0)
 
 
 def test_jax_functions_under_jit_and_grad() -> None:
