@@ -1004,7 +1004,7 @@ def test_what_is_no_file_is_told(shell: Shell, adapter: Path, tmp_path: Path) ->
         odd = shutil.copytree(adapter, tmp_path / f"odd-{name}")
         (odd / name).unlink()
         (odd / name).mkdir()
-        shell.refused(5, "inspect", odd, says=(f"{name}: cannot be read: it is not a regular",))
+        shell.refused(5, "inspect", odd, says=(f"{name}: cannot be read: it is a directory",))
     says = ("gone: there is no such adapter or model; check",)
     shell.refused(5, "diff", adapter, tmp_path / "gone", says=says)
     shell.refused(5, "diff", tmp_path / "gone", adapter, says=says)

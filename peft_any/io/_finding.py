@@ -8,6 +8,7 @@ from pathlib import Path
 from peft_any.errors import ConfigError, FormatError, StorageError, nearest
 from peft_any.io._faults import reporting
 from peft_any.io._foreign import PICKLES, conversion, disguise
+from peft_any.io._json import regular_size
 from peft_any.io._urls import local
 from peft_any.io.checkpoint import INDEX as INDEX
 from peft_any.io.checkpoint import Checkpoint, is_base
@@ -116,12 +117,12 @@ def _refuse_pickle(path: Path) -> None:
 
 
 def _refuse_special(path: Path) -> None:
-    if os.path.lexists(path) and not path.is_file():
-        raise StorageError(f"{path}: cannot be read: it is not a regular file")
+    if os.path.lexists(path):
+        regular_size(path)
 
 
 def _looks(path: Path) -> str:
-    _refuse_special(path)
+    regular_size(path)
     with path.open("rb") as file:
         hint = disguise(file.read(64))
     if not hint and path.suffix == ".safetensors":
