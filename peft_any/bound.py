@@ -25,7 +25,7 @@ from peft_any.parts import Part
 from peft_any.prompt import Attended
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class BoundLayer:
     """An adapted layer as a callable.
 
@@ -44,12 +44,14 @@ class BoundLayer:
     stacked: bool
 
     def __post_init__(self) -> None:
-        held = [a for part in self.parts for a in part.params.values() if is_trained(a)]
-        parts, base = several.ready(self.parts, self.base, stacked=self.stacked)
-        object.__setattr__(self, "_trained", held[:1])
-        object.__setattr__(self, "_paused", bool(held) and not is_differentiated(held[0]))
-        object.__setattr__(self, "_wide", (parts, base))
-        object.__setattr__(self, "_names", (dtype_name(base.weight), dtype_name(self.base.weight)))
+        self._held = next((a for p in self.parts for a in p.params.values() if is_trained(a)), None)
+        self._stored = dtype_name(self.base.weight)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._paused = self.trained and not is_differentiated(self._held)
+        self._ready = several.ready(self.parts, self.base, stacked=self.stacked)
+        self._wide = dtype_name(self._ready[1].weight)
 
     def __repr__(self) -> str:
         site, by = self.base.site, [part.config.peft_type for part in self.parts]
@@ -58,14 +60,14 @@ class BoundLayer:
     @property
     def ready(self) -> tuple[list[Part], Dense]:
         """Adapters and base in the compute dtype, with what all calls have in common."""
-        if self._paused and is_differentiated(self._trained[0]):  # type: ignore[attr-defined]
-            self.__post_init__()  # what was made while no derivatives were recorded has none
-        return self._wide  # type: ignore[attr-defined,no-any-return]
+        if self._paused and is_differentiated(self._held):
+            self._prepare()  # what was made while no derivatives were recorded has none
+        return self._ready
 
     @property
     def trained(self) -> bool:
         """Whether torch's autograd follows its parameters."""
-        return bool(self._trained)  # type: ignore[attr-defined]
+        return self._held is not None
 
     @property
     def traced(self) -> bool:
@@ -88,8 +90,7 @@ class BoundLayer:
                 "padding are not in the checkpoint; use merge() and your library's convolution"
             )
         check_input(x, self.base.site)
-        (parts, base), (wide, stored) = self.ready, self._names  # type: ignore[attr-defined]
-        out = stored
+        (parts, base), wide, out = self.ready, self._wide, self._stored
         if is_floating(x) and (out := dtype_name(x)) != wide:
             x = astype(x, wide)
         y: Array = several.forward(parts, x, base, stacked=self.stacked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from numbers import Integral
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from peft_any._typing import Shape
 from peft_any.errors import ConfigError, ShapeError
@@ -27,7 +27,7 @@ Kind: TypeAlias = Literal[
 normalisation, w ⊙ x + b, of as many groups as it has channels, and `Experts` a stack
 (experts, n_out, n_in) of matrices, each a group, or (experts, n_in, n_out)."""
 
-KINDS: frozenset[Kind] = frozenset(Kind.__args__)  # type: ignore[attr-defined]
+KINDS: frozenset[Kind] = frozenset(get_args(Kind))
 EXPERTS: frozenset[Kind] = frozenset({"Experts", "TransposedExperts"})
 _UNFOLDED: frozenset[Kind] = EXPERTS | {"Norm"}
 MATRICES: frozenset[Kind] = KINDS - EXPERTS - {"Norm"}

@@ -190,19 +190,18 @@ class Role(NamedTuple):
 
 def roles(one: Own) -> dict[str, Role]:
     """Tell what each parameter grows with."""
-    taller = one.config.shapes(replace(one.site, n_out=2 * one.site.n_out))
-    wider = taller
-    if hasattr(one.config, "rank_pattern"):
-        doubled: dict[str, Any] = {"r": 2 * one.config.r}  # type: ignore[attr-defined]
-        wider = replace(one.config, **doubled).shapes(replace(one.site, n_out=2 * one.site.n_out))
-    shapes = one.config.shapes(one.site)
+    config: Any = one.config
+    tall = replace(one.site, n_out=2 * one.site.n_out)
+    shapes, taller = config.shapes(one.site), config.shapes(tall)
+    ranked = hasattr(config, "rank_pattern")
+    wider = replace(config, r=2 * config.r).shapes(tall) if ranked else taller
     return {k: Role(taller[k] != s, wider[k] != taller[k]) for k, s in shapes.items()}
 
 
 def _stacked(whole: str, given: Sequence[Own]) -> tuple[Tuner, list[float]]:
     """Give the configuration of the stacked factors, and what each part's must be scaled by."""
-    config: Any = given[0].config
-    rank = sum(one.config.r for one in given)  # type: ignore[attr-defined]
+    configs: list[Any] = [one.config for one in given]
+    config, rank = configs[0], sum(its.r for its in configs)
     alpha = "lora_alpha" if hasattr(config, "lora_alpha") else "alpha"
     unit = replace(config, r=rank, **{alpha: 1.0}).scaling
     if unit == replace(config, r=2 * rank, **{alpha: 1.0}).scaling:
@@ -210,7 +209,7 @@ def _stacked(whole: str, given: Sequence[Own]) -> tuple[Tuner, list[float]]:
             f"{whole}: {config.peft_type} layers cannot be fused: their scale does not follow the "
             "rank; merge into a base of the same layers"
         )
-    scales = [one.config.scaling for one in given]  # type: ignore[attr-defined]
+    scales = [its.scaling for its in configs]
     factors = [1.0 if s == scales[0] else s / scales[0] for s in scales]
     if len({*scales}) > 1 and config.changes_bias(given[0].site):
         raise ConfigError(

@@ -17,22 +17,22 @@ ESCAPED = (
 )
 
 
-def deep(kind: type, x: Any) -> Any:
+def deep(kind: type[Var], x: Any) -> Any:
     """Put the values of a tape's arrays in their places, in a nest of tuples, lists and dicts."""
     if isinstance(x, kind):
-        return x.value  # type: ignore[attr-defined]
+        return x.value
     if isinstance(x, dict):
         return {k: deep(kind, v) for k, v in x.items()}
     return type(x)(deep(kind, v) for v in x) if type(x) in (tuple, list) else x
 
 
-def edges_of(kind: type, args: Sequence[Any], label: str) -> tuple[list[Any], Any]:
+def edges_of(kind: type[Var], args: Sequence[Any], label: str) -> tuple[list[Any], Any]:
     """Take the values of arguments, and the nodes of the traced ones by position."""
     values, edges = list(args), None
     for i, a in enumerate(args):
         if isinstance(a, kind):
-            values[i] = a.value  # type: ignore[attr-defined]
-            node = a.node  # type: ignore[attr-defined]
+            values[i] = a.value
+            node = a.node
             if node is not None:
                 if edges is None:
                     edges = [(i, node)]
@@ -156,9 +156,9 @@ def _part(i: int, g: Any) -> dict[int, Any]:
     return {i: g}
 
 
-def _no_traced(kind: type, kwargs: dict[str, Any], label: str) -> None:
+def _no_traced(kind: type[Var], kwargs: dict[str, Any], label: str) -> None:
     for name, value in kwargs.items():
-        if isinstance(value, kind) and value.node is not None:  # type: ignore[attr-defined]
+        if isinstance(value, kind) and value.node is not None:
             raise GradientError(f"xp.{label}: {name}= cannot be traced: give it by position")
 
 
