@@ -23,7 +23,7 @@ from peft_any.backend import (
 from peft_any.errors import ConfigError
 from peft_any.linalg import packed
 from peft_any.rng import Fresh, TorchGenerator
-from peft_any.tape.shapes import can_put, put
+from peft_any.tape.indexing import can_put, put
 
 Host = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, from_numpy_like, namespace
-from peft_any.tape.shapes import put
+from peft_any.tape.indexing import put
 
 FILTERS: Mapping[str, Sequence[float]] = json.loads(
     (Path(__file__).parent / "wavelets.json").read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def synthesis_of_few(
     Parameters
     ----------
     values : array (k,)
-        Of a library whose arrays can be written to (`peft_any.tape.shapes.can_put`).
+        Of a library whose arrays can be written to (`peft_any.tape.indexing.can_put`).
     places : host array (k,) of int
         Flat places in the matrix of coefficients.
     shape : (int, int)

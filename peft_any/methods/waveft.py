@@ -11,7 +11,7 @@ from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
 from peft_any.initial import normal
 from peft_any.patterns import matching
 from peft_any.spectra import placed_values, random_places
-from peft_any.tape.shapes import can_put
+from peft_any.tape.indexing import can_put
 from peft_any.wavelets import FILTERS, padded, synthesis, synthesis_of_few
 
 

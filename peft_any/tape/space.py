@@ -22,6 +22,7 @@ from peft_any._typing import Namespace
 from peft_any.backend import is_array
 from peft_any.errors import GradientError
 from peft_any.tape import fft, protocols
+from peft_any.tape.indexing import put
 from peft_any.tape.linalg import LINALG_COMPOSITES, LINALG_RULES
 from peft_any.tape.record import (
     ESCAPED,
@@ -34,7 +35,7 @@ from peft_any.tape.record import (
     unruled,
 )
 from peft_any.tape.rules import RULES, SAME
-from peft_any.tape.shapes import COMPOSITES, PASS, SEQUENCES, put
+from peft_any.tape.shapes import COMPOSITES, PASS, SEQUENCES
 from peft_any.tape.var import BINARY, REFLECTED, UNARY, Node, Recording, Var, sweep
 
 _new = object.__new__
