@@ -16,9 +16,7 @@ from peft_any.extras import (
     fresh_copies,
     non_finite,
     refuse_faults,
-    token_indices,
     trained,
-    with_rows,
 )
 from peft_any.io import config as files
 from peft_any.io._atomic import StrPath, output_directory
@@ -33,6 +31,7 @@ from peft_any.registry import Config
 from peft_any.rng import Fresh
 from peft_any.selection import out_projection
 from peft_any.targets import place
+from peft_any.tokens import token_indices, with_rows
 
 
 @methods_checked("load", "save", "renamed", "split", "fused", "check")

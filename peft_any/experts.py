@@ -13,6 +13,7 @@ from peft_any.backend import Backend, astype, dtype_name, namespace
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.extras import is_trained
+from peft_any.factors import EMBEDDING
 from peft_any.fields import Count, Positive
 from peft_any.io._atomic import StrPath
 from peft_any.layer import Kind, Site, linear
@@ -20,7 +21,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.mixtures import largest_shares
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
-from peft_any.starts import EMBEDDING, has_start
+from peft_any.starts import has_start
 
 _A, _B, _ROUTER = "arrow_A.weight", "arrow_B.weight", "arrow_router.weight"
 _VARIANTS = (

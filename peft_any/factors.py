@@ -8,6 +8,9 @@ from peft_any._typing import Array, Params, Shape
 from peft_any.backend import creation_device, is_differentiated, namespace
 from peft_any.layer import EXPERTS, Site, each_expert
 
+EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+"""What A and B of an embedding are called."""
+
 
 def factor_shapes(r: int, site: Site) -> dict[str, Shape]:
     """Name A and B, with their shapes in the layouts of torch's own layers.
@@ -22,7 +25,7 @@ def factor_shapes(r: int, site: Site) -> dict[str, Shape]:
     {'lora_embedding_A': (2, 9), 'lora_embedding_B': (4, 2)}
     """
     if site.kind == "Embedding":
-        return {"lora_embedding_A": (r, site.n_in), "lora_embedding_B": (site.n_out, r)}
+        return dict(zip(EMBEDDING, ((r, site.n_in), (site.n_out, r)), strict=True))
     groups = site.groups if site.kind in EXPERTS else 1
     ones = (1,) * len(site.kernel)
     return {

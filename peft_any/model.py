@@ -39,7 +39,7 @@ class PeftModel:
     weights : mapping of str to array
         The base's tensors under their checkpoint names, all of one library.
     kinds : mapping of str to Kind or Site, optional
-        Layer kinds of modules whose names and shapes do not tell (see `targets.layout`).
+        Layer kinds of modules whose names and shapes do not tell (see `layout.layout`).
 
     Examples
     --------

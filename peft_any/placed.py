@@ -21,7 +21,7 @@ from peft_any.completing import (
     root_of,
 )  # fmt: skip
 from peft_any.errors import ConfigError, ShapeError, TargetError, nearest
-from peft_any.extras import input_table, refuse_faults
+from peft_any.extras import refuse_faults
 from peft_any.layer import Kind, Site
 from peft_any.layout import layout
 from peft_any.method import Prompt, Tuner
@@ -35,6 +35,7 @@ from peft_any.replication import refuse_unrepeated
 from peft_any.rng import Fresh
 from peft_any.selection import select
 from peft_any.targets import check_params, configured, place
+from peft_any.tokens import input_table
 
 ATTACHABLE = "a configuration, or an adapter that Adapter.load read"
 Attachable: TypeAlias = Annotated[Adapter | Config, ATTACHABLE]

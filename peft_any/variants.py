@@ -13,7 +13,14 @@ from peft_any.backend import astype, compute_dtype, detach, namespace, to_numpy
 from peft_any.blocks import block_diagonal, block_linear
 from peft_any.checks import refuse
 from peft_any.errors import ConfigError
-from peft_any.factors import by_expert, expert_delta, expert_residual, factor_shapes, paired
+from peft_any.factors import (
+    EMBEDDING,
+    by_expert,
+    expert_delta,
+    expert_residual,
+    factor_shapes,
+    paired,
+)
 from peft_any.layer import EXPERTS, Layer, Site, flat, linear, widen
 from peft_any.linalg import orthogonality, row_norms
 from peft_any.patterns import is_parameter, matching
@@ -275,7 +282,7 @@ def pair(config: Any, p: Params, a: Array, b: Array, site: Site) -> tuple[Array,
 
 def factors(config: Any, p: Params, site: Site) -> tuple[Array, Array]:
     """Give s·B (n_out, k) and A (k, width)."""
-    a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in starts.EMBEDDING)
+    a, b = (flat(p[n] if n in p else p[f"lora_{n[-1]}.weight"]) for n in EMBEDDING)
     a, b = pair(config, p, a, b, site)
     return config.scaling * by_expert(b, site), a
 

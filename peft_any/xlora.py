@@ -12,6 +12,7 @@ from peft_any.adapter import Adapter
 from peft_any.backend import Backend, backend_of, dtype_name, namespace
 from peft_any.errors import ConfigError, ShapeError, StorageError
 from peft_any.experts import scale_of, stacked, suitable
+from peft_any.factors import EMBEDDING
 from peft_any.fields import Count
 from peft_any.gates import scaled_experts
 from peft_any.gates import xlora_scalings as xlora_scalings
@@ -21,7 +22,6 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.methods.xlora import A, B, XLoraConfig
 from peft_any.rng import Fresh
 from peft_any.routed import Routed
-from peft_any.starts import EMBEDDING
 
 _A, _B = "experts_A.weight", "experts_B.weight"
 

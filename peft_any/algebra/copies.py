@@ -18,9 +18,10 @@ from peft_any.backend import (
     widest,
 )
 from peft_any.errors import ShapeError, TargetError
-from peft_any.extras import is_trained, token_indices, with_rows
+from peft_any.extras import is_trained
 from peft_any.surgery.measure import equal_bytes
 from peft_any.surgery.sources import Given
+from peft_any.tokens import token_indices, with_rows
 
 
 @dataclass(frozen=True)

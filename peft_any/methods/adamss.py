@@ -8,10 +8,10 @@ from peft_any.blocks import diagonal
 from peft_any.checks import OURS, refuse
 from peft_any.clusters import grouped
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.decompositions import seeded_svd
 from peft_any.errors import ShapeError
 from peft_any.fields import ByLayer, Count
 from peft_any.layer import widen
-from peft_any.starts import seeded_svd
 
 
 class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from peft_any.backend import namespace
 from peft_any.blocks import cayley, cayley_neumann, drawn_back, skew
 from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape, Site
+from peft_any.decompositions import host_weight, leading_svd, seeded_svd
 from peft_any.errors import ShapeError
 from peft_any.fields import (
     ByLayer,
@@ -17,7 +18,6 @@ from peft_any.fields import (
     Rate,
     within,
 )
-from peft_any.starts import host_weight, leading_svd, seeded_svd
 
 
 class PsoftConfig(Additive, ByLayer, Excludes, FanInFanOut, peft_type="PSOFT"):

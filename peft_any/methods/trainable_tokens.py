@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 from peft_any.backend import astype, from_numpy_like, is_floating, namespace
 from peft_any.contract import Array, Dense, Fresh, Kind, Layer, Params, Shape, Site, Tuner
 from peft_any.errors import ConfigError
-from peft_any.extras import INPUTS, check_rows, row_numbers, with_rows
 from peft_any.layer import linear
+from peft_any.tokens import INPUTS, check_rows, row_numbers, with_rows
 
 
 class TrainableTokensConfig(Tuner, peft_type="TRAINABLE_TOKENS"):

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from peft_any.errors import UsageError
-from peft_any.extras import token_indices, within
+from peft_any.extras import within
 from peft_any.layer import Site
 from peft_any.method import Tuner
 from peft_any.patterns import expression, is_parameter, matching
 from peft_any.selection import out_projection, saved_whole
+from peft_any.tokens import token_indices
 
 A = TypeVar("A")
 """An `Adapter`."""

@@ -12,7 +12,7 @@ import numpy as np
 from peft_any import parts as several
 from peft_any.backend import Backend, astype, compute_dtype, from_numpy, is_floating, move, to_numpy
 from peft_any.errors import BackendError
-from peft_any.extras import check_copies, token_indices
+from peft_any.extras import check_copies
 from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.parts import Part
 from peft_any.receipt import Change, Host
@@ -31,6 +31,7 @@ from peft_any.surgery.plan import Plan
 from peft_any.surgery.rounding import nearest
 from peft_any.surgery.start import Start
 from peft_any.surgery.structure import cast, is_product, is_turned, product, scales
+from peft_any.tokens import token_indices
 
 
 @dataclass

@@ -21,6 +21,7 @@ from peft_any.method import Additive, Prompt, Tuner
 from peft_any.naming.rules import Names
 from peft_any.prompt import Attended
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
+from peft_any.sizing import site_of
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
@@ -29,7 +30,6 @@ from peft_any.surgery.measure import measure
 from peft_any.surgery.plan import make_plan
 from peft_any.surgery.sources import Given, Kinds, given_one
 from peft_any.surgery.ties import settle_ties
-from peft_any.targets import site_of
 
 _ENERGIES = (0.5, 0.9, 0.99, 0.999)
 """Shares of ‖ΔW‖² for which an inspection says the rank."""

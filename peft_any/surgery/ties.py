@@ -7,12 +7,12 @@ from collections.abc import Callable
 from peft_any._typing import Array, Params
 from peft_any.backend import to_numpy
 from peft_any.errors import TargetError
-from peft_any.extras import token_indices
 from peft_any.layer import Site
 from peft_any.layout import OUTPUT
 from peft_any.receipt import Host
 from peft_any.surgery.measure import equal_bytes
 from peft_any.surgery.plan import Plan, Touched
+from peft_any.tokens import token_indices
 
 
 def settle_ties(plan: Plan, value: Callable[[str], Host]) -> None:

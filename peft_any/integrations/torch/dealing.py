@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from peft_any.completing import Placed
 from peft_any.errors import ConfigError
-from peft_any.extras import token_indices
 from peft_any.integrations.torch.slot import Share, refuse_replaced, slot_of, tensor
 from peft_any.integrations.torch.tensors import Arrays, names_of
 from peft_any.layout import OUTPUT
+from peft_any.tokens import token_indices
 
 
 def shares_of(root: nn.Module, name: str, placed: Placed) -> list[Share]:

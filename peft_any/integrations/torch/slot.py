@@ -13,13 +13,13 @@ from peft_any import parts as several
 from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
 from peft_any.dropout import Noise, branch, drops
 from peft_any.errors import ConfigError
-from peft_any.extras import with_rows
 from peft_any.integrations.torch.noise import Drawn
 from peft_any.integrations.torch.tensors import CHILD, CONVOLUTIONS, Arrays, is_transposed
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive, Prompt, Tuner
 from peft_any.parts import Adapted, Part
 from peft_any.patterns import expression
+from peft_any.tokens import with_rows
 
 Values = Mapping[str, Tensor]
 """Tensors by their names within a module: ``weight``, ``out_proj.weight``."""
