@@ -321,6 +321,8 @@ def test_gains_stay_gains() -> None:
     np.testing.assert_allclose(
         plain.sites["fc"]["ia3_l"], 0.7 * gains[0] - 0.3 * gains[1], rtol=1e-14
     )
+    alone, _ = combine(pair[:1], method="linear")
+    np.testing.assert_allclose(alone.sites["fc"]["ia3_l"], 0.7 * gains[0], rtol=1e-14)
     as_lora, _ = combine(pair, base=weights, rank=3)
     assert as_lora.config.peft_type == "LORA"
     both = merge(weights, as_lora)

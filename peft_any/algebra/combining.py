@@ -190,8 +190,8 @@ class Job:
         )
 
     def settled(self, given: Sequence[Given]) -> Options:
-        """Give the options, of which some act on several adapters alone."""
-        if len(given) > 1 or self.options.method in ("exact", "cat"):
+        """Give the options, of which some act on several adapters alone; not IA³'s Σ wᵢ·lᵢ."""
+        if len(given) > 1 or self.options.method in ("exact", "cat") or all_gains(given):
             return self.options
         return replace(self.options, method="exact", density=None, clamp=None)
 

@@ -11,6 +11,7 @@ import pytest
 peft = pytest.importorskip("peft")
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
 from peft_any.errors import ConfigError  # noqa: E402
@@ -27,7 +28,13 @@ from tests.hf.whole import close, their_config  # noqa: E402
 pytestmark = pytest.mark.hf
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {},
     "P_TUNING": {"encoder_hidden_size": 8},
@@ -53,6 +60,12 @@ rows = pytest.mark.parametrize(("model", "method"), ROWS)
 
 def base_of(model: str) -> Any:
     """Make a model that can start a translation."""
+    if model == "bart":
+        torch.manual_seed(3)
+        sides = ("encoder", "decoder")
+        sizes = {f"{side}_{size}": 1 for side in sides for size in ("layers", "attention_heads")}
+        config = transformers.BartConfig(vocab_size=40, d_model=16, **sizes)
+        return transformers.BartForConditionalGeneration(config).eval()
     made = models.base_of(model)
     if model == "t5":  # of the width of heads that Hugging Face PEFT expects
         torch.manual_seed(3)
@@ -88,8 +101,9 @@ def given_of(model: str, method: str) -> dict[str, Any]:
     if model == "bert":
         given["labels"] = torch.tensor([0, 1])
         given["token_type_ids"] = (ids > 20).long()
-    if model == "t5":
+    if TASKS[model] == "SEQ_2_SEQ_LM":
         given["labels"] = ids[:, :4].clone()
+        given["labels"][1, 2] = -100
         if method == "PREFIX_TUNING":
             given["decoder_attention_mask"] = torch.ones(2, 4, dtype=torch.long)
     if method == "MULTITASK_PROMPT_TUNING":

@@ -269,7 +269,7 @@ class _Call:
         labels = given.get("labels")
         known = [given.get(f"decoder_{k}") for k in ("input_ids", "inputs_embeds")]
         if labels is not None and all(x is None for x in known):
-            given["decoder_input_ids"] = self.module._shift_right(labels)  # noqa: SLF001
+            given["decoder_input_ids"] = self._shifted(labels)
         embeds = self._embedded(given, "decoder_input_ids", "decoder_inputs_embeds")
         given["decoder_inputs_embeds"] = self.config.prepend(
             self.params, embeds, submodule=1, **self.tasks
@@ -277,6 +277,21 @@ class _Call:
         if labels is not None:
             given["labels"] = extend_mask(labels, self.count, -100)
         return self._masked(given, "decoder_attention_mask")
+
+    def _shifted(self, labels: Tensor) -> Tensor:
+        """Give the decoder's input that labels stand for: each one place later."""
+        start, pad = (
+            getattr(self.module.config, f"{name}_token_id", None)
+            for name in ("decoder_start", "pad")
+        )
+        if start is None or pad is None:
+            raise ConfigError(
+                f"{self.config.where}: labels alone do not tell the decoder's input: give "
+                "decoder_input_ids, or set the model's decoder_start_token_id and pad_token_id"
+            )
+        later = labels.roll(1, dims=-1)
+        later[..., 0] = start
+        return later.masked_fill(later == -100, pad)
 
     def _embedded(self, given: Given, ids: str, embeds: str) -> Tensor:
         """Embed tokens, and take their numbers away."""
