@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,7 @@ LAYERS = [
     {"cli", "integrations", "testing"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+DESIGN = PACKAGE.parent / "docs" / "design.md"
 LIBRARIES = {
     "torch", "jax", "cupy", "dask", "distributed", "array_api_strict", "array_api_compat",
 }  # fmt: skip
@@ -112,6 +114,15 @@ def test_imports_run_one_way(path: Path) -> None:
     own = RANK[path.relative_to(PACKAGE).parts[0].removesuffix(".py")]
     above = {m for m in imports(path) if (r := rank(m)) is not None and r > own}
     assert not above
+
+
+def test_the_design_tells_where_every_module_is() -> None:
+    table = (
+        DESIGN.read_text(encoding="utf-8").partition("## Where things are")[2].partition("## ")[0]
+    )
+    named = re.findall(r"`(\w+)/?`", table.partition("Imports run")[0])
+    there = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert sorted(named) == sorted(there)
 
 
 @pytest.mark.parametrize("path", modules(), ids=relative)
