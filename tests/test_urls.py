@@ -241,7 +241,7 @@ class TestReading:
         self, here: Path, there: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from peft_any.surgery.fitting import Fitting
-        from peft_any.surgery.plan import make_plan
+        from peft_any.surgery.planning import make_plan
 
         with asked(there, monkeypatch) as read, Checkpoint(BASE) as base:
             read.clear()

@@ -22,7 +22,7 @@ from peft_any.origin import KEY, other_base, sampled
 from peft_any.selection import out_projection
 from peft_any.sizing import site_of
 from peft_any.surgery.fitting import Fitting
-from peft_any.surgery.plan import fit_one
+from peft_any.surgery.planning import fit_one
 from peft_any.surgery.sources import Given, View, misfit
 from peft_any.targets import configured
 

@@ -16,7 +16,7 @@ from peft_any.methods.lora import LoraConfig
 from peft_any.selection import in_projection, out_projection, select
 from peft_any.surgery.couple import Couple, Sound
 from peft_any.surgery.factoring import Names
-from peft_any.surgery.plan import SCALES
+from peft_any.surgery.planning import SCALES
 from peft_any.surgery.sources import Kinds
 
 NOTHING = "dummy-target-modules"

@@ -27,7 +27,7 @@ from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
 from peft_any.surgery.mapping import mapped
 from peft_any.surgery.measure import measure
-from peft_any.surgery.plan import make_plan
+from peft_any.surgery.planning import make_plan
 from peft_any.surgery.sources import Given, Kinds, given_one
 from peft_any.surgery.ties import settle_ties
 

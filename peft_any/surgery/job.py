@@ -32,7 +32,7 @@ from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.journal import Journal, Ledger, task_of
 from peft_any.surgery.output import Output, fill
 from peft_any.surgery.plan import Plan
-from peft_any.surgery.shards import Spec, packed
+from peft_any.surgery.shards import Piece, ShardItem, Spec, packed
 from peft_any.surgery.sources import Kinds
 
 if TYPE_CHECKING:
@@ -42,22 +42,6 @@ _TOGETHER = 16
 """Files that the same workers write: few enough for any system to have them open."""
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with bytes done, all bytes, and the tensor at hand."""
-
-
-ShardItem: TypeAlias = tuple[str, Path | str | None]
-"""A shard's name, and where the new one goes; a text is a URL."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What became of a shard: the touched tensors, and how many were copied."""
-
-    changes: tuple[Change, ...]
-    copied: int
-    mark: str = ""
-    """A checksum of what was sent."""
-
-
 Elsewhere: TypeAlias = Callable[[list[ShardItem], Callable[[ShardItem, Piece], None]], None]
 """Has other processes do shards, and calls back with each."""
 

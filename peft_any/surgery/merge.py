@@ -23,7 +23,7 @@ from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.engines import Local
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Job, Progress
-from peft_any.surgery.plan import make_plan
+from peft_any.surgery.planning import make_plan
 from peft_any.surgery.shards import byte_count
 from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.threads import thread_count

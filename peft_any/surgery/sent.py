@@ -17,8 +17,8 @@ from peft_any.io._remote import reaching, tag_of
 from peft_any.io._replacing import JOURNAL
 from peft_any.io._sending import listed, passing, put
 from peft_any.receipt import Change
-from peft_any.surgery.job import Piece, ShardItem
 from peft_any.surgery.journal import Finished, Ledger
+from peft_any.surgery.shards import Piece, ShardItem
 
 
 def all_sent(

@@ -1,23 +1,38 @@
-"""Files of an output, of a size that is asked for."""
+"""Files of an output: what each is to hold, of a size that is asked for, and what became of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from peft_any._typing import Shape
 from peft_any.errors import UsageError
 from peft_any.io._header import RANK, byte_size
 from peft_any.io.checkpoint import SHARD_LIMIT
+from peft_any.receipt import Change
 
 Spec: TypeAlias = tuple[str, str, Shape]
 """A tensor's name, dtype and shape."""
+ShardItem: TypeAlias = tuple[str, Path | str | None]
+"""A shard's name, and where the new one goes; a text is a URL."""
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for unit, base in (("B", 1000), ("IB", 1024))
     for power, prefix in enumerate("KMGT", 1)
 }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became of a shard: the touched tensors, and how many were copied."""
+
+    changes: tuple[Change, ...]
+    copied: int
+    mark: str = ""
+    """A checksum of what was sent."""
 
 
 def byte_count(size: int | str) -> int:

@@ -19,8 +19,10 @@ from peft_any.surgery.audit import Audit, Finding, Names
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.engines import Engine, Recipe, absolute, paths, same_checkpoint, same_files
 from peft_any.surgery.fitting import Fitting
-from peft_any.surgery.job import Elsewhere, Job, Piece, ShardItem
-from peft_any.surgery.plan import Plan, make_plan
+from peft_any.surgery.job import Elsewhere, Job
+from peft_any.surgery.plan import Plan
+from peft_any.surgery.planning import make_plan
+from peft_any.surgery.shards import Piece, ShardItem
 from peft_any.surgery.ties import settle_ties
 
 _ATTEMPT = re.compile(r"\.[0-9a-f]{32}$")

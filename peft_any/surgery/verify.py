@@ -17,7 +17,7 @@ from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.engines import Local
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
-from peft_any.surgery.plan import make_plan
+from peft_any.surgery.planning import make_plan
 from peft_any.surgery.sources import Adapters, Kinds
 from peft_any.surgery.tasks import auditing
 from peft_any.surgery.ties import settle_ties
