@@ -35,7 +35,7 @@ from peft_any._kernels import by_blocks, by_pieces, dense, even_rows, plus_produ
 from peft_any._libraries import CUPY, LIBRARIES, TORCH, UNKNOWN, find_library, library_of
 from peft_any._typing import Namespace
 from peft_any._ways import ways
-from peft_any.errors import BackendError, nearest
+from peft_any.errors import BackendError, UsageError, nearest
 
 __all__ = [
     "Backend", "asked", "astype", "backend", "backend_of", "by_blocks", "by_pieces",
@@ -111,8 +111,10 @@ def resolve(spec: str | Backend = "auto", *arrays: Any, device: Any = None) -> B
 
     Raises
     ------
+    UsageError
+        If there is no library of that name.
     BackendError
-        If the library or device is unknown or absent, or contradicts the arrays.
+        If the library or the device is absent, or contradicts the arrays.
 
     Examples
     --------
@@ -124,7 +126,7 @@ def resolve(spec: str | Backend = "auto", *arrays: Any, device: Any = None) -> B
     elif isinstance(spec, str):
         name, _, place = spec.partition(":")
     else:
-        raise BackendError(f"backend {spec!r:.60}: give a name such as 'torch:cuda:0', or 'auto'")
+        raise UsageError(f"backend {spec!r:.60}: give a name such as 'torch:cuda:0', or 'auto'")
     if is_array(device):
         raise BackendError(f"device {device!r:.60}: is an array: give a device, such as 'cuda:0'")
     if device is not None:
@@ -150,8 +152,8 @@ def _ambient() -> Backend:
         name, _, place = variable.partition(":")
         try:
             return _open(name, place or None)
-        except BackendError as error:
-            raise BackendError(f"PEFT_ANY_BACKEND={variable}: {error}") from None
+        except (BackendError, UsageError) as error:
+            raise type(error)(f"PEFT_ANY_BACKEND={variable}: {error}") from None
     if CUPY.available:
         return _open("cupy", None)
     return _open("torch", "cuda") if TORCH.cuda else _open("numpy", None)
@@ -185,7 +187,7 @@ def _follow(given: list[Any], name: str, place: Any, spec: str | Backend) -> Bac
 
 def _known(name: str) -> None:
     if name not in LIBRARIES:
-        raise BackendError(
+        raise UsageError(
             f"backend {name!r}: is not a known library{nearest(name, LIBRARIES)}: choose one of "
             f"{', '.join(LIBRARIES)}, or auto"
         )
@@ -217,7 +219,7 @@ def backend(spec: str | Backend) -> Iterator[Backend]:
 
     Raises
     ------
-    BackendError
+    UsageError, BackendError
         As `resolve`, on entering.
 
     Examples

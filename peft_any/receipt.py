@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from math import isfinite, prod
 from typing import Any
@@ -16,10 +17,31 @@ from peft_any._imports import imported
 from peft_any._typing import Shape
 from peft_any.errors import VerifyError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a field of the JSON changes its meaning or goes away."""
 _WORST = 5
 Host = npt.NDArray[Any]
+
+
+class Clock:
+    """Times the parts of a work, which together are the whole time since it was made.
+
+    Examples
+    --------
+    >>> clock = Clock()
+    >>> [*clock.lap("compute")], [*clock.lap("sync")]
+    (['compute'], ['compute', 'sync'])
+    """
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> dict[str, float]:
+        """End a part, and give all of them, in seconds."""
+        now = time.perf_counter()
+        self._seconds[name], self._since = round(now - self._since, 3), now
+        return dict(self._seconds)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from peft_any.backend import (
     to_numpy,
     ways,
 )
-from peft_any.errors import BackendError
+from peft_any.errors import BackendError, UsageError
 from peft_any.spectra import real_inverse_transform
 from peft_any.testing import Lib, missing
 
@@ -130,7 +130,6 @@ def test_the_context_is_left_after_an_error():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("torhc", "is not a known library.*nearest: 'torch'"),
         ("numpy:cuda", "computes on the CPU only"),
         ("dask:1", "computes on the CPU only"),
         ("torch:cuda:99", "cannot use the device 'cuda:99'"),
@@ -147,6 +146,17 @@ def test_a_wrong_spec_is_explained(spec, message, monkeypatch):
         resolve(spec)
     monkeypatch.setenv("PEFT_ANY_BACKEND", spec)
     with pytest.raises(BackendError, match=f"^PEFT_ANY_BACKEND={spec}: .*{message}"):
+        resolve()
+
+
+def test_a_name_that_no_library_has_is_a_wrong_call(monkeypatch):
+    message = "backend 'torhc': is not a known library.*nearest: 'torch'"
+    with pytest.raises(UsageError, match=message):
+        resolve("torhc")
+    with pytest.raises(UsageError, match="give a name such as"):
+        resolve(7)
+    monkeypatch.setenv("PEFT_ANY_BACKEND", "torhc")
+    with pytest.raises(UsageError, match=f"^PEFT_ANY_BACKEND=torhc: {message}"):
         resolve()
 
 
@@ -172,7 +182,7 @@ def test_a_spec_that_contradicts_the_arrays_says_how_to_fix_it():
         resolve("auto", y, strict.asarray([1.0]))
     with pytest.raises(BackendError, match="arrays of numpy and strict cannot be used together"):
         resolve("auto", x, y)
-    with pytest.raises(BackendError, match="is not a known library"):
+    with pytest.raises(UsageError, match="is not a known library"):
         resolve("nympy", x)
 
 

@@ -116,9 +116,9 @@ class Shell:
         again, out, same = self(*args, "--json")
         document = json.loads(out)
         assert (again, same) == (code, err)
-        assert document["schema_version"] == 1
-        assert document["error"]["exit_code"] == code
-        assert document["error"]["message"] == err.removeprefix("error: ").removesuffix("\n")
+        assert document["schema_version"] == 2
+        assert document["failure"]["exit_code"] == code
+        assert document["failure"]["message"] == err.removeprefix("error: ").removesuffix("\n")
         assert tree(self.folder) == before
         return err
 
@@ -187,7 +187,7 @@ def test_json_is_the_receipt_beside_the_output(
     out = tmp_path / "merged"
     document = shell.json("merge", "--base", base, "--adapter", adapter, "--out", out)
     assert document == json.loads((out / "merge_receipt.json").read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert [c["tensor"] for c in document["changes"]] == [f"{m}.weight" for m in MODULES]
 
 
@@ -319,8 +319,8 @@ def test_verify_finds_what_is_wrong(
     assert "norm.weight" in err
     code, text, _ = shell("verify", *given, "--merged", out, "--json")
     document = json.loads(text)
-    assert code == document["error"]["exit_code"] == 4
-    assert document["error"]["type"] == "VerifyError"
+    assert code == document["failure"]["exit_code"] == 4
+    assert document["failure"]["type"] == "VerifyError"
     assert not document["ok"]
     assert len(document["problems"]) == 2
 
@@ -348,6 +348,20 @@ def test_inspect_tells_method_sites_ranks_and_norms(shell: Shell, adapter: Path)
     assert [s["rank"] for s in document["sites"]] == [2] * 4
     norm = np.linalg.norm(delta(adapter, MODULES[0]))
     assert document["sites"][0]["delta_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"r": 8}, {"rank_pattern": {".*_proj": 8}}])
+def test_inspect_tells_of_a_rank_that_the_arrays_have_not(
+    shell: Shell, adapter: Path, fields: dict[str, Any]
+) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    code, text, err = shell("inspect", adapter, "--json")
+    found = json.loads(text)
+    assert (code, found["ranks"]) == (0, {"2": 4})
+    assert len(found["notes"]) == 4
+    assert "layers.0.q_proj and 3 more: the configuration says r=8, and its arrays" in err
+    assert {site["delta_norm"] for site in found["sites"]} == {None}
 
 
 def test_inspect_tells_the_rank_that_segments_have(shell: Shell) -> None:
@@ -733,7 +747,7 @@ def test_an_interrupted_merge_leaves_nothing_behind(
     out, err = running.communicate(timeout=30)
     assert running.returncode == code
     assert "interrupted" in err
-    assert json.loads(out)["error"]["exit_code"] == code
+    assert json.loads(out)["failure"]["exit_code"] == code
     assert tree(tmp_path) == before
 
 
@@ -779,7 +793,7 @@ def test_unexpected_errors(
     assert "Traceback" not in err
     assert "Traceback" in shell("methods", "--debug")[2]
     _, out, _ = shell("methods", "--json")
-    assert json.loads(out)["error"]["type"] == type(error).__name__
+    assert json.loads(out)["failure"]["type"] == type(error).__name__
 
 
 def test_warnings_are_one_line_on_standard_error(
@@ -911,7 +925,7 @@ def test_closed_and_narrow_streams(base: Path) -> None:
     code, out, err = process("inspect", base / "ä", "--json", env={"PYTHONIOENCODING": "ascii"})
     assert code == 5
     assert "\\xe4" in err
-    assert "ä" in json.loads(out)["error"]["message"]
+    assert "ä" in json.loads(out)["failure"]["message"]
 
 
 def test_a_bar_is_shown_to_people_alone(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -143,5 +143,5 @@ def test_errors_speak_of_options_and_not_of_arguments(
     assert run([command, *found, *made, "--json"]) in (2, 3)
     out, err = capsys.readouterr()
     assert said in err
-    assert json.loads(out)["error"]["message"] in err
+    assert json.loads(out)["failure"]["message"] in err
     assert not re.search(r"\b\w+=", err)

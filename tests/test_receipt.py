@@ -140,7 +140,7 @@ class TestReceipt:
             "1": ["2", "3"], "x": [None, "a"]
         }  # fmt: skip
         document = json.loads(self.receipt(change()).to_json())
-        assert document["schema_version"] == 1
+        assert document["schema_version"] == 2
         assert document["changes"][0]["relative"] == 0.5
 
     def test_versions_and_memory(self) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -391,6 +393,43 @@ class TestCommands:
             assert len(deep) == 8
         Adapter.load(LORA).save("memory://m/copy")
         assert files(there, "copy") == files(there, "lora")
+
+    @pytest.mark.parametrize("command", ["extract", "combine", "resize", "convert"])
+    @pytest.mark.parametrize("remote", [False, True])
+    def test_the_seconds_of_a_receipt_are_the_whole_time(
+        self, command: str, remote: bool, here: Path, there: Any, tmp_path: Path
+    ) -> None:
+        """By a clock that each file's sync, or sending, moves on: all but the receipt's counts."""
+        ticks: list[object] = []
+        synced, put = os.fsync, type(there).put_file
+
+        def fsync(handle: int) -> None:
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                ticks.append(handle)
+            synced(handle)
+
+        def put_file(*given: Any, **more: Any) -> None:
+            ticks.append(given)
+            put(*given, **more)
+
+        out = "memory://m/timed" if remote else tmp_path / "timed"
+        run: dict[str, Any] = {
+            "extract": lambda: extract(here / "base", here / "merged", out, rank=4),
+            "combine": lambda: combine([(LORA, 0.5), (LORA, 0.25)], out)[1],
+            "resize": lambda: resize(LORA, out, rank=2)[1],
+            "convert": lambda: convert(LORA, out)[1],
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("peft_any.receipt.time", SimpleNamespace(perf_counter=lambda: len(ticks)))
+            patch.setattr(
+                *((type(there), "put_file", put_file) if remote else (os, "fsync", fsync))
+            )
+            seconds = run[command]().seconds
+        assert sum(seconds.values()) == len(ticks) - 1
+        assert seconds["sync"] >= 1
+        name = f"{command}_receipt.json"
+        told = files(there, "timed")[name] if remote else (tmp_path / "timed" / name).read_bytes()
+        assert json.loads(told)["seconds"] == seconds
 
     def test_chains(self, here: Path, there: Any, tmp_path: Path) -> None:
         """Archives and caches are read; what a cache may hide is not written through it."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from peft_any._typing import DTypeLike
@@ -24,7 +24,7 @@ from peft_any.completing import Placed
 from peft_any.errors import ConfigError
 from peft_any.io._atomic import StrPath, output_directory
 from peft_any.io.checkpoint import fingerprint
-from peft_any.receipt import peak_memory, versions
+from peft_any.receipt import Clock, peak_memory, versions
 from peft_any.rng import TorchGenerator
 from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.engines import Engine, Local
@@ -256,33 +256,38 @@ class Job:
 
 def finished(job: Job, given: Sequence[Given], out: StrPath | None, overwrite: bool) -> Made:
     """Run a job, complete its record, and write both, whole or not at all."""
-    start = time.perf_counter()
+    clock = Clock()
     if out is None:
         made, record = job.run(given)
-        return made, _completed(record, made, start)
+        return made, _timed(_completed(record, made), clock.lap(job.kind))
     inputs: list[StrPath] = [one.source.path for one in given if one.source.path is not None]
     if isinstance(job.base, str) or hasattr(job.base, "__fspath__"):
         inputs.append(job.base)  # type: ignore[arg-type]
-    with output_directory(out, overwrite, inputs=inputs) as folder:
+    done: list[Record] = []
+
+    def tell(folder: Path) -> None:
+        done[:] = [_timed(done[0], clock.lap("sync"))]
+        text = done[0].to_json() + "\n"
+        (folder / f"{job.kind}_receipt.json").write_text(text, encoding="utf-8")
+
+    with output_directory(out, overwrite, inputs=inputs, last=tell) as folder:
         made, record = job.run(given)
         made.save(folder)
-        record = _completed(record, made, start, str(out))
-        (folder / f"{job.kind}_receipt.json").write_text(record.to_json() + "\n", encoding="utf-8")
-    return made, record
+        done.append(_completed(record, made, str(out)))
+        clock.lap(job.kind)
+    return made, done[0]
 
 
-def _completed(record: Record, made: Adapter, start: float, path: str | None = None) -> Record:
+def _timed(record: Record, seconds: dict[str, float]) -> Record:
+    return replace(record, seconds=seconds, peak_memory=peak_memory())
+
+
+def _completed(record: Record, made: Adapter, path: str | None = None) -> Record:
     config: Any = made.config
     out = {"path": path, "peft_type": config.peft_type, "parameters": made.num_parameters}
     if record.ranks:
         out["rank"] = config.r
-    return replace(
-        record,
-        out=out,
-        versions=versions(),
-        seconds={record.kind: round(time.perf_counter() - start, 3)},
-        peak_memory=peak_memory(),
-    )
+    return replace(record, out=out, versions=versions())
 
 
 def _largest_rank(given: Sequence[Given]) -> Cut:

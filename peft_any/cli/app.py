@@ -269,7 +269,7 @@ def show(result: Result) -> int:
     if result.as_json:
         document = result.document
         if error is not None:
-            document |= {"error": record(error, str(error), error.exit_code)}
+            document |= {"failure": record(error, str(error), error.exit_code)}
         print(json.dumps(document, indent=2, allow_nan=False))
     elif not result.quiet:
         say(*result.shown)
@@ -318,7 +318,7 @@ def failed(error: BaseException, caught: Sequence[int], given: Sequence[str]) ->
     if "--json" in given:
         from peft_any.receipt import SCHEMA_VERSION
 
-        document = {"schema_version": SCHEMA_VERSION, "error": record(error, message, code)}
+        document = {"schema_version": SCHEMA_VERSION, "failure": record(error, message, code)}
         with suppress(OSError):
             print(json.dumps(document, indent=2), flush=True)
     return code

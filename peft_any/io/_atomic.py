@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -125,6 +125,7 @@ def output_directory(
     *,
     inputs: Iterable[StrPath] = (),
     resume: bool = False,
+    last: Callable[[Path], object] | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` if the block succeeds.
 
@@ -143,6 +144,9 @@ def output_directory(
     resume : bool
         Whether to go on with what an earlier run left, if it has a journal (`journal_of`), and
         to leave it there again on an exception.
+    last : callable, optional
+        Called with the directory when all in it is on the device, or was sent: it writes what
+        tells of that.
 
     Yields
     ------
@@ -181,6 +185,9 @@ def output_directory(
 
         with outgoing(os.fspath(path), overwrite, inputs=inputs, resume=resume) as out:
             yield out.mirror.folder
+            if last is not None:
+                out.send()
+                last(out.mirror.folder)
         return
     final = Path(path_of(path))
     _check(final, overwrite, inputs, directory=True)
@@ -195,8 +202,10 @@ def output_directory(
             stack.callback(_drop, partial, resume)
             partial.mkdir(exist_ok=resume)
             yield partial
-            walk = os.walk(partial, topdown=False)
-            sync_all([Path(folder, name) for folder, _, names in walk for name in (*names, ".")])
+            known = _sync_tree(partial)
+            if last is not None:
+                last(partial)
+                _sync_tree(partial, known)
             _move_in(partial, final, overwrite)
     except BaseException as cause:
         _remove_empty(made)
@@ -253,6 +262,14 @@ def _real(path: StrPath) -> Path:
         return Path(path).resolve()
     except (OSError, RuntimeError, ValueError) as cause:
         raise storage_error(path, "be resolved", cause) from cause
+
+
+def _sync_tree(folder: Path, known: Collection[Path] = ()) -> set[Path]:
+    """Sync all but the files that are known to be, and list the files."""
+    walk = [*os.walk(folder, topdown=False)]
+    files = {Path(place, name) for place, _, names in walk for name in names}
+    sync_all([*sorted(files.difference(known)), *(Path(place) for place, _, _ in walk)])
+    return files
 
 
 def _sibling(final: Path, kind: str) -> Path:

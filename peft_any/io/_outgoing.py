@@ -113,6 +113,7 @@ class Outgoing:
         self.mirror, self.claim, self.final = mirror, claim, final
         self.keeps = True  # until it is known whose files are there
         self._replaces = final[0] != mirror.root
+        self._sent: set[str] = set()
 
     def url_of(self, name: str) -> str:
         """Where a file of the output goes."""
@@ -150,21 +151,30 @@ class Outgoing:
                 warnings.warn(f"{url}: removed what a killed run left there", stacklevel=5)
         self.keeps = False
 
-    def finish(self) -> None:
-        """Send what is here: what tells readers of a model goes last, and the receipt after it."""
+    def send(self) -> None:
+        """Send what is here and was not sent: what tells readers of a model goes last."""
         folder, fs, root = self.mirror.folder, self.mirror.fs, self.mirror.root
         with reaching(self.mirror.url, "be written"):
             for name in listed(fs, root):
                 if _ATTEMPT.search(name):  # of a worker that was lost
                     fs.rm_file(f"{root}/{name}")
-        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         self._check()
-        for name in sorted(set(files) - self.mirror.away.keys(), key=turn):
+        for name in sorted(self._files() - self._sent - self.mirror.away.keys(), key=turn):
             send(folder / name, self.url_of(name))
+            self._sent.add(name)
+
+    def _files(self) -> set[str]:
+        folder = self.mirror.folder
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+    def finish(self) -> None:
+        """Send the rest, the receipt after all else, and put it in its place."""
+        self.send()
+        fs, root = self.mirror.fs, self.mirror.root
         if self._replaces:
             self._check()
             self.keeps = True  # there is no way back
-            put_in_place(fs, *self.final, files)
+            put_in_place(fs, *self.final, self._files())
         else:
             with reaching(self.mirror.url, "be written"):
                 remove(fs, f"{root}/{JOURNAL}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft_any._typing import DTypeLike
@@ -22,7 +22,7 @@ from peft_any.io.config import TENSORS
 from peft_any.io.safetensors import SafetensorsFile
 from peft_any.layer import Site
 from peft_any.origin import made_on
-from peft_any.receipt import peak_memory, versions
+from peft_any.receipt import Clock, peak_memory, versions
 from peft_any.selection import in_projection
 from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
@@ -110,7 +110,7 @@ def extract(
     >>> found.adapter.sites["fc"]["lora_A.weight"].shape, round(found.layers[0].delta_norm, 3)
     ((1, 4), 4.0)
     """
-    start = time.perf_counter()
+    clock = Clock()
     if rank is None and energy is None:
         raise UsageError("extract: nothing says how large the factors are: give rank= or energy=")
     cut, to, dtype = Cut(rank=rank, energy=energy), resolve(backend), storage_dtype(dtype)
@@ -121,9 +121,18 @@ def extract(
         division = divide(couple, compared, kinds, embeddings=embeddings, strict=strict)
         recipe = Factoring.of(division.couple, cut, backend=str(to), dtype=dtype, seed=seed)
         work = _Work(division, recipe, does, progress)
-        ready = time.perf_counter()
-        inputs = [one.source, two.source]
-        writing = nullcontext() if out is None else output_directory(out, overwrite, inputs=inputs)
+        clock.lap("compare")
+        made: list[Extraction] = []
+
+        def tell(folder: Path) -> None:
+            found = replace(made.pop(), seconds=clock.lap("sync"), peak_memory=peak_memory())
+            (folder / RECEIPT).write_text(found.to_json() + "\n", encoding="utf-8")
+            made.append(found)
+
+        writing: AbstractContextManager[Path | None] = nullcontext()
+        if out is not None:
+            inputs = [one.source, two.source]
+            writing = output_directory(out, overwrite, inputs=inputs, last=tell)
         with writing as folder:
             adapter = work.run()
             one.refuse_changes()
@@ -149,12 +158,8 @@ def extract(
                 adapter.save(folder)
                 with SafetensorsFile(folder / TENSORS) as written:
                     done = replace(done, out=described(out or "", written))
-            now = time.perf_counter()
-            seconds = {"compare": round(ready - start, 3), "extract": round(now - ready, 3)}
-            done = replace(done, seconds=seconds, peak_memory=peak_memory())
-            if folder is not None:
-                (folder / RECEIPT).write_text(done.to_json() + "\n", encoding="utf-8")
-    return done
+            made.append(replace(done, seconds=clock.lap("extract"), peak_memory=peak_memory()))
+    return made[0]
 
 
 def _compared(engine: Engine, couple: Couple, groups: list[Names]) -> dict[str, Sound]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import exp, log, prod, sqrt
 from typing import Any
 
@@ -46,7 +46,8 @@ class SiteReport:
     name : str
     parameters : int
     rank : int or None
-        The configuration's `r` at this site, where that is a rank.
+        The configuration's `r` at this site, where that is a rank; that of the arrays, where they
+        have another.
     shapes : dict of str to shape
     norms : dict of str to float
         Frobenius norms of the parameters.
@@ -204,7 +205,7 @@ def inspect_adapter(
 
 
 def _describe(given: Given, *, spectra: bool = False) -> Inspection:
-    adapter = given.adapter
+    adapter, notes = given.adapter, list[str]()
     config = adapter.config
     shown = {
         key: value
@@ -217,20 +218,27 @@ def _describe(given: Given, *, spectra: bool = False) -> Inspection:
         given.source.files,
         shown,
         adapter.num_parameters,
-        tuple(_site_reports(adapter, spectra)),
+        tuple(_site_reports(adapter, spectra, notes)),
         {name: tuple(a.shape) for name, a in adapter.extra.items()},
         {name: tuple(a.shape) for name, a in adapter.tokens.items()},
         {name: tuple(a.shape) for name, a in adapter.shared.items()},
-        notes=adapter.notes,
+        notes=(*adapter.notes, *notes),
     )
 
 
-def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
+def _site_reports(adapter: Adapter, spectra: bool, notes: list[str]) -> Iterator[SiteReport]:
     config: Any = adapter.config
     known: dict[Any, list[Site]] = {}
+    others: dict[int, dict[Any, list[Site]]] = {}
     for name, params in adapter.sites.items():
         found = site_of(config, name, params, known) if isinstance(config, Tuner) else None
         own, site = found or (config, None)
+        if found is None and (other := _of_another_rank(config, name, params, others)):
+            own, site = other
+            notes.append(
+                f"{name}: the configuration says r={config.at(site).r}, and its arrays have the "
+                f"rank {own.r}: they cannot be merged; correct r, or rank_pattern"
+            )
         yield SiteReport(
             name,
             sum(prod(a.shape) for k, a in params.items() if k not in config.frozen),
@@ -240,6 +248,26 @@ def _site_reports(adapter: Adapter, spectra: bool) -> Iterator[SiteReport]:
             None if found is None else _delta_norm(*found, {**adapter.shared, **params}),
             _spectrum(*found, {**adapter.shared, **params}) if found and spectra else (),
         )
+
+
+def _of_another_rank(
+    config: Any, name: str, params: Params, known: dict[int, dict[Any, list[Site]]]
+) -> tuple[Any, Site] | None:
+    """Find the size of a layer whose arrays have another rank than the configuration says."""
+    if not isinstance(config, Tuner) or not isinstance(getattr(config, "r", None), int):
+        return None
+    ranks = {n for a in params.values() for n in a.shape[:2] if n}
+    for rank in sorted(ranks):
+        plain: dict[str, Any] = {"r": rank}
+        if getattr(config, "rank_pattern", None):
+            plain["rank_pattern"] = {}
+        try:
+            other = replace(config, **plain)
+        except PeftError:
+            continue
+        if found := site_of(other, name, params, known.setdefault(rank, {})):
+            return found
+    return None
 
 
 def _rank(config: Any, site: Site | None, params: Params) -> int | None:
