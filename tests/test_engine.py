@@ -513,11 +513,26 @@ class TestForked:
             return os.getpid()
 
         heard: dict[int, int] = {}
-        pids = [*forked([work] * 30, 2, (), [12, 0, 12, 6], heard.__setitem__)]
+        pids = [*forked([work] * 34, 2, (), [12, 0, 12, 10], heard.__setitem__)]
         assert heard == dict(enumerate(pids))
-        assert len({*pids[:6]}) == len({*pids[12:18]}) == 1
+        assert len({*pids[:12]}) == len({*pids[12:18]}) == 1
         assert pids[0] != pids[12]
-        assert len({*pids}) == 2
+        assert len({*pids[24:]}) == 2
+
+    def test_a_file_that_is_cut_has_one_process_at_a_time(self) -> None:
+        pipe, cuts = os.pipe(), forks._cuts([10, 10, 10], 2)
+        os.write(pipe[1], b"0")
+        try:
+            shared = np.asarray([0, *cuts[:-1], *cuts[1:]])
+            one, two = forks._Turns(pipe, shared), forks._Turns(pipe, shared)
+            both = [(one.take(), two.take()) for _ in range(5)]
+            alone = [one.take() for _ in range(20)]
+        finally:
+            for handle in pipe:
+                os.close(handle)
+        assert both == [(i, 15 + i) for i in range(5)]
+        assert alone == [*range(5, 15), *range(29, 19, -1)]
+        assert one.at is None
 
     def test_files_and_receipts_are_those_of_one_thread(
         self, large: tuple[Path, Path], tmp_path: Path

@@ -58,8 +58,8 @@ def forked(
     keep : sequence of int
         Descriptors that the tasks use; all others are closed, locks among them.
     files : sequence of int
-        How many tasks, one after another, write to each file: a process stays with a file, and
-        has it alone while there are enough, since a file can be written by one at a time.
+        How many tasks, one after another, write to each file: processes keep to files of their
+        own as far as they can, since a file can be written by one at a time.
     heard : callable (place, result)
         Called with each result when it comes, whosever turn it is.
 
@@ -69,16 +69,15 @@ def forked(
     [1, 2, 3]
     """
     turns, pipes = os.pipe(), {}
-    stops = [*accumulate(files or [len(tasks)])]
+    cuts = _cuts(files or [len(tasks)], workers)
     try:
-        shared = mmap(-1, 2 * len(stops) * _WORD)
-        said = np.frombuffer(shared, np.int64).reshape(2, len(stops))
-        said[0, 1:] = stops[:-1]
+        shared = np.frombuffer(mmap(-1, (2 * len(cuts) - 1) * _WORD), np.int64)
+        shared[1:] = cuts[:-1] + cuts[1:]
         os.write(turns[1], b"0")
         with _deaf():
             for _ in range(workers):
                 results, to = os.pipe()
-                turn, used = _Turns(turns, said, stops).take, {*keep, *turns, to}
+                turn, used = _Turns(turns, shared).take, {*keep, *turns, to}
                 try:
                     pid = _fork()
                 except OSError:
@@ -204,31 +203,53 @@ def _keep_memory() -> None:
 
 
 class _Turns:
-    """What processes share: each file's next task, and how many work at it.
+    """What processes share: of each range of tasks the next one and its end, and those not begun.
 
     The byte in the pipe is whose turn it is: who has taken it may look and write.
     """
 
-    def __init__(self, pipe: tuple[int, int], said: Host, stops: Sequence[int]) -> None:
-        self.pipe, self.stops = pipe, np.asarray(stops)
-        self.next, self.workers = said
+    def __init__(self, pipe: tuple[int, int], shared: Host) -> None:
+        self.pipe, self.begun = pipe, shared[:1]
+        self.next, self.stop = shared[1:].reshape(2, -1)
         self.at: int | None = None
 
     def take(self) -> int | None:
-        """Take a task of the file that this process is at, or else of one with the fewest."""
+        """Take the next task of this process's range, or of a new one, or the last of another's."""
         turn, place = os.read(self.pipe[0], 1), None
-        if self.at is None or self.next[self.at] >= self.stops[self.at]:
-            if self.at is not None:
-                self.workers[self.at] -= 1
-            left = np.flatnonzero(self.next < self.stops)
-            self.at = int(left[np.argmin(self.workers[left])]) if left.size else None
-            if self.at is not None:
-                self.workers[self.at] += 1
+        while self.at is None or self.next[self.at] >= self.stop[self.at]:
+            if self.begun[0] == len(self.next):
+                self.at = None
+                break
+            self.at = int(self.begun[0])
+            self.begun += 1
         if self.at is not None:
             place = int(self.next[self.at])
             self.next[self.at] += 1
+        elif (self.next < self.stop).any():
+            most = np.argmax(self.stop - self.next)
+            self.stop[most] -= 1
+            place = int(self.stop[most])
         os.write(self.pipe[1], turn)
         return place
+
+
+def _cuts(files: Sequence[int], workers: int) -> list[int]:
+    """Say where ranges of tasks begin and end: whole files, if each process gets as many of them.
+
+    Of those that it would not, equal shares, one after another: a file that is cut is the end of
+    one share and the beginning of the next, and so has one process at a time.
+
+    Examples
+    --------
+    >>> _cuts([4, 4, 4, 4], 2), _cuts([4, 4, 4], 2), _cuts([4], 2)
+    ([0, 4, 8, 12, 16], [0, 6, 12], [0, 2, 4])
+    """
+    stops = [0, *accumulate(files)]
+    rounds, over = divmod(len(files), workers)
+    whole = max(rounds - 1, 0) * workers if over else len(files)
+    first, left = stops[whole], stops[-1] - stops[whole]
+    shares = [first + left * i // workers for i in range(1, workers + 1)] if over else []
+    return stops[: whole + 1] + shares
 
 
 def _send(to: int, said: bytes) -> None:
