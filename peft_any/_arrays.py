@@ -180,8 +180,7 @@ def widest(x: Any) -> Any:
         name = "float32"
     else:
         name = "float64"
-    wide: Any = astype(x, name)
-    return wide
+    return astype(x, name)
 
 
 def inv(x: Any) -> Any:

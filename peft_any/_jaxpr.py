@@ -266,7 +266,7 @@ def _step(eqn: Any, given: list[Any], made: dict[Any, Any]) -> Sequence[Any] | N
                 prevent_cse=params["prevent_cse"],
                 policy=params["policy"],
             )
-            return run(*map(_array, given))  # type: ignore[no-any-return]
+            return run(*map(_array, given))
     found = _RULES[name](eqn, *given) if unformed and name in _RULES else None
     return None if found is None else [found]
 

@@ -151,8 +151,7 @@ class _Cupy(Library):
         return True
 
     def to_numpy(self, x: Any) -> Host:
-        host: Host = x.get()
-        return host
+        return x.get()
 
     def from_numpy(self, host: Host, xp: Namespace, device: Any) -> Any:
         with device:
@@ -190,8 +189,7 @@ class _Torch(Library):
         x = self.put(x.detach(), self.module.device("cpu")).resolve_conj().resolve_neg()
         dtype = numpy_dtype(dtype_name(x))
         if is_native(dtype):
-            host: Host = x.numpy()
-            return host
+            return x.numpy()
         bits: Host = x.view(getattr(self.module, _BITS[dtype.itemsize])).numpy()
         return bits.view(dtype)
 

@@ -35,14 +35,12 @@ def clipped(x: Any, low: float, high: float | None = None) -> Array:
     """Bound values from below, and from above."""
     xp = namespace(x)
     y = xp.where(x > low, x, xp.zeros_like(x) + low)
-    bounded: Array = y if high is None else xp.where(y < high, y, xp.zeros_like(y) + high)
-    return bounded
+    return y if high is None else xp.where(y < high, y, xp.zeros_like(y) + high)
 
 
 def sigmoid(x: Array) -> Array:
     """1/(1 + e⁻ˣ), without overflow."""
-    y: Array = 0.5 * (1.0 + namespace(x).tanh(0.5 * x))
-    return y
+    return 0.5 * (1.0 + namespace(x).tanh(0.5 * x))
 
 
 def silu(x: Array) -> Array:
@@ -53,14 +51,12 @@ def silu(x: Array) -> Array:
 def softplus(x: Array) -> Array:
     """log(1 + eˣ), without overflow."""
     xp = namespace(x)
-    y: Array = clipped(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
-    return y
+    return clipped(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
 def gelu_tanh(x: Array) -> Array:
     """x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))): GELU, as Hendrycks & Gimpel 2016 approximate it."""
-    y: Array = 0.5 * x * (1.0 + namespace(x).tanh(sqrt(2.0 / pi) * (x + 0.044715 * x * x * x)))
-    return y
+    return 0.5 * x * (1.0 + namespace(x).tanh(sqrt(2.0 / pi) * (x + 0.044715 * x * x * x)))
 
 
 _SMALL = (
@@ -105,8 +101,7 @@ def erf(x: Any) -> Array:
     top, bottom = (_horner(c, inner * inner) for c in _SMALL)
     over, under = (_horner(c, size) for c in _TAIL)
     tail = 1.0 - xp.exp(-(size * size)) * over / under
-    y: Array = xp.where(near, inner * top / bottom, xp.where(x < 0, -tail, tail))
-    return y
+    return xp.where(near, inner * top / bottom, xp.where(x < 0, -tail, tail))
 
 
 def gelu(x: Array) -> Array:
@@ -117,19 +112,16 @@ def gelu(x: Array) -> Array:
 def elu(x: Any) -> Array:
     """x, below zero eˣ − 1."""
     xp = namespace(x)
-    y: Array = xp.where(x > 0, x, xp.expm1(clipped(-x, 0.0) * -1.0))
-    return y
+    return xp.where(x > 0, x, xp.expm1(clipped(-x, 0.0) * -1.0))
 
 
 def leaky_relu(x: Any, slope: float = 0.01) -> Array:
     """x, below zero slope·x."""
-    y: Array = namespace(x).where(x > 0, x, slope * x)
-    return y
+    return namespace(x).where(x > 0, x, slope * x)
 
 
 def _tanh(x: Array) -> Array:
-    y: Array = namespace(x).tanh(x)
-    return y
+    return namespace(x).tanh(x)
 
 
 def _square(f: Callable[[Array], Array], x: Array) -> Array:
@@ -138,14 +130,12 @@ def _square(f: Callable[[Array], Array], x: Array) -> Array:
 
 def hardswish(x: Any) -> Array:
     """x·min(max(x + 3, 0), 6)/6."""
-    y: Array = x * clipped(x + 3.0, 0.0, 6.0) / 6.0
-    return y
+    return x * clipped(x + 3.0, 0.0, 6.0) / 6.0
 
 
 def laplace(x: Any) -> Array:
     """(1 + erf((x − μ)/(σ·√2)))/2, μ = √½, σ = √(1/(4π)), both to six digits. Ma et al. 2022."""
-    y: Array = 0.5 * (1.0 + erf((x - 0.707107) / (0.282095 * sqrt(2.0))))
-    return y
+    return 0.5 * (1.0 + erf((x - 0.707107) / (0.282095 * sqrt(2.0))))
 
 
 _ALPHA, _EPS = 0.80078125, 9.98377799987793e-07
@@ -156,8 +146,7 @@ def xielu(x: Any) -> Array:
     """α·x² + x/2, below zero α·(eᵐ − 1 − x) + x/2 with m = min(x, −ε). Huang & Schlag 2024."""
     xp = namespace(x)
     low = xp.expm1(clipped(-x, _EPS) * -1.0) - x
-    y: Array = _ALPHA * xp.where(x > 0, x * x, low) + 0.5 * x
-    return y
+    return _ALPHA * xp.where(x > 0, x * x, low) + 0.5 * x
 
 
 relu: Any = partial(clipped, low=0.0)

@@ -58,14 +58,14 @@ def calculate_alora_offsets(tokens: Sequence[int] | None, input_ids: Array) -> A
     none = xp.zeros_like(input_ids[:, 0])
     starts = input_ids.shape[1] - len(tokens or ()) + 1
     if not tokens or starts < 1:
-        return none  # type: ignore[no-any-return]
+        return none
     ids: Any = input_ids
     found = ids[:, :starts] == tokens[0]
     for i, token in enumerate(tokens[1:], 1):
         found = found & (ids[:, i : i + starts] == token)
     place = from_numpy_like(np.arange(1, starts + 1), input_ids)[None, :]
     last = xp.max(xp.where(found, place, xp.zeros_like(place)), axis=1)
-    return xp.where(last > 0, input_ids.shape[1] + 1 - last, xp.zeros_like(last))  # type: ignore[no-any-return]
+    return xp.where(last > 0, input_ids.shape[1] + 1 - last, xp.zeros_like(last))
 
 
 def check(config: Any) -> None:

@@ -117,8 +117,7 @@ def gain(
         total = xp.zeros((batch, tokens, size), dtype=dtype, device=device)
     elif "o_proj" in there:  # Hugging Face PEFT leaves GPT-2's output projection, c_proj, out
         total = layers[there["o_proj"]](total)
-    added: Array = astype(total, out)
-    return added
+    return astype(total, out)
 
 
 def _projections(there: Mapping[str, str], layers: Mapping[str, Any]) -> tuple[Any, Any]:

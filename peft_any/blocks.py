@@ -32,16 +32,14 @@ def skew(v: Array, b: int) -> Array:
     """
     xp, device = namespace(v), creation_device(v)
     if b == 1:
-        empty: Array = xp.zeros((v.shape[0], 1, 1), dtype=v.dtype, device=device)
-        return empty
+        return xp.zeros((v.shape[0], 1, 1), dtype=v.dtype, device=device)
     row = xp.reshape(xp.arange(b, device=device), (b, 1))
     column = xp.reshape(row, (1, b))
     above, below = row < column, column < row
     low, high = xp.where(above, row, column), xp.where(above, column, row)
     place = xp.where(above | below, low * (2 * b - low - 1) // 2 + high - low - 1, 0)
     values = xp.reshape(xp.take(v, xp.reshape(place, (b * b,)), axis=1), (v.shape[0], b, b))
-    blocks: Array = values * (xp.astype(above, v.dtype) - xp.astype(below, v.dtype))
-    return blocks
+    return values * (xp.astype(above, v.dtype) - xp.astype(below, v.dtype))
 
 
 def drawn_back(v: Array, bound: float, *, constant: bool = True) -> Array:
@@ -67,8 +65,7 @@ def drawn_back(v: Array, bound: float, *, constant: bool = True) -> Array:
     """
     xp, fixed = namespace(v), detach(v) if constant else v
     square = xp.sum(fixed * fixed, axis=1, keepdims=True) / bound**2
-    shorter: Array = v / xp.sqrt(xp.where(square > 1.0, square, xp.ones_like(square)))
-    return shorter
+    return v / xp.sqrt(xp.where(square > 1.0, square, xp.ones_like(square)))
 
 
 def inverse(a: Array) -> Array:
@@ -95,15 +92,13 @@ def inverse(a: Array) -> Array:
     """
     xp, h = namespace(a), a.shape[-1] // 2
     if h <= 8:  # smaller halves gain little, and take long to compile
-        leaf: Array = inv(a)
-        return leaf
+        return inv(a)
     corner, left = inverse(a[:, :h, :h]), a[:, h:, :h]
     above = corner @ a[:, :h, h:]
     rest = inverse(a[:, h:, h:] - left @ above)
     beside = -rest @ (left @ corner)
     upper = xp.concat([corner - above @ beside, -above @ rest], axis=2)
-    whole: Array = xp.concat([upper, xp.concat([beside, rest], axis=2)], axis=1)
-    return whole
+    return xp.concat([upper, xp.concat([beside, rest], axis=2)], axis=1)
 
 
 def cayley(q: Array) -> Array:
@@ -119,8 +114,7 @@ def cayley(q: Array) -> Array:
             [ 1.,  0.]]])
     """
     eye = namespace(q).eye(q.shape[-1], dtype=q.dtype, device=creation_device(q))
-    rotations: Array = 2.0 * inverse(eye + q) - eye
-    return rotations
+    return 2.0 * inverse(eye + q) - eye
 
 
 def cayley_neumann(q: Array, terms: int) -> Array:
@@ -193,7 +187,7 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
     elif rows:
         if apart == 1 and in_memory(x, r):
             try:
-                return xp.reshape(by_blocks(xp.reshape(x, (count, n)), r), shape)  # type: ignore[no-any-return]
+                return xp.reshape(by_blocks(xp.reshape(x, (count, n)), r), shape)
             except RuntimeError:  # torch's, under a transformation
                 pass
         y = xp.reshape(x, (count, high, b // run, apart, run))
@@ -210,8 +204,7 @@ def block_matmul(x: Array, r: Array, apart: int = 1, run: int = 1, *, rows: bool
             y = xp.reshape(y, (high, apart, b // run, run, count))
             y = xp.permute_dims(y, (0, 2, 1, 3, 4))
         y = xp.matrix_transpose(xp.reshape(y, (n, count)))
-    product: Array = xp.reshape(y, shape)
-    return product
+    return xp.reshape(y, shape)
 
 
 def butterfly(r: Array, limit: int = 256) -> list[tuple[Array, int, int]]:
@@ -279,7 +272,7 @@ def diagonal(blocks: Sequence[Array]) -> Array:
             for j, other in enumerate(blocks)
         ]
         rows.append(xp.concat(parts, axis=1))
-    return xp.concat(rows, axis=0)  # type: ignore[no-any-return]
+    return xp.concat(rows, axis=0)
 
 
 def block_diagonal(w: Array, k: int) -> Array:
@@ -300,4 +293,4 @@ def block_linear(x: Array, w: Array, k: int) -> Array:
     """Multiply x (..., k·n) by `block_diagonal(w, k)`, block by block."""
     n, m = x.shape[-1] // k, w.shape[0] // k
     parts = [linear(x[..., i * n : (i + 1) * n], w[i * m : (i + 1) * m, :]) for i in range(k)]
-    return namespace(x).concat(parts, axis=-1)  # type: ignore[no-any-return]
+    return namespace(x).concat(parts, axis=-1)

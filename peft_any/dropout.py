@@ -93,8 +93,7 @@ class Noise:
 
     def array(self, host: Any, like: Array) -> Array:
         """Bring a mask to another array's library, device and dtype."""
-        mask: Array = from_numpy_like(astype(np.asarray(host), dtype_name(like)), like)
-        return mask
+        return from_numpy_like(astype(np.asarray(host), dtype_name(like)), like)
 
     def thinned(self, x: Array, rate: float) -> Array:
         """Drop numbers of `x` and scale up the rest; integers (tokens) stay, as in HF PEFT."""
@@ -187,8 +186,7 @@ def _left_out(config: Any, noise: Noise) -> bool:
 
 
 def _rate(config: Any) -> float:
-    rate: float = getattr(config, config.thins) if config.thins else 0.0
-    return rate
+    return getattr(config, config.thins) if config.thins else 0.0
 
 
 def rates(config: Any) -> dict[str, float]:

@@ -91,10 +91,8 @@ def _one_way(net: Params, x: Array, name: str, end: str) -> Array:
         cell = _sigmoid(keep) * cell + _sigmoid(into) * xp.tanh(new)
         state = _sigmoid(out) * xp.tanh(cell)
         states.append(state)
-    every: Array = xp.stack(states)
-    return every
+    return xp.stack(states)
 
 
 def _sigmoid(x: Array) -> Array:
-    y: Array = 0.5 + 0.5 * namespace(x).tanh(0.5 * x)
-    return y
+    return 0.5 + 0.5 * namespace(x).tanh(0.5 * x)

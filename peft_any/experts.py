@@ -281,7 +281,7 @@ def _prototypes(pairs: Sequence[tuple[Array, Array]]) -> Array:
     """Find the leading right singular vectors of the B·A (E, n_in)."""
     leading = [lowrank.svd((b, a))[2][:1, :] for a, b in pairs]
     found = namespace(*leading).concat(leading, axis=0)
-    return astype(found, dtype_name(pairs[0][0]))  # type: ignore[no-any-return]
+    return astype(found, dtype_name(pairs[0][0]))
 
 
 def _pair(p: Mapping[str, Array]) -> tuple[Array, Array]:

@@ -47,8 +47,7 @@ def expert_factors(p: Params, site: Site) -> tuple[Array, Array]:
 def expert_delta(p: Params, site: Site) -> Array:
     """B·A of every expert, one below the other."""
     b, a = expert_factors(p, site)
-    delta: Array = namespace(a, b).reshape(b @ a, (site.n_out, site.width))
-    return delta
+    return namespace(a, b).reshape(b @ a, (site.n_out, site.width))
 
 
 def expert_residual(p: Params, x: Array, site: Site) -> Array:
@@ -68,14 +67,12 @@ def by_expert(b: Array, site: Site) -> Array:
     b = _stacked(b, experts)
     eye = xp.eye(experts, dtype=b.dtype, device=creation_device(b))
     blocks = xp.expand_dims(b, axis=2) * xp.reshape(eye, (experts, 1, experts, 1))
-    out: Array = xp.reshape(blocks, (site.n_out, b.shape[2] * experts))
-    return out
+    return xp.reshape(blocks, (site.n_out, b.shape[2] * experts))
 
 
 def _stacked(b: Array, experts: int) -> Array:
     xp = namespace(b)
-    stacked: Array = xp.permute_dims(xp.reshape(b, (b.shape[0], -1, experts)), (2, 0, 1))
-    return stacked
+    return xp.permute_dims(xp.reshape(b, (b.shape[0], -1, experts)), (2, 0, 1))
 
 
 def paired(config: Any, p: Params, site: Site) -> Params:

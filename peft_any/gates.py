@@ -99,7 +99,7 @@ def xlora_scalings(
     if enable_softmax:
         y = softmax(y / softmax_temperature)
     y = _weighed(y, top_k_lora, enable_softmax_topk, global_scaling_weight)
-    return xp.broadcast_to(y, (*lead, layers, count))  # type: ignore[no-any-return]
+    return xp.broadcast_to(y, (*lead, layers, count))
 
 
 def _weighed(y: Any, top: int | None, again: bool, weight: float) -> Any:
@@ -128,9 +128,7 @@ def passing(config: Any, p: Mapping[str, Array], lead: Sequence[int]) -> Array:
         dtype=like.dtype,
         device=creation_device(like),
     )
-    return _weighed(  # type: ignore[no-any-return]
-        y, config.top_k_lora, config.enable_softmax_topk, config.global_scaling_weight
-    )
+    return _weighed(y, config.top_k_lora, config.enable_softmax_topk, config.global_scaling_weight)
 
 
 _FIELDS = (

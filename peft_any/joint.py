@@ -183,5 +183,4 @@ def with_diagonal(values: Array, places: Array, diagonal: Array) -> Array:
     steps = (n + 1) * index.arange(n, dtype=places.dtype, device=creation_device(places))
     at = index.concat([places[0, :] * n + places[1, :], steps])
     flat = scattered(xp.concat([values, diagonal]), at, n * n)
-    matrix: Array = xp.reshape(flat, (n, n))
-    return matrix
+    return xp.reshape(flat, (n, n))

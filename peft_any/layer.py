@@ -55,8 +55,8 @@ def linear(x: Array, w: Array, b: Array | None = None, plus: Array | None = None
     xp = namespace(x, w, b, plus)
     if is_floating(x):
         if isinstance(xp, Space):  # which records it as one step
-            return xp._linear(x, w, b, plus)  # type: ignore[no-any-return] # noqa: SLF001
-        return dense(x, w, b, plus)  # type: ignore[no-any-return]
+            return xp._linear(x, w, b, plus)  # noqa: SLF001
+        return dense(x, w, b, plus)
     y: Array = xp.reshape(xp.take(w.T, xp.reshape(x, (-1,)), axis=0), (*x.shape, w.shape[0]))
     y = y if b is None else y + b
     return y if plus is None else y + plus
@@ -73,14 +73,12 @@ def flat(a: Array) -> Array:
     """
     if a.ndim == 2:
         return a
-    flattened: Array = namespace(a).reshape(a, (a.shape[0], prod(a.shape[1:])))
-    return flattened
+    return namespace(a).reshape(a, (a.shape[0], prod(a.shape[1:])))
 
 
 def stack(a: Array, site: Site) -> Array:
     """View the rows of all experts, one below the other, as (experts, rows, …)."""
-    stacked: Array = namespace(a).reshape(a, (site.groups, a.shape[0] // site.groups, -1))
-    return stacked
+    return namespace(a).reshape(a, (site.groups, a.shape[0] // site.groups, -1))
 
 
 def each_expert(x: Array, w: Array) -> Array:
@@ -103,8 +101,7 @@ def each_expert(x: Array, w: Array) -> Array:
     """
     xp, (experts, n_out, n_in) = namespace(x, w), w.shape
     parts = xp.reshape(x, (*x.shape[:-1], experts, 1, n_in))
-    y: Array = xp.reshape(parts @ xp.matrix_transpose(w), (*x.shape[:-1], experts * n_out))
-    return y
+    return xp.reshape(parts @ xp.matrix_transpose(w), (*x.shape[:-1], experts * n_out))
 
 
 def check_input(x: Array, site: Site) -> None:
@@ -259,8 +256,7 @@ class Dense:
         """Give the weight in the checkpoint's layout: the inverse of `of`."""
         xp = namespace(self.weight)
         if self.site.kind in ("Conv1D", "Embedding"):
-            weight: Array = xp.matrix_transpose(self.weight)
-            return weight
+            return xp.matrix_transpose(self.weight)
         if self.site.kind in EXPERTS:
             weight = stack(self.weight, self.site)
             return weight if self.site.kind == "Experts" else xp.matrix_transpose(weight)

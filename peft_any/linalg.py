@@ -36,8 +36,7 @@ def row_norms(w: Array, b: Array | None = None, a: Array | None = None) -> Array
         at = xp.matrix_transpose(a)
         square = square + xp.vecdot(b, 2.0 * (w @ at) + b @ (a @ at))
         square = xp.where(square > 0.0, square, xp.zeros_like(square))
-    norms: Array = xp.sqrt(square)
-    return norms
+    return xp.sqrt(square)
 
 
 def orthogonality(a: Array) -> Array:
@@ -60,8 +59,7 @@ def orthogonality(a: Array) -> Array:
     xp = namespace(a)
     eye = xp.eye(a.shape[0], dtype=a.dtype, device=creation_device(a))
     gap = a @ xp.matrix_transpose(a) - eye
-    distance: Array = xp.sqrt(xp.sum(gap * gap))
-    return distance
+    return xp.sqrt(xp.sum(gap * gap))
 
 
 def packed(x: Array) -> Array:
@@ -73,8 +71,7 @@ def packed(x: Array) -> Array:
     >>> packed(np.zeros((3, 2)).T).flags.c_contiguous
     True
     """
-    rows: Array = namespace(x).reshape(namespace(x).reshape(x, (-1,)), x.shape)
-    return rows
+    return namespace(x).reshape(namespace(x).reshape(x, (-1,)), x.shape)
 
 
 def khatri_rao(a: Array, b: Array) -> Array:
@@ -100,8 +97,7 @@ def khatri_rao(a: Array, b: Array) -> Array:
     """
     xp = namespace(a, b)
     (k, n), (m, _) = a.shape, b.shape
-    product: Array = xp.reshape(xp.reshape(a, (k, 1, n)) * xp.reshape(b, (1, m, n)), (k * m, n))
-    return product
+    return xp.reshape(xp.reshape(a, (k, 1, n)) * xp.reshape(b, (1, m, n)), (k * m, n))
 
 
 def tucker(t: Array, b: Array) -> Array:
@@ -125,8 +121,7 @@ def tucker(t: Array, b: Array) -> Array:
     xp = namespace(t, b)
     r, n, k = t.shape[0], b.shape[1], prod(t.shape[2:])
     columns = xp.permute_dims(xp.reshape(t, (r, r, k)), (0, 2, 1)) @ b
-    flat: Array = xp.reshape(xp.permute_dims(columns, (0, 2, 1)), (r, n * k))
-    return flat
+    return xp.reshape(xp.permute_dims(columns, (0, 2, 1)), (r, n * k))
 
 
 def factorize(size: int, factor: int = -1) -> tuple[int, int]:
@@ -209,8 +204,7 @@ def kron(a: Array, b: Array) -> Array:
     """
     xp, (m, n), (p, q) = namespace(a, b), a.shape, b.shape
     blocks = xp.reshape(a, (m, 1, n, 1)) * xp.reshape(b, (1, p, 1, q))
-    product: Array = xp.reshape(blocks, (m * p, n * q))
-    return product
+    return xp.reshape(blocks, (m * p, n * q))
 
 
 def linear_kron(x: Array, left: Sequence[Array], right: Sequence[Array]) -> Array:
@@ -266,5 +260,4 @@ def linear_kron(x: Array, left: Sequence[Array], right: Sequence[Array]) -> Arra
         z = on_left(on_right(z, p), k)
     else:
         z = on_right(on_left(z, q), m)
-    y: Array = xp.reshape(z, (*lead, m * k))
-    return y
+    return xp.reshape(z, (*lead, m * k))

@@ -228,8 +228,8 @@ class Additive(Tuner):
     def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
         """Give weight + ΔW, or weight − ΔW; overridden where ΔW has few entries."""
         if type(self).delta is Additive.delta:
-            return plus_product(weight, *self.factors(p, site), minus=minus)  # type: ignore[no-any-return]
-        return summed(weight, self.delta(p, site), p.values(), minus=minus)  # type: ignore[no-any-return]
+            return plus_product(weight, *self.factors(p, site), minus=minus)
+        return summed(weight, self.delta(p, site), p.values(), minus=minus)
 
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give u (n_out, k) and v (k, width) with ΔW = u·v; overridden where k can be small."""
@@ -328,7 +328,7 @@ class AdaptedLayer:
         p, layer = self._ready
         out = dtype_name(x if is_floating(x) else self._base().weight)
         x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x
-        return astype(self.config.forward(p, x, layer), out)  # type: ignore[no-any-return]
+        return astype(self.config.forward(p, x, layer), out)
 
     def merge(self) -> Dense:
         """Give the merged layer, rounded once to the base's dtype."""

@@ -65,7 +65,7 @@ def among_largest(values: Array, count: int) -> Array:
         hit = _every(values.shape[-1], place) == place
         found = xp.logical_or(found, hit)
         left = xp.where(hit, xp.full_like(left, -float("inf")), left)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def softmax_but_zeros(logits: Array) -> Array:

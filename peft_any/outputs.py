@@ -51,7 +51,7 @@ def gained(base: Layer, x: Array, gain: Array, more: Array | None = None) -> Arr
     """
     b = base.bias
     if (w := _matrix(base)) is not None:
-        return scaled(linear(x, w, None, more), gain, b)  # type: ignore[no-any-return]
+        return scaled(linear(x, w, None, more), gain, b)
     y = base(x) if more is None else base(x) + more
     return y * gain if b is None else y * gain + (b - b * gain)
 

@@ -251,5 +251,4 @@ def summed(
     total = wide
     for name, new in copies.items():
         total = total + weights[name] * (astype(new, dtype_name(wide)) - wide)
-    rounded: Array = astype(total, dtype_name(base))
-    return rounded
+    return astype(total, dtype_name(base))

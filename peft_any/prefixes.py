@@ -35,8 +35,7 @@ class Prefixed(Prompt):
 
     def table(self, p: Params) -> Array:
         """Give the table (T, 2·L·d), computed where a net makes it."""
-        table: Array = self.portable(p)["prompt_embeddings"]
-        return table
+        return self.portable(p)["prompt_embeddings"]
 
     def key_values(self, p: Params, batch: int = 1) -> list[tuple[Array, Array]]:
         """Give every layer's keys and values, two arrays (batch, heads, T, d/heads)."""

@@ -136,8 +136,7 @@ def leading_pair(w: Any, r: int, dtype: str) -> tuple[Any, Any]:
 @lru_cache(maxsize=1024)
 def normal_projection(shape: Shape, seed: int) -> Any:
     """Draw TinyLoRA's projection (u, r, r), normal of variance 1/r, as torch's generator does."""
-    drawn: Any = TorchGenerator(seed).normal(shape) * np.float32(shape[1] ** -0.5)
-    return drawn
+    return TorchGenerator(seed).normal(shape) * np.float32(shape[1] ** -0.5)
 
 
 def place_of(array: Array, draw: Callable[[int], Any], order: Sequence[int], name: str) -> Array:

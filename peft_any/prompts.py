@@ -111,8 +111,7 @@ def extend_mask(mask: Array, count: int, value: int = 1) -> Array:
     fill = bool(value) if dtype_name(mask) == "bool" else value
     shape, device = (*mask.shape[:-1], count), creation_device(mask)
     virtual = xp.full(shape, fill, dtype=mask.dtype, device=device)
-    longer: Array = xp.concat([virtual, mask], axis=-1)
-    return longer
+    return xp.concat([virtual, mask], axis=-1)
 
 
 def prepend_numbers(numbers: Sequence[int], x: Array) -> Array:
@@ -126,8 +125,7 @@ def prepend_numbers(numbers: Sequence[int], x: Array) -> Array:
            [7, 8, 2]])
     """
     head = astype(from_numpy_like(list(numbers), x), dtype_name(x))
-    longer: Array = namespace(x).concat([spread(head, tuple(x.shape[:-1])), x], axis=-1)
-    return longer
+    return namespace(x).concat([spread(head, tuple(x.shape[:-1])), x], axis=-1)
 
 
 def token_losses(logits: Array, labels: Any) -> Array:
@@ -154,8 +152,7 @@ def token_losses(logits: Array, labels: Any) -> Array:
     hits = astype(xp.expand_dims(labels, axis=-1) == places, dtype_name(logits))
     shifted = logits - detach(xp.max(logits, axis=-1, keepdims=True))
     total = xp.log(xp.sum(xp.exp(shifted), axis=-1))
-    losses: Array = total - xp.sum(shifted * hits, axis=-1)
-    return losses
+    return total - xp.sum(shifted * hits, axis=-1)
 
 
 def numbered(
@@ -199,8 +196,7 @@ def distinct_above(ids: Any) -> Array:
     same = astype(here == there, dtype_name(ids)) * xp.tril(ones, k=-1)
     first = astype((xp.sum(same, axis=2) == 0) & (ids > 0), dtype_name(ids))
     larger = astype(there > here, dtype_name(ids))
-    count: Array = xp.sum(larger * xp.expand_dims(first, axis=1), axis=2)
-    return count
+    return xp.sum(larger * xp.expand_dims(first, axis=1), axis=2)
 
 
 def prepend(rows: Array, x: Array) -> Array:
@@ -225,8 +221,7 @@ def prepend(rows: Array, x: Array) -> Array:
     """
     xp, rows = namespace(rows, x), astype(rows, dtype_name(x))
     rows = spread(rows, tuple(x.shape[: x.ndim - rows.ndim]))
-    longer: Array = xp.concat([rows, x], axis=-2)
-    return longer
+    return xp.concat([rows, x], axis=-2)
 
 
 def before(config: Prompt, rows: Array, embeds: Array, submodule: int) -> Array:
@@ -267,8 +262,7 @@ def before(config: Prompt, rows: Array, embeds: Array, submodule: int) -> Array:
 
 def spread(a: Array, lead: Shape) -> Array:
     """Repeat an array along new leading axes."""
-    repeated: Array = namespace(a).broadcast_to(a, (*lead, *a.shape))
-    return repeated
+    return namespace(a).broadcast_to(a, (*lead, *a.shape))
 
 
 def fresh(
@@ -328,5 +322,4 @@ def table_rows(columns: Array, count: int, tokens: Sequence[int] | None, new: Fr
         chosen[:] = [tokens[i % len(tokens)] for i in range(count)]
     xp = namespace(columns)
     rows = xp.take(columns, from_numpy_like(chosen, columns), axis=1)
-    drawn: Array = new.array(to_numpy(xp.matrix_transpose(rows)))
-    return drawn
+    return new.array(to_numpy(xp.matrix_transpose(rows)))

@@ -58,8 +58,7 @@ class TorchGenerator:
         self._spare: float | None = None
 
     def _words(self, n: int) -> Host:
-        words: Host = self._bits.random_raw(n)
-        return words
+        return self._bits.random_raw(n)
 
     def _doubles(self, n: int) -> Host:
         """Numbers of [0, 1) with 53 bits, each of two words, the high one first."""

@@ -51,16 +51,14 @@ def scattered(values: Array, places: Array, size: int) -> Array:
     """
     xp, index = namespace(values), namespace(places)
     if can_put(values):
-        written: Array = put(xp, values, (places,), (size,))
-        return written
+        return put(xp, values, (places,), (size,))
     order = index.argsort(places)
     known = index.take(places, order)
     every = index.arange(size, dtype=known.dtype, device=creation_device(places))
     at = index.searchsorted(known, every)
     at = index.where(at < known.shape[0], at, index.zeros_like(at))
     found = xp.take(xp.take(values, order), at)
-    full: Array = xp.where(index.take(known, at) == every, found, xp.zeros_like(found))
-    return full
+    return xp.where(index.take(known, at) == every, found, xp.zeros_like(found))
 
 
 def added_at(weight: Array, values: Array, places: Array, *, minus: bool = False) -> Array:
@@ -87,15 +85,14 @@ def added_at(weight: Array, values: Array, places: Array, *, minus: bool = False
     xp, values, size = namespace(weight, values), -values if minus else values, prod(weight.shape)
     if can_put(values):
         flat = put(xp, values, (places,), (size,), xp.reshape(weight, (size,)))
-        return xp.reshape(flat, weight.shape)  # type: ignore[no-any-return]
-    return weight + xp.reshape(scattered(values, places, size), weight.shape)  # type: ignore[no-any-return]
+        return xp.reshape(flat, weight.shape)
+    return weight + xp.reshape(scattered(values, places, size), weight.shape)
 
 
 def placed_values(values: Array, places: Host, shape: tuple[int, int]) -> Array:
     """Put values at flat places, known on the host, of a matrix of zeros."""
     flat = scattered(values, from_numpy_like(places.copy(), values), shape[0] * shape[1])
-    matrix: Array = namespace(values).reshape(flat, shape)
-    return matrix
+    return namespace(values).reshape(flat, shape)
 
 
 @lru_cache(maxsize=64)
@@ -245,7 +242,7 @@ def _by_columns(
 
     def given() -> Array:
         every = xp.concat([values, xp.zeros_like(values[:1])])
-        return xp.take(every, from_numpy_like(slots.reshape(-1), values))  # type: ignore[no-any-return]
+        return xp.take(every, from_numpy_like(slots.reshape(-1), values))
 
     whole: Array
     if in_memory(values, values if onto is None else onto):
@@ -284,8 +281,7 @@ def mirrored(top: Array, rows: int) -> Array:
     xp, half = namespace(top), top.shape[0]
     part = top[1 : rows - half + 1, :]
     first, rest = xp.flip(part[:, :1], axis=(0,)), xp.flip(part[:, 1:], axis=(0, 1))
-    whole: Array = xp.concat([top, xp.concat([first, rest], axis=1)], axis=0)
-    return whole
+    return xp.concat([top, xp.concat([first, rest], axis=1)], axis=0)
 
 
 def _by_waves(values: Array, u: Host, v: Host, shape: tuple[int, int]) -> Array:

@@ -154,7 +154,7 @@ def _minor_vectors(site: Site, r: int, new: Fresh) -> Array:
             "of that rank"
         )
     w = host_weight(new, site, "init_lora_weights='mica'")
-    return namespace(w).linalg.svd(w, full_matrices=False)[0][:, -r:]  # type: ignore[no-any-return]
+    return namespace(w).linalg.svd(w, full_matrices=False)[0][:, -r:]
 
 
 def less_start(a: Array, b: Array, p: Params) -> tuple[Array, Array]:

@@ -59,8 +59,7 @@ def embedding(entry: str | None, weights: Collection[str]) -> str | None:
 def rows_of(table: Array, indices: list[int], module: str) -> Array:
     """Take rows of an embedding's table, each of which must be there and named once."""
     check_rows(indices, table.shape[0], module)
-    rows: Array = namespace(table).take(table, from_numpy_like(indices, table), axis=0)
-    return rows
+    return namespace(table).take(table, from_numpy_like(indices, table), axis=0)
 
 
 def check_rows(
@@ -110,12 +109,10 @@ def with_rows(table: Array, rows: Array, indices: list[int], *, axis: int = 0) -
         for i, row in enumerate(indices):
             order[row] = n + i
         both = xp.concat([table, rows], axis=axis)
-        whole: Array = xp.take(both, from_numpy_like(order, table), axis=axis)
-        return whole
+        return xp.take(both, from_numpy_like(order, table), axis=axis)
     # few rows: the pieces between them are copied once
     before, end, pieces = (slice(None),) * (axis % table.ndim), 0, []
     for row, i in sorted({row % n: i for i, row in enumerate(indices)}.items()):
         pieces += [table[(*before, slice(end, row), ...)], rows[(*before, slice(i, i + 1), ...)]]
         end = row + 1
-    out: Array = xp.concat([*pieces, table[(*before, slice(end, n), ...)]], axis=axis)
-    return out
+    return xp.concat([*pieces, table[(*before, slice(end, n), ...)]], axis=axis)

@@ -237,8 +237,7 @@ def minor_part(config: Any, site: Site, new: Fresh) -> Params:
 def _weight(site: Site, new: Fresh, asks: str) -> Array:
     weight = new.base_for(site.name, asks).weight
     # no decomposition takes half precision
-    wide: Array = detach(astype(weight, compute_dtype(weight)))
-    return wide
+    return detach(astype(weight, compute_dtype(weight)))
 
 
 def _minor(config: Any, w: Array) -> tuple[Array, Array]:
@@ -298,7 +297,7 @@ def delta(config: Any, p: Params, site: Site) -> Array:
     if config.refusal is not None:
         raise ConfigError(f"{site.name}: {config.refusal}")
     if site.kind in EXPERTS:
-        return config.scaling * expert_delta(p, site)  # type: ignore[no-any-return]
+        return config.scaling * expert_delta(p, site)
     b, a = factors(config, p, site)
     return b @ a
 
@@ -306,9 +305,9 @@ def delta(config: Any, p: Params, site: Site) -> Array:
 def residual(config: Any, p: Params, x: Array, site: Site) -> Array:
     """s·B·(A·x), with the bias's share."""
     if site.kind in EXPERTS:
-        return config.scaling * expert_residual(p, x, site)  # type: ignore[no-any-return]
+        return config.scaling * expert_residual(p, x, site)
     if config.use_bdlora:
-        return config.scaling * by_blocks(config, p, x, site)  # type: ignore[no-any-return]
+        return config.scaling * by_blocks(config, p, x, site)
     b, a = (p["u"], p["v"]) if "u" in p else factors(config, p, site)
     return linear(linear(x, a), b, config.bias_delta(p, site))
 
@@ -327,7 +326,7 @@ def gain(config: Any, p: Params, base: Layer) -> Array | None:
         return p.get("gain")
     norms = detach(row_norms(base.original, *config.factors(p, base.site)))
     m = namespace(norms).reshape(p["lora_magnitude_vector"], (-1,))
-    return m / norms  # type: ignore[no-any-return]
+    return m / norms
 
 
 def prepared(config: Any, p: Params, base: Layer) -> Params:

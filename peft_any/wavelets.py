@@ -58,8 +58,7 @@ def synthesis(c: Array, lo: Sequence[float]) -> Array:
     first = _stretched(low[:, :k], lo) + _stretched(low[:, k:], hi)
     second = _stretched(high[:, :k], lo) + _stretched(high[:, k:], hi)
     rows = _stretched(xp.matrix_transpose(first), lo) + _stretched(xp.matrix_transpose(second), hi)
-    whole: Array = rows
-    return whole
+    return rows
 
 
 def _stretched(c: Array, f: Sequence[float]) -> Array:
@@ -116,5 +115,4 @@ def synthesis_of_few(
     at = from_numpy_like((rows * count[1] + columns)[inside], values)
     scale = from_numpy_like(astype(factors[inside], dtype_name(values)), values)
     shares = xp.take(values, from_numpy_like(which, values)) * scale
-    whole: Array = xp.reshape(put(xp, shares, (at,), (count[0] * count[1],)), tuple(count))
-    return whole
+    return xp.reshape(put(xp, shares, (at,), (count[0] * count[1],)), tuple(count))

@@ -88,8 +88,7 @@ def product(delta: Array, x: Array) -> Array:
     [[3.0], [3.0]]
     """
     parts = [settled(doubled(delta[rows, :]) @ x) for rows in blocks(delta)]
-    whole: Array = namespace(x).concat(parts, axis=0)
-    return whole
+    return namespace(x).concat(parts, axis=0)
 
 
 def cross(delta: Array, q: Array) -> Array:

@@ -114,8 +114,7 @@ class Certificate:
         q, v = (like(x, delta) for x in (self.sketch.left, self.sketch.right))
 
         def less(x: Array, basis: Array) -> Array:
-            rest: Array = settled(x - basis @ (xp.matrix_transpose(basis) @ x))
-            return rest
+            return settled(x - basis @ (xp.matrix_transpose(basis) @ x))
 
         x = less(self.new.normal((delta.shape[1], _VECTORS)), v)
         lengths = np.zeros(_VECTORS)

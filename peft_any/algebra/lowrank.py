@@ -205,8 +205,7 @@ def spectrum(factors: Factors) -> Array:
     [4.0]
     """
     _, core, _ = _core(factors)
-    values: Array = namespace(core).linalg.svd(core, full_matrices=False)[1]  # Dask has no svdvals
-    return values
+    return namespace(core).linalg.svd(core, full_matrices=False)[1]  # Dask has no svdvals
 
 
 def norm(factors: Factors) -> Array:
@@ -220,8 +219,7 @@ def norm(factors: Factors) -> Array:
     """
     _, core, _ = _core(factors)
     xp = namespace(core)
-    length: Array = xp.sqrt(xp.sum(core * core))
-    return length
+    return xp.sqrt(xp.sum(core * core))
 
 
 def dot(one: Factors, two: Factors) -> Array:
@@ -235,8 +233,7 @@ def dot(one: Factors, two: Factors) -> Array:
     """
     (u, v), (y, z) = (tuple(map(widest, pair)) for pair in (one, two))
     xp = namespace(u, v, y, z)
-    product: Array = xp.sum((xp.matrix_transpose(u) @ y) * (v @ xp.matrix_transpose(z)))
-    return product
+    return xp.sum((xp.matrix_transpose(u) @ y) * (v @ xp.matrix_transpose(z)))
 
 
 def truncate(factors: Factors, cut: Cut) -> Truncation:

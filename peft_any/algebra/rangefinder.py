@@ -132,8 +132,7 @@ def _start(delta: Array, basis: Array | None, width: int, new: Fresh) -> Array:
     known = 0 if basis is None else basis.shape[1]
     drawn = new.normal((delta.shape[1], max(width - known, 0)))
     parts = [drawn] if basis is None else [like(basis, delta), drawn]
-    start: Array = namespace(delta).concat(parts, axis=1)
-    return start
+    return namespace(delta).concat(parts, axis=1)
 
 
 def _sketch(delta: Array, start: Array, sweeps: int, whole: float) -> Sketch:
@@ -183,5 +182,4 @@ def _signs(u: Array) -> Array:
     """±1 for each column, so that its largest component becomes positive."""
     xp = namespace(u)
     one = xp.ones_like(u[0, :])
-    signs: Array = xp.where(xp.max(u, axis=0) + xp.min(u, axis=0) < 0.0, -one, one)
-    return signs
+    return xp.where(xp.max(u, axis=0) + xp.min(u, axis=0) < 0.0, -one, one)

@@ -127,8 +127,7 @@ class Record:
             "worst": None if self.worst is None else self.worst.layer,
             "ranks": self.ranks,
         }
-        found: dict[str, Any] = plain(summary | asdict(self))
-        return found
+        return plain(summary | asdict(self))
 
     def to_json(self, indent: int | None = 2) -> str:
         """Give one JSON document."""

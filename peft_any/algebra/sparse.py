@@ -115,8 +115,7 @@ def combined(
     for blocks in zip(*(r.blocks() for r in rows), strict=True):
         kept = [keep(block) for keep, block in zip(pruned, blocks, strict=True)]
         parts.append(_elected(kept, weights, rule.sign) if rule.elect else _summed(kept, weights))
-    whole: Array = parts[0] if len(parts) == 1 else namespace(*parts).concat(parts, axis=0)
-    return whole
+    return parts[0] if len(parts) == 1 else namespace(*parts).concat(parts, axis=0)
 
 
 def _all(block: Array) -> Array:
@@ -140,8 +139,7 @@ def _elected(blocks: Sequence[Array], weights: Sequence[float], sign: Sign) -> A
     agree = [astype(s == prevailing, dtype_name(votes)) for s in signs]
     total = _summed([block * mask for block, mask in zip(blocks, agree, strict=True)], weights)
     count: Any = _summed(agree, equal)
-    mean: Array = total / xp.where(count > 1, count, ones)
-    return mean
+    return total / xp.where(count > 1, count, ones)
 
 
 def _largest(rows: Rows, keep: int) -> Callable[[Array], Array]:
@@ -170,8 +168,7 @@ class _Limit:
             self.seen = int(order[-1]) if order.size else self.seen
             late = np.reshape(equal & (order > self.quota), tuple(block.shape))
             mask = xp.logical_and(mask, xp.logical_not(from_numpy_like(late, block)))
-        kept: Array = block * astype(mask, dtype_name(block))
-        return kept
+        return block * astype(mask, dtype_name(block))
 
 
 def threshold(blocks: Callable[[], Iterator[Host]], keep: int) -> tuple[float, int, int]:
@@ -229,8 +226,7 @@ def _bits(block: Host) -> tuple[Host, int]:
 
 def _with(block: Host, prefix: int, known: int) -> Host:
     bits, width = _bits(block)
-    found: Host = np.ravel(block)[bits >> np.uint64(width - known) == prefix]
-    return found
+    return np.ravel(block)[bits >> np.uint64(width - known) == prefix]
 
 
 def _sampled(rows: Rows, density: float, draws: TorchGenerator) -> Callable[[Array], Array]:
@@ -259,5 +255,4 @@ class _Sample:
         bits = np.unpackbits(self.bits[first:last])[self.seen % 8 :][:size]
         self.seen += size
         mask = np.reshape(bits, tuple(block.shape)).astype(dtype_name(block))
-        kept: Array = block * from_numpy_like(mask, block) / self.density
-        return kept
+        return block * from_numpy_like(mask, block) / self.density

@@ -110,8 +110,7 @@ class StackedLayer:
             # What no number of a row may harm, gradients included, sees no other row's.
             some = xp.where(own == k - 1, x, xp.zeros_like(x)) if k else x
             y = xp.where(wide == k - 1, self.layers[k](some), y)
-        lost: Array = xp.where(wide >= count, xp.full_like(y, float("nan")), y)
-        return lost
+        return xp.where(wide >= count, xp.full_like(y, float("nan")), y)
 
 
 @dataclass(frozen=True, eq=False)

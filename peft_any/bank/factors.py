@@ -130,7 +130,7 @@ def alike(found: Sequence[Mapping[str, Array]], base: Dense) -> list[dict[str, A
     kinds = {name for f in found for name in f}
 
     def zeros(*shape: int) -> Array:
-        return xp.zeros(shape, dtype=w.dtype, device=creation_device(w))  # type: ignore[no-any-return]
+        return xp.zeros(shape, dtype=w.dtype, device=creation_device(w))
 
     made = []
     for f in found:
@@ -277,13 +277,13 @@ def planned(x: Array, base: Dense, rows: Mapping[str, Array]) -> Callable[[Array
 
     def beside(x: Array) -> Array:
         added = times(turned(x)[1], up).reshape(shape)
-        return onto(added if place is None else take(added, place), x, w, bias)  # type: ignore[no-any-return]
+        return onto(added if place is None else take(added, place), x, w, bias)
 
     def within(x: Array) -> Array:
         some, low = turned(x)
         below = dense(some, w, bias).reshape((*each[:2], w.shape[0]))
         y = plus_product(below, low, up, owned=True).reshape(shape)
-        return y if place is None else take(y, place)  # type: ignore[no-any-return]
+        return y if place is None else take(y, place)
 
     return beside if count > x.shape[0] or onto_first(x, w) else within
 

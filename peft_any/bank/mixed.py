@@ -118,7 +118,7 @@ class MixedLayer:
         """
         kind, shape, dtype, call = self._last  # type: ignore[attr-defined]
         if type(x) is kind and x.shape == shape and x.dtype == dtype:
-            return call(x)  # type: ignore[no-any-return]
+            return call(x)
         site, alone = self.base.site, len(self.layers) == 1
         if site.is_conv:
             return self.layers[0](x)  # which says why not
@@ -140,7 +140,7 @@ class MixedLayer:
             return self._grouped(x)
         base, rows = ready
         y: Array = applied(astype(x, dtype_name(base.weight)), base, rows)
-        return astype(y, dtype_name(x))  # type: ignore[no-any-return]
+        return astype(y, dtype_name(x))
 
     @cached_property
     def _shared(self) -> Dense | None:
@@ -182,7 +182,7 @@ class MixedLayer:
             if self._trained:
                 return found
             self._made[path] = found  # type: ignore[attr-defined]
-        return self._made[path]  # type: ignore[attr-defined,no-any-return]
+        return self._made[path]  # type: ignore[attr-defined]
 
     def _factors(self) -> tuple[Dense, list[dict[str, Array]]] | None:
         """The factors of every adapter, where each has some over the same base."""
@@ -259,5 +259,4 @@ def some_of(x: Array, rows: Sequence[int]) -> Array:
     """Take rows of an array; those that follow one another without a copy."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return x[rows[0] : rows[0] + len(rows), ...]
-    y: Array = taken(x, from_numpy_like(np.asarray(rows, dtype=np.int64), x))
-    return y
+    return taken(x, from_numpy_like(np.asarray(rows, dtype=np.int64), x))

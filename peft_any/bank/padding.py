@@ -112,5 +112,4 @@ def _padded(scale: float, name: str, p: Params, r: int) -> Params:
 def _times(x: Array, scale: float) -> Array:
     if scale == 1.0:
         return x
-    y: Array = astype(scale * astype(x, compute_dtype(x)), dtype_name(x))
-    return y
+    return astype(scale * astype(x, compute_dtype(x)), dtype_name(x))

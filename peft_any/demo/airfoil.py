@@ -90,8 +90,7 @@ def sections(camber: Host, place: Host, thickness: Host) -> Host:
     shape = np.stack([c * x ** (i + 0.5) * (1 - x) ** (8 - i) for i, c in binomial], axis=1)
     edge, tail, none = (x * (1 - x) ** 8.5)[:, None], x[:, None] / 2, np.zeros_like(shape)
     surfaces = np.block([[shape, none, edge, tail], [none, shape, edge, -tail]])
-    fit: Host = np.linalg.lstsq(surfaces, np.hstack([line + half, line - half]).T, rcond=None)[0].T
-    return fit
+    return np.linalg.lstsq(surfaces, np.hstack([line + half, line - half]).T, rcond=None)[0].T
 
 
 def flights(n: int, rng: np.random.Generator) -> Host:

@@ -220,8 +220,7 @@ def _train(
         trained: Any, frozen: Mapping[str, Array], x: Array, want: Array, back: Array
     ) -> Array:
         gap = averaged(apply(trained, frozen, x), back) - want
-        mean: Array = namespace(gap).mean(gap * gap)
-        return mean
+        return namespace(gap).mean(gap * gap)
 
     rng, slopes = np.random.default_rng([2, seed]), fused(value_and_grad(loss))
     optimizer = adamw(cosine(rate, steps, warmup=steps // 10), weight_decay=0.0)

@@ -77,8 +77,7 @@ class Pieces:
         xp, tail = namespace(*parts), tuple(parts[0].shape[1:])
         pairs = zip(parts, self._each, strict=True)
         table = xp.concat([xp.reshape(a, (self.groups, n, *tail)) for a, n in pairs], axis=1)
-        fused: Array = xp.reshape(table, (sum(self.sizes), *tail))
-        return fused
+        return xp.reshape(table, (sum(self.sizes), *tail))
 
     @property
     def _each(self) -> list[int]:
@@ -241,8 +240,7 @@ def _fused(whole: str, key: str, role: Role, parts: Sequence[Own | None], pieces
     if not role.rank:
         _refuse_different(whole, key, parts, arrays)
         return arrays[0]
-    stacked: Array = xp.concat(arrays, axis=0)
-    return stacked
+    return xp.concat(arrays, axis=0)
 
 
 def _alike(arrays: list[Array]) -> list[Array]:

@@ -161,8 +161,7 @@ def _stack(adapter: Any, stack: Stack) -> tuple[Any, Params]:
 
 
 def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
-    zeros: Array = namespace(like).zeros(shape, dtype=like.dtype, device=creation_device(like))
-    return zeros
+    return namespace(like).zeros(shape, dtype=like.dtype, device=creation_device(like))
 
 
 def _configured(config: Any, numbers: dict[str, Numbers], new: list[str], gone: list[str]) -> Tuner:
@@ -176,8 +175,7 @@ def _configured(config: Any, numbers: dict[str, Numbers], new: list[str], gone: 
     stacks = [n for n in numbers if n in new or is_parameter(n, (*kept,))]
     changed: Any = with_numbers(config, numbers)
     modules = [n for n in changed.target_modules if n not in stacks]
-    done: Tuner = replace(changed, target_modules=modules, target_parameters=[*kept, *new] or None)
-    return done
+    return replace(changed, target_modules=modules, target_parameters=[*kept, *new] or None)
 
 
 def _refuse_others(config: Any, name: str, p: Params) -> None:

@@ -103,8 +103,7 @@ class Extraction:
         rest["layers"] = [
             vars(layer) | {"error": layer.error, "kept": layer.kept} for layer in self.layers
         ]
-        found: dict[str, Any] = plain(head | rest)
-        return found
+        return plain(head | rest)
 
     def to_json(self, indent: int | None = 2) -> str:
         """Give one JSON document."""

@@ -48,8 +48,7 @@ class Replication:
     def to_dict(self) -> dict[str, Any]:
         """Give plain values, as in the JSON."""
         head = {"schema_version": SCHEMA_VERSION, "kind": "replicate"}
-        found: dict[str, Any] = plain(head | vars(self))
-        return found
+        return plain(head | vars(self))
 
     def to_json(self, indent: int | None = 2) -> str:
         """Give one JSON document."""

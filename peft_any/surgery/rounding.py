@@ -29,8 +29,7 @@ def widened(block: Host, dtype: str = "float64") -> Host:
 
 @cache
 def _table(name: str, dtype: str) -> Host:
-    every: Host = np.arange(256, dtype=np.uint8).view(numpy_dtype(name)).astype(dtype)
-    return every
+    return np.arange(256, dtype=np.uint8).view(numpy_dtype(name)).astype(dtype)
 
 
 def nearest(exact: Host, dtype: str) -> Host:

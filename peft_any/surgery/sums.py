@@ -198,8 +198,7 @@ def products(left: Host, right: Host) -> Host:
     for t in range(0, k, 4):
         some = left[:, t : t + 4] * right[:, t : t + 4]
         part[:, : some.shape[1]] += some
-    total: Host = (part[:, 0] + part[:, 1]) + (part[:, 2] + part[:, 3])
-    return total
+    return (part[:, 0] + part[:, 1]) + (part[:, 2] + part[:, 3])
 
 
 def _found(flags: Host) -> Host:

@@ -104,19 +104,19 @@ class Var:
         return self._leave("__array__", "as a NumPy array")(*[dtype][: dtype is not None])
 
     def __float__(self) -> float:
-        return self._leave("__float__", "as a Python float")()  # type: ignore[no-any-return]
+        return self._leave("__float__", "as a Python float")()
 
     def __int__(self) -> int:
-        return self._leave("__int__", "as a Python int")()  # type: ignore[no-any-return]
+        return self._leave("__int__", "as a Python int")()
 
     def __index__(self) -> int:
-        return self._leave("__index__", "as an index")()  # type: ignore[no-any-return]
+        return self._leave("__index__", "as an index")()
 
     def __complex__(self) -> complex:
-        return self._leave("__complex__", "as a Python complex")()  # type: ignore[no-any-return]
+        return self._leave("__complex__", "as a Python complex")()
 
     def __bool__(self) -> bool:
-        return self._leave("__bool__", "as a condition")()  # type: ignore[no-any-return]
+        return self._leave("__bool__", "as a condition")()
 
     def _leave(self, method: str, how: str) -> Callable[..., Any]:
         if self.node is not None:
@@ -125,7 +125,7 @@ class Var:
                 "be lost; use functions of xp = peft_any.backend.namespace(x) (xp.where for a "
                 "choice), return it with has_aux=True, or take peft_any.detach(x)"
             )
-        return getattr(self.value, method)  # type: ignore[no-any-return]
+        return getattr(self.value, method)
 
 
 _ARITHMETIC = {

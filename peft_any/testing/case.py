@@ -99,7 +99,7 @@ class Case:
         """Draw the initial parameters, shared ones included, on the host."""
         config = self.config.at(self.site)
         new = Fresh(seed, resolve("numpy"), key=self.site.name, dtype=dtype, base=base)
-        return config.begin(self.site, new)  # type: ignore[no-any-return]
+        return config.begin(self.site, new)
 
     def params(self, base: Dense, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
         """Draw parameters as training leaves them: none at its initial value."""

@@ -66,8 +66,7 @@ class PromptCase:
 
     def fresh(self, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
         """Draw initial parameters, on the host."""
-        p: dict[str, Any] = self.config.init(self.new(seed=seed, dtype=dtype), **self.start)
-        return p
+        return self.config.init(self.new(seed=seed, dtype=dtype), **self.start)
 
     def params(self, seed: int = 0, dtype: str = "float32") -> dict[str, Any]:
         """Draw parameters as training leaves them: none at its initial value."""

@@ -258,8 +258,7 @@ class _Job:
         return value
 
     def slopes(self, at: Any, *given: Any) -> tuple[Array, Tree]:
-        found: tuple[Array, Tree] = value_and_grad(partial(self.total, at))(*given)
-        return found
+        return value_and_grad(partial(self.total, at))(*given)
 
     @cached_property
     def plain(self) -> Callable[..., tuple[Array, Tree]]:

@@ -133,8 +133,7 @@ def global_norm(tree: Tree) -> Array:
     arrays = [leaf for _, leaf in leaves(tree)]
     if not arrays:
         raise ShapeError("global_norm: an empty nest has no norm: give at least one array")
-    norm: Array = _norm(arrays)
-    return norm
+    return _norm(arrays)
 
 
 @fused
@@ -143,8 +142,7 @@ def _norm(arrays: list[Array]) -> Array:
     wide = [astype(a, name) for a in arrays]
     xp = namespace(*wide)
     squares = [xp.sum(a * a) for a in wide]
-    norm: Array = xp.sqrt(sum(squares[1:], squares[0]))
-    return norm
+    return xp.sqrt(sum(squares[1:], squares[0]))
 
 
 def chain(*stages: Optimizer) -> Optimizer:
@@ -228,8 +226,7 @@ def zeros(params: Tree) -> Tree:
         if not is_array(p) or not is_floating(p):
             what = dtype_name(p) if is_array(p) else type(p).__name__
             raise ShapeError(f"{named(path)}: {what} cannot be trained: parameters are floating")
-        moment: Array = namespace(p).zeros_like(astype(p, compute_dtype(p)))
-        return moment
+        return namespace(p).zeros_like(astype(p, compute_dtype(p)))
 
     return map_with_path(make, params)
 
@@ -294,8 +291,7 @@ def check_nests(where: str, params: Tree, **others: Tree) -> None:
 
 def as_like(x: Array, like: Array) -> Array:
     """Round an array to another one's dtype."""
-    rounded: Array = astype(x, dtype_name(like))
-    return rounded
+    return astype(x, dtype_name(like))
 
 
 def check_from_zero(where: str, **numbers: float) -> None:
