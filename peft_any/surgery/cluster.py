@@ -15,8 +15,6 @@ from peft_any import __version__
 from peft_any.errors import BackendError
 from peft_any.surgery.engines import Done, Engine, Item, Recipe, Result
 
-ATTEMPTS = 4
-"""How often a piece is begun before its workers are taken to die of it."""
 _LEFT = 30.0
 """Seconds that pieces which are under way have to end, when the others are given up."""
 _PATIENCE = "30s"

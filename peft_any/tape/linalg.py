@@ -168,10 +168,6 @@ def _(xp: Any, a: Any) -> Any:
     return xp.linalg.eigh(a)[0]
 
 
-def _is_wide(a: Any) -> bool:
-    return bool(a.shape[-2] < a.shape[-1])
-
-
 @linalg("svd")
 def _(xp: Any, y: Any, a: Any, /, *, full_matrices: bool = True) -> Any:
     u_all, s, vh_all = y
