@@ -451,6 +451,27 @@ class TestGrowth:
         assert any(f"from 11 to {rows} rows" in w for w in receipt.warnings)
         peft_any.verify_checkpoint(base, tuned, tmp_path / "out")
 
+    def test_a_head_that_the_base_lacks_is_new(self, tmp_path: Path) -> None:
+        weights, tuned = llama(), tmp_path / "a"
+        base = sharded(tmp_path / "base", weights)
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+        head = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
+        made = random_adapter(weights, config).replace(extra={"score.weight": head})
+        made.save(tuned)
+        receipt = merge_checkpoint(base, tuned, tmp_path / "out")
+        assert "score.weight: is new: the base has no such head" in receipt.warnings
+        with Checkpoint(tmp_path / "out") as got, Checkpoint(base) as before:
+            np.testing.assert_array_equal(got["score.weight"], head)
+            assert {*got} == {*before, "score.weight"}
+            assert got.index is not None
+            assert got.index["metadata"]["total_size"] == got.nbytes
+        assert len(json.loads((tmp_path / "out/config.json").read_text())["id2label"]) == 3
+        peft_any.verify_checkpoint(base, tuned, tmp_path / "out")
+        with pytest.raises(TargetError, match=r"score.weight: the change to 3 rows cannot be sum"):
+            merge_checkpoint(base, {tuned: 0.5}, tmp_path / "half")
+        with pytest.raises(ShapeError, match=r"score.weight: .* no tensor of this size"):
+            peft_any.combine({tuned: 0.5}, base=base)
+
     def test_tied_tables_grow_together(self, tmp_path: Path) -> None:
         names = ("model.embed_tokens.weight", "lm_head.weight")
         base, tuned, table = self.parts(tmp_path, 13, names, tie_word_embeddings=True)
@@ -763,14 +784,14 @@ class TestRefusals:
         more = {**weights, "extra.q_proj.weight": weights["lm_head.weight"]}
         config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"])
         made = random_adapter(more, LoraConfig(r=2, target_modules=["q_proj"]))
-        extra = {"score.weight": np.ones((2, 8), "float32")}
+        extra = {"model.score.weight": np.ones((2, 8), "float32")}
         made.replace(config=config, extra=extra).save(tmp_path / "a")
-        self.refused(TargetError, "score.weight", base, tmp_path / "a")
+        self.refused(TargetError, "model.score.weight", base, tmp_path / "a")
         receipt = merge_checkpoint(base, tmp_path / "a", tmp_path / "out", strict=False)
         assert receipt.options["strict"] is False
         assert sum("left out" in use.why for use in receipt.uses) == 3
         assert any("extra.q_proj" in w for w in receipt.warnings)
-        assert any("score.weight" in w for w in receipt.warnings)
+        assert any("model.score.weight" in w for w in receipt.warnings)
         target = next(t for t in receipt.targets if t.entry == "score")
         assert target.matched == ()
 

@@ -92,6 +92,11 @@ def combined_copies(
             extra[name] = move(having[0].adapter.extra[name], backend)
         elif view is None:
             faults.append(f"{name}: {_why(having)}")
+        elif name not in view or name in getattr(view, "grown", ()):
+            raise ShapeError(
+                f"{name}: {' and '.join(one.label for one in having)}: new values of it cannot be "
+                "weighted or summed: the base has no tensor of this size"
+            )
         elif rows_only:
             indices[module], tokens[module] = _rows(module, having, view[name], backend)
         else:

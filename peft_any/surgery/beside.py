@@ -12,6 +12,7 @@ from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._json import read_json
 from peft_any.io.checkpoint import Checkpoint, fingerprint
 from peft_any.io.safetensors import SafetensorsFile
+from peft_any.surgery.heads import labelled
 from peft_any.surgery.plan import Plan
 
 RECEIPT = "merge_receipt.json"
@@ -77,6 +78,7 @@ def changed_config(plan: Plan) -> dict[str, Any] | None:
         for place in places:
             if place.get("vocab_size") == rows:
                 place["vocab_size"] = len(array)
+    labelled(config, [plan.view.grown[name] for name in plan.view.heads])
     return None if config == before else config
 
 

@@ -38,7 +38,8 @@ class Plan:
     mirrored : dict of str to str
         Stored tensors that take the new value of the one they are tied to.
     added : dict of str to str
-        Tensors to store that the base does not, and the stored tensor they were tied to.
+        Tensors to store that the base does not, and the one they follow: new heads the last one,
+        others the one that they were tied to.
     untied : list of str
         Tensors that are not tied any more.
     warnings : list of str

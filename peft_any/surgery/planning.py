@@ -47,7 +47,7 @@ def make_plan(
     placed, faults = [], []
     for one in given:
         try:
-            placed.append(fit_one(one, view, fit, alone=len(given) == 1))
+            placed.append(_refuse_shifts(fit_one(one, view, fit, alone=len(given) == 1)))
         except PeftError as error:
             faults.append((one, with_preset(one, view, error)))
     if faults:
@@ -96,10 +96,15 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
     if fit.rederive and (alone or lacking(placed)):
         placed = rederived(placed, view)
     refuse_lacking(placed)
+    return placed
+
+
+def _refuse_shifts(placed: Placed) -> Placed:
+    """Refuse to correct biases that the base does not have."""
     wrong = [
         f"{site.bias_name}: the base has no such bias, and the adapter corrects it: apply the "
         "adapter without merging"
-        for name, site in sites.items()
+        for name, site in placed.sites.items()
         if not site.bias and _shifts(placed, name)
     ]
     if wrong:
@@ -207,12 +212,16 @@ def _weighted(plan: Plan, owners: tuple[int, ...]) -> bool:
 
 
 def _check_grown(plan: Plan) -> None:
-    """Refuse to resize the input embedding or the output head alone, and a resized sum."""
+    """Refuse to resize the input embedding or the output head alone, and sums of new sizes."""
     faults = []
     for name, array in plan.view.grown.items():
         rows, before = len(array), len(plan.view.stored(name))
         if _weighted(plan, plan.touched[name].copies):
             faults.append(f"{name}: the change to {rows} rows cannot be summed with weights")
+        if name in plan.view.heads:
+            plan.added[name] = [*plan.base][-1]
+            plan.warnings.append(f"{name}: is new: the base has no such head")
+            continue
         faults += [
             f"{mate}: has {before} rows, as {name} had, which gets {rows}: the adapter must carry "
             "both, or no model can be loaded from the result"

@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_any._dtypes import numpy_dtype
 from peft_any.adapter import Adapter
-from peft_any.backend import astype
+from peft_any.backend import astype, to_numpy
 from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._fetching import fetched
@@ -30,6 +30,7 @@ from peft_any.naming.nesting import named
 from peft_any.naming.nesting import names as names_of
 from peft_any.origin import Sampled, runs, sampled
 from peft_any.receipt import Host, Source, Use
+from peft_any.surgery.heads import new_heads
 
 AdapterLike: TypeAlias = StrPath | Adapter
 Adapters: TypeAlias = (
@@ -202,7 +203,7 @@ def _digest(path: Path) -> str:
 
 
 class View(Mapping[str, Host]):
-    """A checkpoint as its adapters see it: tied names stand there, resized tables are resized.
+    """A checkpoint as its adapters see it: with tied names, resized tables and new heads.
 
     Attributes
     ----------
@@ -210,12 +211,15 @@ class View(Mapping[str, Host]):
         Names that are not stored, and the stored tensors they are tied to.
     grown : dict of str to array
         Tensors that adapters bring in another number of rows, in the base's dtype.
+    heads : list of str
+        Those of them that the base lacks, in the adapter's dtype: see `new_heads`.
     """
 
     def __init__(self, base: Checkpoint, given: list[Given]) -> None:
         self.base = base
         self.aliases: dict[str, str] = {}
         self.grown: dict[str, Host] = {}
+        self.heads: list[str] = []
         groups = {name: group[0] for group in base.tied for name in group}
         for one in given:
             for name in _needs(one.adapter):
@@ -224,6 +228,10 @@ class View(Mapping[str, Host]):
         for one in given:
             for name, copy in one.adapter.extra.items():
                 self._grow(name, copy, one.label)
+        for one in given:
+            for name in new_heads(one.adapter, self):
+                self.heads.append(name)
+                self.grown[name] = to_numpy(one.adapter.extra[name])
 
     def _grow(self, name: str, copy: Host, label: str) -> None:
         if name not in self or not looks_like_embedding(name.rpartition(".")[0]):
@@ -238,7 +246,9 @@ class View(Mapping[str, Host]):
             self.grown[name] = astype(copy, self.info(name).dtype)
 
     def stored(self, name: str) -> Host:
-        """Give the base's own tensor behind a name."""
+        """Give the base's own tensor behind a name; of a new head, no rows."""
+        if name in self.heads:
+            return self.grown[name][:0]
         return self.base[self.aliases.get(name, name)]
 
     def sampled(self, name: str) -> Sampled:
@@ -259,12 +269,13 @@ class View(Mapping[str, Host]):
     def __iter__(self) -> Iterator[str]:
         yield from self.base
         yield from self.aliases
+        yield from self.heads
 
     def __len__(self) -> int:
-        return len(self.base) + len(self.aliases)
+        return len(self.base) + len(self.aliases) + len(self.heads)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.base or name in self.aliases
+        return any(name in part for part in (self.base, self.aliases, self.heads))
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape without reading."""

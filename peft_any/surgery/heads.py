@@ -1,0 +1,54 @@
+"""Heads that adapters bring along and a base does not have: classifiers over a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from peft_any._typing import Array
+from peft_any.adapter import Adapter
+from peft_any.selection import saved_whole
+
+
+def new_heads(adapter: Adapter, names: Iterable[str]) -> list[str]:
+    """List the full copies of whole modules, at the top of the model, that a base lacks.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    names : iterable of str
+        The base's tensors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> head = {"score.weight": np.ones((3, 8)), "model.norm.weight": np.ones(8)}
+    >>> config = LoraConfig(task_type="SEQ_CLS", modules_to_save=["norm"])
+    >>> new_heads(Adapter(config, extra=head), ["model.fc.weight"])
+    ['score.weight']
+    """
+    if not adapter.extra:
+        return []
+    tops = {name.partition(".")[0] for name in names}
+    wanted = {*saved_whole(adapter.config)} - tops
+    return [name for name in adapter.extra if name.partition(".")[0] in wanted]
+
+
+def labelled(config: dict[str, Any], heads: Iterable[Array]) -> None:
+    """Say in a model's configuration how many labels new heads tell apart, in place.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> config = {"model_type": "llama"}
+    >>> labelled(config, [np.ones((3, 8))])
+    >>> config["id2label"]
+    {'0': 'LABEL_0', '1': 'LABEL_1', '2': 'LABEL_2'}
+    """
+    rows = [head.shape[0] for head in heads if head.ndim > 1]
+    known = config.get("id2label")
+    if rows and min(rows) != (len(known) if isinstance(known, dict) else 2):
+        labels = {str(i): f"LABEL_{i}" for i in range(min(rows))}
+        config["id2label"] = labels
+        config["label2id"] = {label: int(i) for i, label in labels.items()}
