@@ -34,6 +34,7 @@ TASKS = {
     "bert": "SEQ_CLS",
     "t5": "SEQ_2_SEQ_LM",
     "bart": "SEQ_2_SEQ_LM",
+    "features": "FEATURE_EXTRACTION",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {},
@@ -53,7 +54,7 @@ ROWS = [
     (model, method)
     for model, task in TASKS.items()
     for method in METHODS
-    if task == "CAUSAL_LM" or method not in ("CPT", "CARTRIDGE")
+    if task == "CAUSAL_LM" or (task != "FEATURE_EXTRACTION" and method not in ("CPT", "CARTRIDGE"))
 ]
 rows = pytest.mark.parametrize(("model", "method"), ROWS)
 
@@ -66,7 +67,9 @@ def base_of(model: str) -> Any:
         sizes = {f"{side}_{size}": 1 for side in sides for size in ("layers", "attention_heads")}
         config = transformers.BartConfig(vocab_size=40, d_model=16, **sizes)
         return transformers.BartForConditionalGeneration(config).eval()
-    made = models.base_of(model)
+    made = models.base_of("bert" if model == "features" else model)
+    if model == "features":
+        return made.bert
     if model == "t5":  # of the width of heads that Hugging Face PEFT expects
         torch.manual_seed(3)
         sizes = {**made.config.to_dict(), "d_kv": 8}
@@ -137,6 +140,16 @@ def test_outputs_and_losses_are_hfs(model: str, method: str, tmp_path: Path) -> 
     assert {name: {*vars(m)} for name, m in ours.named_modules()} == trace
     assert torch.equal(run(ours, plain).logits, before)
     assert got.logits.shape != before.shape or not torch.equal(got.logits, before)
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_features_are_hfs_which_leaves_out_types_of_tokens(method: str, tmp_path: Path) -> None:
+    theirs, given = theirs_of("features", method, tmp_path / "a"), given_of("bert", method)
+    del given["labels"]
+    ours = base_of("features")
+    attach(ours, Adapter.load(tmp_path / "a"))
+    want, got = (run(m, given).last_hidden_state for m in (theirs, ours))
+    close(got, want)
 
 
 def test_a_call_says_its_tasks(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ _SIZES = {
 """A prompt's sizes by their names in transformers' configurations."""
 _CACHED = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Methods that put keys and values into the cache; the others put rows before the input."""
+_UNTYPED = frozenset({"CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"})
+"""Tasks in which Hugging Face PEFT leaves out the types of tokens."""
 
 
 def sized(config: Prompt, module: nn.Module) -> Prompt:
@@ -175,7 +177,7 @@ def _generated(module: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any)
     tasks = kwargs.pop("task_ids", None)
     given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
     call = _Call(module, share.prompt, share.params, tasks)
-    given, _ = call.lengthened(given)
+    given = call.lengthened(given)
     share.on = False
     try:
         return generate(module, None, *args, **given)
@@ -197,7 +199,7 @@ class _Call:
     def prefixed(self, given: Given) -> Given:
         """Put keys and values before those of every layer, once for each cache."""
         mask = "decoder_attention_mask" if self.two else "attention_mask"
-        given = self._masked(given, mask)
+        given = self._typed(self._masked(given, mask), 0)
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + self.count
         if given.get("cache_position") is not None and _empty(given.get("past_key_values")):
@@ -223,36 +225,31 @@ class _Call:
                 "without the prompt; give input_ids or inputs_embeds, or call model.generate"
             )
         first = self.two or _empty(given.get("past_key_values"))
-        embeds: Tensor | None = None
-        if first:
-            given, embeds = self.lengthened(given)
-        else:
-            given = self._masked(given, "attention_mask")
+        given = self.lengthened(given) if first else self._masked(given, "attention_mask")
         for name in ("position_ids", "cache_position"):  # counted anew, the prompt's included
             if given.get(name) is not None:
                 given[name] = None
         if given.get("cache_position", 0) is None:
             del given["cache_position"]
-        given = self._typed(given, embeds)
+        given = self._typed(given, self.count if first else 0)
         if not first:
             return given
         return self._decoded(given) if self.two else self._labelled(given)
 
-    def lengthened(self, given: Given) -> tuple[Given, Tensor]:
-        """Put rows before the input and its mask; give the embedded input alone, too."""
+    def lengthened(self, given: Given) -> Given:
+        """Put rows before the input and its mask."""
         given = self._masked(given, "attention_mask")
         embeds = self._embedded(given, "input_ids", "inputs_embeds")
         given["inputs_embeds"] = self.config.prepend(self.params, embeds, **self.tasks)
-        return given, embeds
+        return given
 
-    def _typed(self, given: Given, embeds: Tensor | None) -> Given:
+    def _typed(self, given: Given, more: int) -> Given:
         """Lengthen the types of tokens where there are some: 0 stands for the virtual ones."""
         types = given.get("token_type_ids")
-        if types is not None and embeds is not None:
-            given["token_type_ids"] = (
-                None if self.config.task_type == "CAUSAL_LM" else extend_mask(types, self.count, 0)
-            )
-        return given
+        if types is None:
+            return given
+        untyped = self.config.task_type in _UNTYPED
+        return {**given, "token_type_ids": None if untyped else extend_mask(types, more, 0)}
 
     def _labelled(self, given: Given) -> Given:
         """Lengthen labels of tokens; those of whole inputs stay."""
