@@ -7,12 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_any._engines import is_differentiated, is_trained
+from peft_any._engines import is_trained
 from peft_any._kernels import dense, few_columns, turned
 from peft_any._libraries import LIBRARIES, library_of
-
-_SIDE = 768
-"""From such a side on, torch adds a product of few vectors to another array the quicker."""
 
 
 class Ways(NamedTuple):
@@ -22,10 +19,11 @@ class Ways(NamedTuple):
     """Rows of an array by their numbers, as `taken`."""
     times: Callable[[Any, Any], Any]
     """The products of two stacks of matrices (k, m, n) and (k, n, l)."""
-    onto: Callable[[Any, Any, Any, Any], Any]
-    """y + `dense` of x, w and b, in the memory of either where that may be."""
-    onto_first: Callable[[Any, Any], bool]
-    """Whether x and w should be multiplied by `onto`, rather than something be added to that."""
+    onto: Callable[[Any, Any, Any], Callable[[Any, Any], Any]]
+    """For x, w and b what gives y + `dense` of these, from a y made of x, and that x or its like.
+
+    The memory of y is written to where that may be: torch's BLAS adds without another pass.
+    """
 
 
 _ways_of: dict[type, Ways] = {}
@@ -58,15 +56,11 @@ def ways(*arrays: Any) -> Ways | None:
 _NUMPY = Ways(
     lambda x, i: x.take(i, 0),
     np.matmul,
-    lambda y, x, w, b: dense(x, w, b, y),
-    lambda x, w: False,  # noqa: ARG005
+    lambda _, w, b: lambda y, x: dense(x, w, b, y),
 )
 
 
 def _torch_ways(torch: Any) -> Ways:
-
-    def first(x: Any, w: Any) -> bool:
-        return few_columns(x, w, _SIDE) and not is_differentiated(x)
 
     def added(y: Any, x: Any) -> Any:
         try:
@@ -74,10 +68,20 @@ def _torch_ways(torch: Any) -> Ways:
         except RuntimeError:  # under a transformation
             return y + x
 
-    def onto(y: Any, x: Any, w: Any, b: Any) -> Any:
-        if not first(x, w):
-            return added(y, dense(x, w, b))
-        y = added(y.reshape((-1, w.shape[0])), turned(x, w)).reshape(y.shape)
-        return y if b is None else added(y, b)
+    def onto(x: Any, w: Any, b: Any) -> Callable[[Any, Any], Any]:
+        few, turn, rows, width = few_columns(x, w), w.T, (-1, w.shape[0]), (-1, w.shape[1])
 
-    return Ways(lambda x, i: x.index_select(0, i), torch.bmm, onto, first)
+        def call(y: Any, x: Any) -> Any:
+            try:
+                flat = y.view(rows)
+                if few:
+                    flat.add_(turned(x, w))
+                else:
+                    torch.addmm(flat, x.reshape(width), turn, out=flat)
+            except RuntimeError:  # under a transformation, or differentiated
+                return y + dense(x, w, b)
+            return y if b is None else added(y, b)
+
+        return call
+
+    return Ways(lambda x, i: x.index_select(0, i), torch.bmm, onto)

@@ -428,7 +428,7 @@ def test_few_vectors_are_multiplied_as_columns(library: str, rows: int) -> None:
     short = ways(*given)
     assert short is not None
     held = move(np.ones((rows, 1, 1030)), library)
-    y = short.onto(held, *given)
+    y = short.onto(*given)(held, given[0])
     np.testing.assert_allclose(to_numpy(y), 1.0 + x @ w.T + b, rtol=1e-10, atol=1e-10)
 
 
@@ -442,13 +442,15 @@ def test_columns_are_differentiated_and_mapped_as_rows_are() -> None:
     want = torch.einsum("kin,mn->kim", x, w) + b[:, None]
     for got in (
         torch.func.vmap(lambda x, b: dense(x, w, b))(x, b),
-        torch.func.vmap(lambda x, b: ways(x, w).onto(x[..., :1] * 0 + w[:, 0] * 0, x, w, b))(x, b),
-        torch.stack([ways(x, w).onto(torch.zeros(16, 1040).double(), *p, *q)
-                     for p, q in (((x[i], w), (b[i],)) for i in range(3))]),
+        torch.func.vmap(
+            lambda x, b: ways(x, w).onto(x, w, b)(x[..., :1] * 0 + w[:, 0] * 0, x)
+        )(x, b),
+        torch.stack([ways(x, w).onto(x[i], w, b[i])(torch.zeros(16, 1040).double(), x[i])
+                     for i in range(3)]),
     ):  # fmt: skip
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     each = torch.func.vmap(
-        lambda w: ways(x[0], w).onto(torch.zeros(16, 1040).double(), x[0], w, b[0])
+        lambda w: ways(x[0], w).onto(x[0], w, b[0])(torch.zeros(16, 1040).double(), x[0])
     )
     torch.testing.assert_close(each(u), x[0] @ u.mT + b[0], rtol=1e-10, atol=1e-10)
     one = x[0].clone().requires_grad_()

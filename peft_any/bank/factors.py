@@ -18,7 +18,6 @@ from peft_any.backend import (
     is_lazy,
     is_traced,
     namespace,
-    plus_product,
     taken,
     ways,
 )
@@ -226,7 +225,7 @@ def applied(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
         y = base(x) + linear(low, rows["b"])
     elif "down" in rows:
         xp = namespace(x, base.weight, rows["down"])
-        y = _by_groups(x, base, rows)
+        y = base(x) + _by_groups(x, rows)
     else:
         xp = namespace(x, base.weight, rows["a"])
         low = xp.reshape(x, (n, prod(x.shape[1:-1]), x.shape[-1])) @ xp.matrix_transpose(rows["a"])
@@ -259,46 +258,32 @@ def planned(x: Array, base: Dense, rows: Mapping[str, Array]) -> Callable[[Array
     short = ways(x, *rows.values(), *(held for held in (w, bias) if held is not None))
     if short is None or base.site.kind not in MATRICES or rows.keys() & {"gain", "shift"}:
         return None
-    take, times, onto, onto_first = short
+    take, times, onto = short
+    whole = onto(x, w, bias)
     if "a" in rows:
         a, b, mask = rows["a"], rows["b"], rows.get("mask")
         if mask is None:
-            return lambda x: onto(dense(dense(x, a), b), x, w, bias)
+            return lambda x: whole(dense(dense(x, a), b), x)
         own = namespace(mask).reshape(mask, (x.shape[0], *(1,) * (x.ndim - 2), -1))
-        return lambda x: onto(dense(dense(x, a) * own, b), x, w, bias)
+        return lambda x: whole(dense(dense(x, a) * own, b), x)
     down, up, order, place = rows["down"], rows["up"], rows.get("order"), rows.get("place")
     count, groups = (x if order is None else order).shape[0], down.shape[0]
     each = groups, count // groups * prod(x.shape[1:-1]), x.shape[-1]
     shape = count, *x.shape[1:-1], w.shape[0]
 
-    def turned(x: Array) -> tuple[Array, Array]:
-        some: Any = x if order is None else take(x, order)
-        return some, times(some.reshape(each), down)
-
     def beside(x: Array) -> Array:
-        added = times(turned(x)[1], up).reshape(shape)
-        return onto(added if place is None else take(added, place), x, w, bias)
+        some: Any = x if order is None else take(x, order)
+        added = times(times(some.reshape(each), down), up).reshape(shape)
+        return whole(added if place is None else take(added, place), x)
 
-    def within(x: Array) -> Array:
-        some, low = turned(x)
-        below = dense(some, w, bias).reshape((*each[:2], w.shape[0]))
-        y = plus_product(below, low, up, owned=True).reshape(shape)
-        return y if place is None else take(y, place)
-
-    return beside if count > x.shape[0] or onto_first(x, w) else within
+    return beside
 
 
-def _by_groups(x: Array, base: Dense, rows: Mapping[str, Array]) -> Array:
-    """Apply base and factors to the rows of each adapter together."""
-    xp, down, order = namespace(x, base.weight, rows["down"]), rows["down"], rows.get("order")
+def _by_groups(x: Array, rows: Mapping[str, Array]) -> Array:
+    """Apply the factors to the rows of each adapter together."""
+    xp, down, order = namespace(x, *rows.values()), rows["down"], rows.get("order")
     some = x if order is None else taken(x, order)
-    padded = some.shape[0] > x.shape[0]
-    each = down.shape[0], some.shape[0] // down.shape[0] * prod(x.shape[1:-1])
-    low = xp.reshape(some, (*each, x.shape[-1])) @ down
-    shape = *some.shape[:-1], base.weight.shape[0]
-    if padded:  # the base has no more rows than it needs
-        added: Array = taken(xp.reshape(low @ rows["up"], shape), rows["place"])
-        return base(x) + added
-    below = xp.reshape(base(some), (*each, shape[-1]))
-    y: Array = xp.reshape(plus_product(below, low, rows["up"], owned=True), shape)
+    each = down.shape[0], some.shape[0] // down.shape[0] * prod(x.shape[1:-1]), x.shape[-1]
+    shape = *some.shape[:-1], rows["up"].shape[-1]
+    y = xp.reshape(xp.reshape(some, each) @ down @ rows["up"], shape)
     return y if order is None else taken(y, rows["place"])
