@@ -61,16 +61,27 @@ def checked(function: F) -> F:
     def called(*args: Any, **kwargs: Any) -> Any:
         names, hints, defaults = _declared(function)
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if name in hints and value is not defaults.get(name, hints):
-                for at, wrong, hint in _misfits(value, hints[name]):
-                    said = " or ".join(dict.fromkeys(_words(hint)))
-                    raise UsageError(
-                        f"{function.__qualname__.removesuffix('.__init__')}: {name}{at}="
-                        f"{shown(wrong)} cannot be taken: give {said}"
-                    )
+            given = name in hints and value is not defaults.get(name, hints)
+            if given and (why := misfit(name, value, hints[name])):
+                where = function.__qualname__.removesuffix(".__init__")
+                raise UsageError(f"{where}: {why}")
         return function(*args, **kwargs)
 
     return called  # type: ignore[return-value] # of the same signature
+
+
+def misfit(name: str, value: Any, hint: Any) -> str | None:
+    """Say what of a value is not of a type, and what it may be; None where all of it is.
+
+    Examples
+    --------
+    >>> misfit("rank", 2.5, int | None)
+    'rank=2.5 cannot be taken: give an integer or None'
+    """
+    for at, wrong, its in _misfits(value, hint):
+        said = " or ".join(dict.fromkeys(_words(its)))
+        return f"{name}{at}={shown(wrong)} cannot be taken: give {said}"
+    return None
 
 
 def methods_checked(*names: str) -> Callable[[type[C]], type[C]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
-from math import inf
+from math import inf, isfinite
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -20,6 +20,7 @@ from typing import (
     get_type_hints,
 )
 
+from peft_any.arguments import misfit
 from peft_any.errors import ConfigError
 
 
@@ -151,6 +152,43 @@ def check_rules(cls: type, values: Mapping[str, Any]) -> None:
     for name, rule in rules(cls):
         if name in values and not _holds(rule, values[name]):
             raise ConfigError(f"{cls.__name__}: {name}={values[name]!r} must be {rule.text}")
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuse values that are none of the types of their fields; where a list may be, any set may.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first field that is not fine, its value and what it may be.
+
+    Examples
+    --------
+    >>> from peft_any.methods.hra import HRAConfig
+    >>> HRAConfig(apply_GS="yes")
+    Traceback (most recent call last):
+    peft_any.errors.ConfigError: HRAConfig: apply_GS='yes' cannot be taken: give True or False
+    """
+    for name, (hint, plain) in _types(cls).items():
+        value = values.get(name)
+        if name not in values or (type(value) in plain and type(value) is not float):
+            continue
+        if isinstance(value, float) and not isfinite(value):
+            raise ConfigError(f"{cls.__name__}: {name}={value} must be a finite number")
+        listed = [*value] if isinstance(value, tuple | set | frozenset) else value
+        if why := misfit(name, listed, hint):
+            raise ConfigError(f"{cls.__name__}: {why}")
+
+
+@cache
+def _types(cls: type) -> dict[str, tuple[Any, frozenset[Any]]]:
+    """Give each field's type, and which of its parts are classes: an instance fits as it is."""
+    hints = get_type_hints(cls, include_extras=True)
+    plain = {
+        name: frozenset(get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint])
+        for name, hint in get_type_hints(cls).items()
+    }
+    return {f.name: (hints[f.name], plain[f.name]) for f in fields(cls)}
 
 
 def _holds(rule: Rule, value: Any) -> bool:

@@ -54,7 +54,7 @@ def experts_hint(missing: Iterable[str], tensors: Iterable[str]) -> str:
 
 
 def empty_hint(params: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say where empty tensors of an adapter come from; nothing where there are none.
+    """Say where tensors of shape (0,) come from; nothing where other shapes are empty, or none.
 
     Examples
     --------
@@ -62,7 +62,8 @@ def empty_hint(params: Mapping[str, Mapping[str, Any]]) -> str:
     >>> empty_hint({"fc": {"lora_A.weight": np.zeros(0)}}).strip()[:39]
     'empty tensors are what DeepSpeed ZeRO-3'
     """
-    if not any(0 in array.shape for p in params.values() for array in p.values()):
+    shapes = {tuple(array.shape) for p in params.values() for array in p.values()}
+    if {shape for shape in shapes if 0 in shape} != {(0,)}:
         return ""
     return (
         "\nempty tensors are what DeepSpeed ZeRO-3 saves of parameters that are not gathered: save "

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from math import prod
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 from peft_any._typing import Array, DTypeLike, Params, Shape
-from peft_any.backend import astype, dtype_name, is_floating, plus_product, resolve, summed
+from peft_any.backend import plus_product, resolve, summed
 from peft_any.checks import OURS, check_site, refuse_restart
 from peft_any.dropout import Noise, dropped
 from peft_any.errors import ConfigError, Irreversible
 from peft_any.factors import paired
 from peft_any.initial import drawn
-from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, check_input, linear, narrow, widen
+from peft_any.layer import MATRICES, Dense, Kind, Layer, Site, linear
 from peft_any.linalg import as_product
 from peft_any.outputs import added, gained
 from peft_any.prompt import Prompt as Prompt
 from peft_any.registry import Config as Config
 from peft_any.registry import method_for as method_for
 from peft_any.rng import Fresh
+from peft_any.single import AdaptedLayer as AdaptedLayer
 
 
 class Tuner(Config):
@@ -63,7 +62,15 @@ class Tuner(Config):
         return False
 
     def at(self, site: Site) -> Self:
-        """Resolve per-site numbers (patterns, sizes), or refuse: `ConfigError`, `ShapeError`."""
+        """Resolve what depends on the site: numbers by patterns, and sizes.
+
+        Raises
+        ------
+        ConfigError
+            If the method does not support the layer's kind, or a number does not fit it.
+        ShapeError
+            If the layer's sizes do not fit the method's.
+        """
         check_site(self, site)
         return self.per_site(site)
 
@@ -287,63 +294,3 @@ class Additive(Tuner):
         """base(x) + residual(x); a gain scales all of it but the bias."""
         more, gain = self.residual(p, x, base.site), self.gain(p, base)
         return added(base, x, more) if gain is None else gained(base, x, gain, more)
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """One layer's adapter: configuration, site, parameters and, where given, the base layer.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from peft_any.methods.lora import LoraConfig
-    >>> layer = LoraConfig(r=4).layer(6, 5, seed=0)
-    >>> bool(np.all(layer.residual(np.ones((2, 6), dtype="float32")) == 0))
-    True
-    """
-
-    config: Tuner
-    site: Site
-    params: Params
-    base: Dense | None = None
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained."""
-        names = self.config.shapes(self.site)
-        return sum(prod(self.params[k].shape) for k in names if k not in self.config.frozen)
-
-    def residual(self, x: Array) -> Array:
-        """Compute what an additive adapter adds to the base layer's output (..., n_out)."""
-        if not isinstance(self.config, Additive):
-            raise ConfigError(
-                f"{self.config.where}: {self.config.peft_type} has no residual: it does not add "
-                "to the base's output; give layer() the base weight and call the layer"
-            )
-        return self.config.residual(self.params, x, self.site)
-
-    def __call__(self, x: Array) -> Array:
-        """Apply the adapted layer (the base must have been given)."""
-        check_input(x, self.site)
-        p, layer = self._ready
-        out = dtype_name(x if is_floating(x) else self._base().weight)
-        x = astype(x, dtype_name(layer.weight)) if is_floating(x) else x
-        return astype(self.config.forward(p, x, layer), out)
-
-    def merge(self) -> Dense:
-        """Give the merged layer, rounded once to the base's dtype."""
-        base = self._base()
-        (p,), layer = widen([self.params], base)
-        return narrow(self.config.merge(p, layer), base)
-
-    @cached_property
-    def _ready(self) -> tuple[Params, Dense]:
-        (p,), layer = widen([self.params], self._base())
-        return self.config.prepare(p, layer), layer
-
-    def _base(self) -> Dense:
-        if self.base is None:
-            raise ConfigError(
-                f"{self.site.name}: this needs the base layer: pass weight= (and bias=) to layer()"
-            )
-        return self.base

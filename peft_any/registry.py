@@ -9,16 +9,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, dataclass_transform, final
+from typing import Any, ClassVar, Literal, TypeAlias, dataclass_transform, final
 
 from peft_any._typing import Array, Params
 from peft_any.errors import ConfigError, nearest
-from peft_any.fields import check_rules, default_of
+from peft_any.fields import check_rules, check_types, default_of
 from peft_any.plugins import GROUP, Plugin, chosen, plugins
 
 _known: dict[str, type[Config]] = {}
 _NAMED = {"PromptEncoderConfig": "ptuning"}
 """Classes that are called otherwise than their method."""
+TaskType: TypeAlias = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
+"""What a model is for, by Hugging Face PEFT's names."""
 _RUN = "run it with Hugging Face PEFT"
 _ABSENT = {
     "SHADOW": ("it runs a second model beside the base, and changes no weight of it", _RUN),
@@ -68,7 +72,7 @@ class Config(abc.ABC):
     needs: ClassVar[tuple[str, ...]] = ()
     """Extensions of the array standard that `merge` or `forward` use."""
 
-    task_type: str | None = None
+    task_type: TaskType | None = None
     auto_mapping: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -107,6 +111,7 @@ class Config(abc.ABC):
     @final
     def __post_init__(self) -> None:
         check_rules(type(self), vars(self))
+        check_types(type(self), vars(self))
         self.check()
 
     def check(self) -> None:  # noqa: B027 - a hook: most methods have no more to check

@@ -30,16 +30,8 @@ _LISTED = 12
 
 
 def saved_whole(config: Any) -> list[str]:
-    """List the modules that an adapter carries as full copies: named, or implied by the task.
-
-    Raises
-    ------
-    ConfigError
-        If `modules_to_save` is one string: it would be taken as its letters.
-    """
+    """List the modules that an adapter carries as full copies: named, or implied by the task."""
     named = getattr(config, "modules_to_save", None) or []
-    if isinstance(named, str):
-        raise ConfigError(f"{config.where}: modules_to_save={named!r}: give a list, [{named!r}]")
     return [*named, *_HEADS.get(str(config.task_type), ())]
 
 

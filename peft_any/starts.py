@@ -86,6 +86,17 @@ def check(config: Any) -> None:
         raise ConfigError(f"{config.where}: r={config.r} cannot be a rank: give at least 1")
     if config.use_dora and config.lora_bias:
         raise ConfigError(f"{config.where}: lora_bias cannot go with use_dora")
+    check_init(config)
+
+
+def check_init(config: Any) -> None:
+    """Refuse an `init_lora_weights` that does not exist.
+
+    Raises
+    ------
+    ConfigError
+        With the names that there are.
+    """
     init = config.init_lora_weights
     known = ("gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "mica", *FOREIGN)
     if isinstance(init, str) and init not in known and not has_start(init):

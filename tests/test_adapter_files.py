@@ -213,6 +213,11 @@ def test_empty_tensors_say_where_they_come_from(tmp_path: Path) -> None:
     empty = {k: np.zeros(0, "float32") for k in under("base_model.model.fc.")}
     with pytest.raises(ShapeError, match=r"(?s)shape \(0,\) cannot fit.*DeepSpeed ZeRO-3 saves"):
         Adapter.load(write(tmp_path / "a", empty)).check(BASE)
+    flat = {"U_low": (3, 0), "S_low": (0,), "V_low": (0, 4)}
+    nothing = arrays({f"base_model.model.fc.osf_svd_params.{k}": s for k, s in flat.items()})
+    osf = Adapter.load(write(tmp_path / "b", nothing, peft_type="OSF", effective_rank=3))
+    with pytest.raises(ShapeError, match=r"effective_rank=3 keeps all 3 directions.*nothing$"):
+        osf.check({"fc.weight": np.zeros((3, 4), "float32")})
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
@@ -494,7 +499,7 @@ def test_not_a_number_is_refused_in_a_dict_too() -> None:
     with pytest.raises(ConfigError, match=r"finite number, got nan - at `\$.alpha_pattern.q`"):
         config_from_dict(raw)
     with pytest.raises(ConfigError, match="cannot be written as JSON"):
-        config_to_json(LoraConfig(lora_alpha=float("inf")))
+        config_to_json(LoraConfig(alpha_pattern={"q": float("inf")}))
 
 
 def test_a_missing_configuration_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, field, fields
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -30,6 +30,9 @@ class Ruled(Additive, Biases, Excludes, peft_type="TEST_RULED"):
     share: Share = 0.0
     inside: Inside = 0.5
     size: Positive = 1.0
+    flag: bool = False
+    names: list[str] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         if self.few == self.even == 4:
@@ -66,6 +69,14 @@ del _known["TEST_RULED"]
         ({"inside": 0.0}, r"inside=0.0 must be in \(0, 1\)"),
         ({"size": 0.0}, "size=0.0 must be above 0"),
         ({"size": float("nan")}, "size=nan must be above 0"),
+        ({"size": float("inf")}, "size=inf must be a finite number"),
+        ({"few": 2.5}, "few=2.5 cannot be taken: give an integer"),
+        ({"flag": "yes"}, "flag='yes' cannot be taken: give True or False"),
+        ({"names": ["a", 1]}, r"names\[1\]=1 cannot be taken: give a string"),
+        ({"names": {1}}, r"names\[0\]=1 cannot be taken: give a string"),
+        ({"sizes": "a"}, "sizes='a' cannot be taken: give a mapping"),
+        ({"sizes": {"a": "b"}}, r"sizes\['a'\]='b' cannot be taken: give an integer"),
+        ({"task_type": "CLASSIFY"}, "task_type='CLASSIFY' must be \"SEQ_CLS\", .* or null"),
         ({"bias": "lora"}, 'bias=\'lora\' must be "none", "all" or "test_only"'),
         ({"few": 4, "even": 4}, "both 4"),
     ],
@@ -76,7 +87,9 @@ def test_a_fields_type_says_what_it_takes(given: dict[str, Any], text: str) -> N
 
 
 def test_what_rules_allow_is_taken() -> None:
-    config = Ruled(few=4, even=6, some=3, way=None, start="odd", share=1, bias="test_only")
+    config = Ruled(
+        few=4, even=6, some=3, way=None, start="odd", share=1, bias="test_only", names=("a",)
+    )
     assert (
         Ruled(few=4) != config == Ruled(**{f.name: getattr(config, f.name) for f in fields(config)})
     )
@@ -89,6 +102,7 @@ def test_what_rules_allow_is_taken() -> None:
 def test_a_files_words_and_types_are_refused_by_name() -> None:
     for given, text in (
         ({"config_C": "constant"}, r'^a\.json: GloraConfig: config_C=.* must be "lora", "vector"'),
+        ({"task_type": "LM"}, r"^a\.json: GloraConfig: task_type='LM' must be \"SEQ_CLS\", "),
         ({"config_C": 3}, r"^a\.json: .*\$\.config_C"),
         ({"r": "8"}, r"^a\.json: Expected `int`, got `str` - at `\$\.r`"),
         ({"r": 0}, r"^a\.json: GloraConfig: r=0 must be at least 1"),
@@ -107,3 +121,22 @@ def test_groups_of_fields_are_only_where_they_are_asked_for() -> None:
     assert XLoraConfig().prefix == "xlora_"
     assert method_for("VERA").prefix == "vera_lambda_"
     assert all(method_for(name).prefix for name in method_names())
+
+
+def test_every_fields_unknown_words_and_types_are_refused() -> None:
+    """From Python as from files, of all methods: what Hugging Face PEFT refuses, and more."""
+    for name in method_names():
+        cls = method_for(name)
+        for one in fields(cls):
+            for value in (object(), float("nan"), [[None]]):
+                with pytest.raises(ConfigError, match=f"^{cls.__name__}: {one.name}"):
+                    cls(**{one.name: value})
+    for name, word in (
+        ("ADALORA", "init_lora_weights"),
+        ("LORA", "init_lora_weights"),
+        ("MULTITASK_PROMPT_TUNING", "prompt_tuning_init"),
+    ):
+        with pytest.raises(ConfigError, match=f"{word}='up'"):
+            config_from_dict({"peft_type": name, "total_step": 9, word: "up"})
+    with pytest.raises(ConfigError, match="init_logits_std=-1"):
+        config_from_dict({"peft_type": "VBLORA", "init_logits_std": -1})

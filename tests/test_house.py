@@ -54,7 +54,7 @@ LAYERS = [
         "wavelets",
     },
     {"joint"},
-    {"starts", "registry", "tokens", "factors", "alora", "arrow", "gates"},
+    {"starts", "registry", "tokens", "factors", "single", "alora", "arrow", "gates"},
     {"prompt", "variants"},
     {"prompts"},
     {"encoders", "prefixes"},

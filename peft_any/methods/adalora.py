@@ -11,6 +11,7 @@ from peft_any.errors import ConfigError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Inside, Rate, within
 from peft_any.initial import normal, zeros
 from peft_any.linalg import orthogonality
+from peft_any.starts import check_init
 
 
 class AdaLoraConfig(
@@ -65,6 +66,7 @@ class AdaLoraConfig(
             total_step=(total >= 1, "the number of training steps (HF PEFT demands it)"),
             tinit=(self.tinit < total - self.tfinal, "less than total_step - tfinal"),
         )
+        check_init(self)
 
     def kept(self, name: str) -> list[bool]:
         """Give the mask (init_r,) of the triplets kept at a site: all, where none is given."""

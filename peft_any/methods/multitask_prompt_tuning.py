@@ -4,7 +4,7 @@ Wang et al. 2023, https://arxiv.org/abs/2303.02861.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from peft_any.backend import from_numpy_like, is_array, namespace
 from peft_any.contract import Array, Fresh, Params, Prepended, Shape
@@ -29,7 +29,9 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
 
     tables: ClassVar[tuple[str, ...]] = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 
-    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init: Literal[
+        "RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
+    ] = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None

@@ -61,10 +61,12 @@ class OSFConfig(Tuner, peft_type="OSF"):
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """U, S and V."""
-        k = min(site.n_out, site.n_in) - int(self.effective_rank or 0)
+        side = min(site.n_out, site.n_in)
+        k = side - int(self.effective_rank or 0)
         if k < 1:
             raise ShapeError(
-                f"{site.name}: effective_rank={self.effective_rank} leaves no direction to train"
+                f"{site.name}: effective_rank={self.effective_rank} keeps all {side} directions, "
+                "and leaves none to train: give less; an adapter so saved changes nothing"
             )
         of = {"U": (site.n_out, k), "S": (k,), "V": (k, site.n_in)}
         return {f"osf_svd_params.{name}_low": shape for name, shape in of.items()}

@@ -1,12 +1,12 @@
 """VB-LoRA: factors out of one bank of vectors. Li et al. 2024, https://arxiv.org/abs/2405.15179."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from peft_any.backend import namespace
 from peft_any.checks import check_divides, refuse
 from peft_any.contract import Additive, Array, Fresh, Kind, Params, Shape, Site
-from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate
+from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut, Rate, within
 from peft_any.initial import uniform
 from peft_any.mixtures import largest, largest_shares, placed_shares
 
@@ -37,8 +37,8 @@ class VBLoRAConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="
     topk: Count = 2
     save_only_topk_weights: bool = False
     vblora_dropout: Rate = 0.0
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    init_vector_bank_bound: Annotated[float, within(0)] = 0.02
+    init_logits_std: Annotated[float, within(0)] = 0.1
 
     def check(self) -> None:
         """No more vectors are chosen than there are."""
