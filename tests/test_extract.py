@@ -162,6 +162,12 @@ def test_biases_alone(shop: Shop) -> None:
     assert config.target_modules == ["layers.1.q_proj"]
 
 
+def test_no_target_means_a_module_that_holds_others(shop: Shop) -> None:
+    base = {"body.1.conv.weight": np.eye(8, dtype="f4"), "head.1.weight": np.eye(8, dtype="f4")}
+    made = {**base, "head.1.weight": base["head.1.weight"] + 1}
+    assert shop.extract(base, made, rank=1).adapter.config.target_modules == ["head.1"]
+
+
 def test_norms_alone(shop: Shop) -> None:
     base = model()
     made = tuned(base, "layers.0.norm1.bias", "norm.weight")

@@ -273,7 +273,8 @@ def _config(sorter: _Sorter, shapes: Mapping[str, Any]) -> LoraConfig:
         return config
     # the output half of a packed attention comes with the other one
     named = [n for n in low if n not in map(out_projection, low)]
-    short = shortened(named, everything, lambda name, end: name == end or name.endswith(f".{end}"))
+    # Hugging Face PEFT matches modules that hold others too, and fails there
+    short = shortened(named, parents, lambda name, end: name == end or name.endswith(f".{end}"))
     pattern = "|".join(map(re.escape, named))
     for targets in (short, named, pattern):
         chosen = replace(config, target_modules=targets)
