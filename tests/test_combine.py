@@ -357,6 +357,19 @@ def copies(name: str, value: float, seed: int = 1, **fields: Any) -> Adapter:
     return adapter.replace(extra={name: np.full((2, 2), value, "float32")})
 
 
+def test_a_layer_that_another_adapter_carries_whole_stays_whole() -> None:
+    """Hugging Face PEFT loads no file that has both factors and a copy of a layer."""
+    new = np.random.default_rng(5).standard_normal((10, 8)).astype("float32")
+    fields = {"target_modules": ["other"], "modules_to_save": ["fc"]}
+    whole = lora(1, **fields).replace(
+        sites={"other": lora(1).sites["fc"]}, extra={"fc.weight": new}
+    )
+    made, _ = combine([(lora(2), -0.5), (whole, 1.0)])
+    assert [*made.sites] == ["other"]
+    want = new - 0.5 * delta(lora(2))
+    np.testing.assert_allclose(made.extra["fc.weight"], want, rtol=1e-5, atol=1e-6)
+
+
 def test_copies_need_the_base_unless_they_are_alone() -> None:
     one, two = copies("head.weight", 3.0), copies("head.weight", 5.0, 2)
     made, record = combine([(one, 1.0), (lora(2), 0.5)])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
-from peft_any.algebra.copies import combined_copies
+from peft_any.algebra.copies import Copies, combined_copies, folded
 from peft_any.algebra.gains import all_gains, combined_gains
 from peft_any.algebra.lowrank import Cut
 from peft_any.algebra.record import LayerRecord, Record
@@ -168,7 +168,7 @@ class Job:
                 plain = self._plain(options)
                 made, layers = combined_gains(given, to, self._dtype(given), plain=plain)
             else:
-                made, layers = self._layers(given, view, options, to)
+                made, layers, copies = self._layers(given, view, options, to, copies)
             read = {}
             if isinstance(view, View):
                 read = {"path": str(self.base), "fingerprint": fingerprint(view.base)}
@@ -204,8 +204,8 @@ class Job:
         return options.method == "linear"
 
     def _layers(
-        self, given: Sequence[Given], view: Any, options: Options, to: Backend
-    ) -> tuple[Adapter, list[LayerRecord]]:
+        self, given: Sequence[Given], view: Any, options: Options, to: Backend, copies: Copies
+    ) -> tuple[Adapter, list[LayerRecord], Copies]:
         fits = placed(given, view, self.fit)
         names, work = self.pieces(given, fits, view, options, to)
         found: dict[str, tuple[Update, LayerRecord]] = {}
@@ -223,9 +223,10 @@ class Job:
             items = [tuple(names)] if draws else [(name,) for name in names]
             self.engine.run(Layers.of(self, given, view, to), items, done)
         configs: list[Any] = [one.adapter.config for one in given]
-        made = lora_adapter([found[n][0] for n in names], configs, dtype=self._dtype(given))
+        copies, updates = folded(copies, given, [found[n][0] for n in names])
+        made = lora_adapter(updates, configs, dtype=self._dtype(given))
         made = made.replace(metadata={**made.metadata, **origin(given, fits)})
-        return made, [found[name][1] for name in names]
+        return made, [found[name][1] for name in names], copies
 
     def pieces(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_any._typing import Array, Params
+from peft_any.algebra.written import Update
 from peft_any.backend import (
     Backend,
     astype,
@@ -18,7 +19,9 @@ from peft_any.backend import (
     widest,
 )
 from peft_any.errors import ShapeError, TargetError
-from peft_any.extras import is_trained
+from peft_any.extras import is_trained, within
+from peft_any.layer import Dense
+from peft_any.selection import saved_whole
 from peft_any.surgery.measure import equal_bytes
 from peft_any.surgery.sources import Given
 from peft_any.tokens import token_indices, with_rows
@@ -107,6 +110,31 @@ def combined_copies(
         )
     by = {name: tuple(one.label for one in having) for name, having in owners.items()}
     return Copies(extra, tokens, _fields(given, extra, indices), by)
+
+
+def folded(
+    copies: Copies, given: Sequence[Given], updates: Sequence[Update]
+) -> tuple[Copies, list[Update]]:
+    """Add changes of layers that an adapter carries whole to the copies: no file holds both."""
+    extra, rest = dict(copies.extra), []
+    for update in updates:
+        site, name = update.site, update.site.weight
+        if name not in extra or not any(_whole(one, name) for one in given):
+            rest.append(update)
+            continue
+        layer = Dense.of(widest(extra[name]), extra.get(site.bias_name), site)
+        u, v = map(widest, update.factors)
+        new = layer.replace(weight=layer.weight + update.scale * (u @ v)).stored()
+        extra[name] = astype(new, dtype_name(extra[name]))
+        if update.bias is not None:
+            bias = layer.sure_bias
+            extra[site.bias_name] = astype(widest(bias) + update.bias, dtype_name(bias))
+    return replace(copies, extra=extra), rest
+
+
+def _whole(given: Given, name: str) -> bool:
+    adapter = given.adapter
+    return name in adapter.extra and within(name, saved_whole(adapter.config))
 
 
 def _along(name: str, having: Sequence[Given]) -> bool:
