@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -20,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_any.errors import FormatError, PeftError, StorageError, UsageError
-from peft_any.io._atomic import refuse_overlap
 from peft_any.io._fingerprint import checksum
 from peft_any.io._json import parse_object, read_json
+from peft_any.io._overlap import refuse_overlap
 from peft_any.io.checkpoint import Checkpoint, fingerprint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile, read_safetensors, write_safetensors
 from peft_any.testing.strategies import hostile_files
@@ -226,6 +228,29 @@ class TestChoice:
         (tmp_path / name).write_bytes(b"PK\x03\x04" + b"\0" * 40)
         self.refused(tmp_path, "weights_only=True", FormatError)
         self.refused(tmp_path / name, "(?s)zip archive.*weights_only=True", FormatError)
+
+    @pytest.mark.parametrize("shards", [1, 2])
+    def test_the_way_out_of_pickles(
+        self, tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The command that is given makes a base of them."""
+        torch = pytest.importorskip("torch")
+        tied = torch.arange(6.0).reshape(3, 2)
+        held = {"b.weight": tied, "a.weight": tied.T, "c.weight": tied}
+        for i in range(shards):
+            name = f"-{i + 1:05}-of-{shards:05}" if shards > 1 else ""
+            part = {k: held[k] for k in [*held][i::shards]}
+            torch.save(part, tmp_path / f"pytorch_model{name}.bin")
+        (tmp_path / "training_args.bin").write_bytes(b"PK")
+        with pytest.raises(FormatError) as refused:
+            Checkpoint(tmp_path)
+        _, _, code, *given = shlex.split(str(refused.value).partition(":\n")[2])
+        monkeypatch.setattr(sys, "argv", ["-c", *given])
+        exec(code, {})
+        with Checkpoint(tmp_path) as made:
+            assert {*made} == {*held}
+            for name in made:
+                np.testing.assert_array_equal(made[name], held[name])
 
     def test_gguf(self, tmp_path: Path) -> None:
         (tmp_path / "model.gguf").write_bytes(b"GGUF")
@@ -866,6 +891,19 @@ class TestOverlap:
             partial.touch()
         with pytest.raises(UsageError, match="contains"):
             refuse_overlap(tmp_path, [base])
+
+    def test_what_an_input_links_to(self, tmp_path: Path) -> None:
+        """An adapter of links would lose its files with the directory that is replaced."""
+        single(tmp_path / "store" / "more")
+        (tmp_path / "input" / "sub").mkdir(parents=True)
+        (tmp_path / "input" / "loop").symlink_to("loop")
+        refuse_overlap(tmp_path / "store", [tmp_path / "input"])
+        link = tmp_path / "input" / "sub" / "config.json"
+        link.symlink_to(tmp_path / "store" / "more" / "config.json")
+        for out in ("store", "store/more"):
+            with pytest.raises(UsageError, match=rf"it contains what {link} links to"):
+                refuse_overlap(tmp_path / out, [tmp_path / "input"])
+        refuse_overlap(tmp_path / "store" / "less", [tmp_path / "input"])
 
     def test_inputs_that_are_not_there(self, tmp_path: Path) -> None:
         refuse_overlap(tmp_path / "out", [tmp_path / "none"])

@@ -116,13 +116,19 @@ class TestWithMatplotlib:
     def test_many_layers_of_high_rank(self, tmp_path: Path) -> None:
         self.drawn(inspect_adapter(lora(0, layers=60, r=20), spectra=True), tmp_path)
 
-    def test_nothing_to_draw(self, tmp_path: Path) -> None:
+    def test_nothing_to_draw(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_safetensors(tmp_path / "a.safetensors", {"w": np.ones(3)})
         same = diff(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
         with pytest.raises(UsageError, match="there is no layer with a number"):
             draw(same, tmp_path / "x.png")
         with pytest.raises(UsageError, match=r"end the name in \.png"):
             draw(inspect_adapter(lora(0)), tmp_path / "x.svg")
+        assert not (tmp_path / "x.png").exists()
+        same_files = [str(tmp_path / "a.safetensors")] * 2
+        assert cli.run(["diff", *same_files, "--plot", str(tmp_path / "x.png")]) == 0
+        out, err = capsys.readouterr()
+        assert out == "1 identical\n"
+        assert "x.png: cannot be drawn: there is no layer with a number" in err
         assert not (tmp_path / "x.png").exists()
 
     def test_commands(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,12 @@ def aside(delta: np.ndarray) -> np.ndarray:
     return (other * np.linalg.norm(delta) / np.linalg.norm(other)).astype("f4")
 
 
+def bumped(w: Any) -> Any:
+    out = w.copy()
+    out[2, 3] += 0.01
+    return out
+
+
 class TestVerify:
     """The audit of a merge that somebody made."""
 
@@ -195,6 +201,7 @@ class TestVerify:
             (put(Q, lambda w: llama("float32")[Q]), "kept 0.0000"),
             (put(Q, lambda w: 3 * w - 2 * llama("float32")[Q]), "3.000 times"),
             (put(Q, lambda w: w + aside(w - llama("float32")[Q])), "something else"),
+            (put(Q, bumped), "the element at [2, 3] is off by 0.01"),
             (lambda w: {k: v for k, v in w.items() if k != NORM}, "is missing"),
             (lambda w: {**w, "new.weight": w[NORM]}, "new.weight: is extra"),
         ],
@@ -203,6 +210,25 @@ class TestVerify:
         receipt = self.audit(tmp_path, alter)
         assert any(words in problem for problem in receipt.problems)
         assert len(receipt.problems) == 1
+
+    @pytest.mark.parametrize("coarse", [np.float32, np.float16, BF16])
+    @pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
+    def test_merges_of_others_are_no_tampering(
+        self, coarse: Any, stored: Any, tmp_path: Path
+    ) -> None:
+        """As other libraries make them: Δ rounded first, then the sum, weights of all sizes."""
+        rng = np.random.default_rng(0)
+        weights = {Q: rng.standard_normal((64, 64)) * np.exp(3 * rng.standard_normal((64, 64)))}
+        weights = {Q: weights[Q].astype("f4").astype(coarse)}
+        base = single(tmp_path / "base", weights)
+        made = random_adapter(weights, LoraConfig(r=16, target_modules=["q_proj"]))
+        p = made.sites[Q.removesuffix(".weight")]
+        change = (p["lora_B.weight"] @ p["lora_A.weight"] / 2).astype(coarse)
+        both = (weights[Q].astype("f4") + change.astype("f4")).astype(coarse)
+        write_safetensors(tmp_path / "m.safetensors", {Q: both.astype(stored)})
+        merged = tmp_path / "m.safetensors"
+        found = verify_checkpoint(base, made, merged, check=False, min_kept=0.5)
+        assert found.problems == ()
 
     def test_wider_copies_with_the_same_values_are_warned_of(self, tmp_path: Path) -> None:
         receipt = self.audit(

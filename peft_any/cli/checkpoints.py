@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from peft_any.cli.options import (
     engine_at,
     runs,
 )
+from peft_any.errors import UsageError
 
 PLOT = option("--plot", type=PATH, metavar="FILE.png", help="Draw it.")
 OVERWRITE_PLOT = flag("--overwrite", help="Replace an existing picture.")
@@ -76,7 +78,14 @@ def _drawer(plot: str | None, overwrite: bool) -> Callable[[Drawable], None]:
     from peft_any.surgery.pictures import draw, refuse_undrawable
 
     refuse_undrawable(plot, overwrite=overwrite)
-    return lambda found: draw(found, plot, overwrite=overwrite)
+
+    def drawn(found: Drawable) -> None:
+        try:
+            draw(found, plot, overwrite=overwrite)
+        except UsageError as nothing:  # which the result says, too
+            warnings.warn(str(nothing), stacklevel=2)
+
+    return drawn
 
 
 @command(

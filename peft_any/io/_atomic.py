@@ -18,44 +18,12 @@ from peft_any.io._faults import taken as taken
 from peft_any.io._foreign import FOREIGN
 from peft_any.io._leftovers import discard, exchange, journal_of, recover
 from peft_any.io._lock import claimed, hidden
+from peft_any.io._overlap import real, refuse_overlap
 from peft_any.io._threads import sync, sync_all
 from peft_any.io._urls import is_url, local, path_of
 
 _FILES = {".safetensors", *FOREIGN}
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
-
-
-def refuse_overlap(out: StrPath, inputs: Iterable[StrPath]) -> None:
-    """Refuse an output that is, lies inside, or contains one of the inputs.
-
-    Parameters
-    ----------
-    out : path
-        Where the output is to go; it need not exist.
-    inputs : iterable of path
-        Files and directories that must stay untouched.
-
-    Raises
-    ------
-    UsageError
-        Where writing `out` could change an input.
-    """
-    target = _real(out)
-    for given in map(path_of, inputs):
-        if is_url(given):
-            continue
-        source = _real(given)
-        if target == source or (
-            os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source)
-        ):
-            how = "it is the input itself"
-        elif source in target.parents:
-            how = f"it lies inside the input {given}"
-        elif target in source.parents:
-            how = f"it contains the input {given}"
-        else:
-            continue
-        raise UsageError(f"{out}: the output cannot go here: {how}; choose another place")
 
 
 @contextmanager
@@ -241,9 +209,9 @@ def _check_existing(final: Path, overwrite: bool, *, directory: bool) -> None:
 
 
 def _refuse_precious(final: Path) -> None:
-    real = _real(final)
+    place = real(final)
     here = Path.cwd()
-    if real == here or real in here.parents:
+    if place == here or place in here.parents:
         why = "it holds the current directory"
     elif (final / ".git").exists():
         why = "it is under version control"
@@ -255,13 +223,6 @@ def _refuse_precious(final: Path) -> None:
         f"{final}: the existing directory cannot be replaced: {why}, so it is not removed; "
         "remove it yourself or choose another name"
     )
-
-
-def _real(path: StrPath) -> Path:
-    try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError, ValueError) as cause:
-        raise storage_error(path, "be resolved", cause) from cause
 
 
 def _sync_tree(folder: Path, known: Collection[Path] = ()) -> set[Path]:

@@ -36,9 +36,25 @@ def way_out(weights: Sequence[Path]) -> str:
     """Say what to do with a directory whose only weights are these."""
     if not weights[0].name.endswith(PICKLES):
         return "use or make a safetensors version of it"
-    if len(weights) > 1:
-        return CONVERT
-    return conversion(weights[0], str(weights[0].with_name("model.safetensors")))
+    known = [path for path in weights if path.name.startswith("pytorch_model")] or [*weights]
+    if len(known) == 1:
+        return conversion(known[0], str(known[0].with_name("model.safetensors")))
+    return _DIVIDED + " ".join(shlex.quote(os.fspath(path)) for path in known)
+
+
+_DIVIDED = """convert them once, where torch is installed and you trust them:
+  python -c "
+import json, pathlib, sys, torch; from safetensors.torch import save_file
+files = {}
+for path in map(pathlib.Path, sys.argv[1:]):
+    new = path.with_name(path.stem.removeprefix('pytorch_') + '.safetensors')
+    held = torch.load(path, map_location='cpu', weights_only=True)
+    save_file({k: v.clone().contiguous() for k, v in held.items()}, new, {'format': 'pt'})
+    files |= dict.fromkeys(held, new.name)
+text = json.dumps({'metadata': {}, 'weight_map': files})
+path.with_name('model.safetensors.index.json').write_text(text)
+" """
+"""The command that converts shards, but for their names."""
 
 
 _PICKLE = f"a pickle, which is never loaded here; {CONVERT}"

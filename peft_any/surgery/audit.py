@@ -139,11 +139,18 @@ class Audit:
             return Finding(f"{name}: has shape {found.shape} and should have {shape}")
         if is_floating(found) and not all_finite(found):
             return Finding(f"{name}: has NaN or infinite values")
-        theirs, best = self.surgeon.audited(source, found)
+        theirs, best, strays = self.surgeon.audited(source, found)
         warning = ""
         if theirs.dtype != theirs.base_dtype:
             warning = f"{name}: is {theirs.dtype}, in the base {theirs.base_dtype}"
-        return Finding(self._doubt(name, theirs, best), warning, theirs)
+        doubt = self._doubt(name, theirs, best)
+        if not doubt and theirs.kept is not None and strays.stray(theirs.dtype, theirs.base_dtype):
+            place = [int(i) for i in np.unravel_index(strays.place, found.shape)]
+            doubt = (
+                f"{name}: the element at {place} is off by {strays.off:.2g}, far more than its "
+                f"rounding to {theirs.dtype} and all other elements: it was changed"
+            )
+        return Finding(doubt, warning, theirs)
 
     def _doubt(self, name: str, theirs: Change, best: Change) -> str:
         if theirs.kept is None or theirs.error is None:

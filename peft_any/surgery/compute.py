@@ -16,7 +16,7 @@ from peft_any.extras import check_copies
 from peft_any.layer import EXPERTS, Dense, Site
 from peft_any.parts import Part
 from peft_any.receipt import Change, Host
-from peft_any.surgery.measure import Moments, change_of
+from peft_any.surgery.measure import Moments, Strays, change_of
 from peft_any.surgery.patches import (
     Copied,
     Cut,
@@ -117,17 +117,19 @@ class Surgeon:
         values = made[0][0] if len(made) == 1 else np.concatenate([block for block, _ in made])
         return values, self.change(tensor, values.dtype.name, (moments for _, moments in made))
 
-    def audited(self, tensor: str, realised: Host) -> tuple[Change, Change]:
+    def audited(self, tensor: str, realised: Host) -> tuple[Change, Change, Strays]:
         """Measure somebody else's value of a tensor, and what is best in its dtype, alike."""
         patch, name, found = self.patch(tensor), realised.dtype.name, []
+        strays = Strays()
         for rows in patch.blocks:
             exact, delta = patch.exact(rows)
             theirs = realised[rows] if realised.ndim else realised
             pair = (theirs, nearest(exact, name))
+            strays += Strays.of(exact, theirs)
             found.append([patch.moments(exact, delta, one, rows) for one in pair])
         both = zip(*found, strict=True)
         theirs_, ours = (self.change(tensor, name, moments) for moments in both)
-        return theirs_, ours
+        return theirs_, ours, strays
 
     def change(self, tensor: str, dtype: str, moments: Iterable[Moments]) -> Change:
         """Put what became of a tensor's blocks together, in their order."""

@@ -247,7 +247,7 @@ def _notes(couple: Couple, changed: Iterable[str]) -> tuple[str, ...]:
             pairs.setdefault((base.dtype, model.dtype), []).append(name)
         if base.shape != model.shape:
             notes.append(
-                f"{name}: grows from {base.shape[0]} to {model.shape[0]} rows; saved whole"
+                f"{name}: has {model.shape[0]} rows, in the base {base.shape[0]}; saved whole"
             )
     notes += [
         f"{len(names)} tensors are {one} in the base and {two} in the model: what rounding did is "

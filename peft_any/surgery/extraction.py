@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from peft_any.arguments import checked
 from peft_any.backend import Backend, resolve
 from peft_any.errors import UsageError, VerifyError
 from peft_any.io._atomic import StrPath
+from peft_any.io._urls import is_url, path_of
 from peft_any.io.checkpoint import Checkpoint, output_directory
 from peft_any.io.config import TENSORS
 from peft_any.io.safetensors import SafetensorsFile
@@ -33,7 +35,7 @@ from peft_any.surgery.extracted import Extraction, Layer
 from peft_any.surgery.factoring import Comparing, Factored, Factoring, Names
 from peft_any.surgery.job import Progress
 from peft_any.surgery.measure import all_finite
-from peft_any.surgery.merge import storage_dtype
+from peft_any.surgery.merge import refuse_existing, storage_dtype
 from peft_any.surgery.sources import Kinds
 
 RECEIPT = "extract_receipt.json"
@@ -116,6 +118,8 @@ def extract(
     cut, to, dtype = Cut(rank=rank, energy=energy), resolve(backend), storage_dtype(dtype)
     does = engine_of(engine)
     with Checkpoint(base) as one, Checkpoint(model) as two:
+        if out is not None:
+            refuse_existing(os.fspath(out) if is_url(out) else Path(path_of(out)), overwrite)
         couple = Couple(one, two)
         compared = partial(_compared, does, couple)
         division = divide(couple, compared, kinds, embeddings=embeddings, strict=strict)

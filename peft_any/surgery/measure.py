@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from typing import Any
 
 import numpy as np
+from ml_dtypes import finfo
 
 from peft_any._typing import Shape
 from peft_any.errors import ShapeError
@@ -15,6 +17,8 @@ from peft_any.receipt import Change, Host
 _BLOCK = 1 << 16
 """Elements of a block: its double-precision copies stay in the cache."""
 _BYTES = 1 << 22
+_FINEST = 2.0**-14
+"""What a sum of many products, made in single precision, may be off."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,78 @@ def measure(
         moved -= change
         total += Moments(miss2=float(np.vdot(moved, moved)))
     return total
+
+
+@dataclass(frozen=True)
+class Strays:
+    """How far stored elements are off, as shares of their own and their neighbours' sizes.
+
+    Attributes
+    ----------
+    squares, tops : float
+        Sums of the squares: of all, and of the largest of each block.
+    largest, off : float
+        The largest share, and by how much that element is off.
+    place, size : int
+        Which one it is, in C order, and how many there are.
+    """
+
+    squares: float = 0.0
+    tops: float = 0.0
+    largest: float = 0.0
+    off: float = 0.0
+    place: int = 0
+    size: int = 0
+
+    @classmethod
+    def of(cls, exact: Host, found: Host) -> Strays:
+        """Compare some rows of a weight, as they are stored, with what they should be.
+
+        Examples
+        --------
+        >>> exact = np.random.default_rng(0).standard_normal((8, 8))
+        >>> stored = exact.astype("float32")
+        >>> Strays.of(exact, stored).stray(stored.dtype)
+        False
+        >>> stored[2, 3] += 1e-2
+        >>> found = Strays.of(exact, stored)
+        >>> found.stray(stored.dtype), found.place
+        (True, 19)
+        """
+        if not exact.size:
+            return cls()
+        wanted = _double(exact).reshape(exact.shape[0] if exact.ndim > 1 else 1, -1)
+        info: Any = finfo(found.dtype)  # type: ignore[no-untyped-call]
+        sizes, least = wanted * wanted, float(info.smallest_subnormal)
+        around = np.sqrt(np.mean(sizes, axis=1, keepdims=True)) + np.sqrt(np.mean(sizes, axis=0))
+        off = np.abs(_double(found).reshape(wanted.shape) - wanted)
+        shares = np.maximum(off - 4 * least, 0.0) / np.maximum(around + np.abs(wanted), least)
+        place = int(np.argmax(shares))
+        top = float(shares.reshape(-1)[place])
+        squares = float(np.vdot(shares, shares))
+        return cls(squares, top * top, top, float(off.reshape(-1)[place]), place, exact.size)
+
+    def __add__(self, other: Strays) -> Strays:
+        """Take the rows of another one to follow."""
+        where = (self.largest, self.off, self.place)
+        if other.largest > self.largest:
+            where = other.largest, other.off, self.size + other.place
+        squares, tops = self.squares + other.squares, self.tops + other.tops
+        return Strays(squares, tops, *where, self.size + other.size)
+
+    def stray(self, *dtypes: Any) -> bool:
+        """Whether one element is farther off than rounding, or what is off elsewhere, explains.
+
+        Eight half places of the coarsest dtype are more than several roundings come to; sixteen
+        times the root mean square of the others is more than a coarser computation's errors do.
+        """
+        noise = sqrt(max(self.squares - self.tops, 0.0) / max(self.size, 1))
+        return self.largest > max(_FINEST, 16 * noise, *(4 * _eps(dtype) for dtype in dtypes))
+
+
+def _eps(dtype: Any) -> float:
+    info: Any = finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(info.eps)
 
 
 def all_finite(array: Host) -> bool:

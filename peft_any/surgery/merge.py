@@ -155,7 +155,7 @@ def merge_checkpoint(
     if out is not None:
         out = os.fspath(out) if is_url(out) else Path(path_of(out))
     with Checkpoint(base) as checkpoint:
-        _refuse_existing(out, overwrite, resume)
+        refuse_existing(out, overwrite, resume)
         plan = make_plan(checkpoint, adapter, fit)
         job = Job(plan, Surgeon(plan, fit.backend, dtype), out, min_kept)
         job.progress, job.resume, job.kinds = progress, resume, kinds
@@ -214,7 +214,7 @@ def storage_dtype(dtype: Any) -> str:
     return name.lower()
 
 
-def _refuse_existing(out: Path | str | None, overwrite: bool, resume: bool) -> None:
+def refuse_existing(out: Path | str | None, overwrite: bool, resume: bool = False) -> None:
     """Say at once, not after an hour's work, that the output is taken."""
     if isinstance(out, str):
         from peft_any.io._outgoing import refuse_taken  # noqa: PLC0415 - URLs alone need it
