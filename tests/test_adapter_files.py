@@ -181,7 +181,9 @@ def under(prefix: str, infix: str = "") -> dict[str, np.ndarray]:
     return arrays(shapes)
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.fc.", "fc."])
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model.fc.", "fc.", "_forward_module.model.base_model.model.fc."]
+)
 @pytest.mark.parametrize("infix", ["", ".default", ".my-task"])
 def test_prefix_and_adapter_name_may_be_there_or_not(
     prefix: str, infix: str, tmp_path: Path

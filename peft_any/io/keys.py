@@ -56,7 +56,8 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     """Tell what each tensor of an adapter file is.
 
     The prefix ``base_model.model.`` and the name of the adapter (``lora_A.default.weight``) may
-    be there or not; wrappers (``base_layer``, ``modules_to_save``, ``_orig_mod``) fall away.
+    be there or not; wrappers (``base_layer``, ``modules_to_save``, ``_orig_mod``) fall away, and
+    so does what stands before that prefix in all names.
 
     Parameters
     ----------
@@ -83,6 +84,8 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     suffixes: dict[str, tuple[str, list[str]]] = {}
     former = PARTS.get(config.peft_type, {})
     plain = {key: unwrapped(key) for key in keys}
+    outer = _outer(plain.values())
+    plain = {key: name.removeprefix(outer) for key, name in plain.items()}
     for key, name in plain.items():
         parts = [former.get(part, part) for part in name.removeprefix(PREFIX).split(".")]
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
@@ -124,6 +127,14 @@ def unwrapped(key: str) -> str:
     """
     plain = ".".join(part for part in key.split(".") if part not in _OUTER)
     return plain.removeprefix("module.") if plain.startswith("module.base_model.") else plain
+
+
+def _outer(names: Collection[str]) -> str:
+    """Read what a trainer's own module puts before every name, as Lightning's ``model.``."""
+    inner = f".{PREFIX}"
+    found = {f".{name}".partition(inner)[0][1:] + "." for name in names if inner in f".{name}"}
+    outer = found.pop() if len(found) == 1 else "."
+    return outer if all(name.startswith(outer) for name in names) else ""
 
 
 def _module(parts: list[str]) -> str:
