@@ -368,6 +368,10 @@ def test_a_layer_that_another_adapter_carries_whole_stays_whole() -> None:
     assert [*made.sites] == ["other"]
     want = new - 0.5 * delta(lora(2))
     np.testing.assert_allclose(made.extra["fc.weight"], want, rtol=1e-5, atol=1e-6)
+    rows = lora(1, target_modules=["other"], trainable_token_indices={"fc": [1]})
+    rows = rows.replace(sites={"other": rows.sites["fc"]}, tokens={"fc": new[:1]})
+    with pytest.raises(TargetError, match="fc: one adapter adapts it and another brings new rows"):
+        combine([lora(2), rows])
 
 
 def test_copies_need_the_base_unless_they_are_alone() -> None:

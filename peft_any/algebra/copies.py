@@ -115,8 +115,19 @@ def combined_copies(
 def folded(
     copies: Copies, given: Sequence[Given], updates: Sequence[Update]
 ) -> tuple[Copies, list[Update]]:
-    """Add changes of layers that an adapter carries whole to the copies: no file holds both."""
+    """Add changes of layers that an adapter carries whole to the copies: no file holds both.
+
+    Raises
+    ------
+    TargetError
+        If one adapter changes all rows of an embedding, and another some.
+    """
     extra, rest = dict(copies.extra), []
+    if both := [u.site.name for u in updates if u.site.name in copies.tokens]:
+        raise TargetError(
+            f"{', '.join(both)}: one adapter adapts it and another brings new rows of it, which no "
+            "file can hold at once: merge them into the base together (merge_checkpoint)"
+        )
     for update in updates:
         site, name = update.site, update.site.weight
         if name not in extra or not any(_whole(one, name) for one in given):
