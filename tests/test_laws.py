@@ -88,6 +88,22 @@ def test_every_library_gives_numpys_numbers(case: Case, lib: Lib) -> None:
     laws.libraries(case, lib)
 
 
+EACH = {case.config.peft_type: case for case in CALLED}
+
+
+@pytest.mark.parametrize("case", [*EACH.values()], ids=[*EACH])
+def test_nothing_gives_nothing_on_every_library(case: Case, lib: Lib) -> None:
+    if reason := lib.lacks(case.resolved.needs):
+        pytest.skip(reason)
+    site, base = case.site, case.base()
+    of = () if site.kind == "Embedding" else (site.n_in,)
+    x = np.zeros((0, 3, *of), "int64" if site.kind == "Embedding" else "float32")
+    bias = None if base.bias is None else lib.array(base.bias)
+    there = base.replace(weight=lib.array(base.weight), bias=bias)
+    y = case.resolved.forward(lib.array(case.params(base)), lib.array(x), there)
+    lib.check(y, np.zeros((0, 3, site.n_out), "float32"), rtol=0)
+
+
 # Computed from the base weight, not drawn.
 MEASURED = {"lora_magnitude_vector", "delora_w_norm", "deft_R", "frod_U", "frod_lambda_l"}
 

@@ -55,7 +55,7 @@ class C3AConfig(Additive, Biases, ByLayer, peft_type="C3A"):
         """By Fourier transforms of length b, where the library has them: a product for each."""
         w, b = p["c3a_kernel"], self.block_size
         xp, lead = namespace(x, w), tuple(x.shape[:-1])
-        if not hasattr(xp, "fft"):
+        if not hasattr(xp, "fft") or 0 in lead:  # MKL transforms nothing less than one row
             return super().residual(p, x, site)
         z = xp.fft.rfft(xp.reshape(x, (prod(lead), site.n_in // b, b)))
         f = xp.conj(xp.fft.rfft(w))  # a correlation, not a convolution

@@ -1,6 +1,5 @@
 """MiSS: matrix shard sharing, once Bone, whose files are read too. Kang & Yin 2024, https://arxiv.org/abs/2409.15371."""
 
-from math import prod
 from typing import ClassVar, Literal, Self
 
 from peft_any.backend import creation_device, inv, namespace
@@ -9,7 +8,7 @@ from peft_any.contract import Array, Dense, Kind, Layer, Noise, Params, Shape, S
 from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, Rate
 from peft_any.initial import kaiming, zeros
-from peft_any.layer import merged_for_calls
+from peft_any.layer import linear, merged_for_calls
 from peft_any.linalg import packed
 from peft_any.outputs import added
 
@@ -108,11 +107,10 @@ class MissConfig(Tuner, Biases, ByLayer, Excludes, peft_type="MISS"):
         if over:
             none = xp.zeros((*lead, over), dtype=x.dtype, device=creation_device(x))
             x = xp.concat([x, none], axis=-1)
-        shards = xp.reshape(x, (prod(lead), (site.n_in + over) // self.r, self.r))
+        shards = xp.reshape(x, (*lead, (site.n_in + over) // self.r, self.r))
         # some libraries multiply by ones sooner than they sum
-        ones = xp.ones((shards.shape[1],), dtype=x.dtype, device=creation_device(x))
-        y = (ones @ shards) @ self.shards(p, site)
-        return xp.reshape(y, (*lead, site.n_out))
+        ones = xp.ones((shards.shape[-2],), dtype=x.dtype, device=creation_device(x))
+        return linear(ones @ shards, xp.matrix_transpose(self.shards(p, site)))
 
     def dropped(self, p: Params, x: Array, base: Layer, noise: Noise) -> Array:
         """Thin what is sharded; tiles are never thinned, as in HF."""

@@ -1,6 +1,5 @@
 """RoAd: 2D rotary adaptation. Liao & Monz 2024, https://arxiv.org/abs/2409.00119."""
 
-from math import prod
 from typing import Annotated, ClassVar, Literal, Self
 
 from peft_any.backend import namespace, summed
@@ -68,8 +67,8 @@ class RoadConfig(Tuner, peft_type="ROAD"):
         """R·base(x)."""
         y, (own, other) = base(x), self.terms(p)
         xp = namespace(y, own)
-        pairs = xp.reshape(y, (prod(y.shape[:-1]), *own.shape))
-        return xp.reshape(pairs * own + xp.flip(pairs, axis=2) * other, y.shape)
+        pairs = xp.reshape(y, (*y.shape[:-1], *own.shape))
+        return xp.reshape(pairs * own + xp.flip(pairs, axis=-2) * other, y.shape)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """R·W and R·b."""
