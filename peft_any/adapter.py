@@ -335,8 +335,8 @@ class Adapter:
         """Fit the adapter to a base, and give its sites: `targets.place`."""
         return place(self, weights, kinds, strict=strict)
 
-    def check_finite(self) -> None:
-        """Refuse NaN and infinities.
+    def check_finite(self, where: StrPath = "") -> None:
+        """Refuse NaN and infinities, where `where` names the adapter, such as its directory.
 
         Raises
         ------
@@ -345,4 +345,5 @@ class Adapter:
         """
         bad = non_finite({**self.sites, "": {**self.shared, **self.extra, **self.tokens}})
         if bad:
-            raise FormatError(f"{', '.join(bad)}: NaN or infinite values cannot adapt anything")
+            names = ": ".join(filter(None, (str(where), ", ".join(bad))))
+            raise FormatError(f"{names}: NaN or infinite values cannot adapt anything")

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_any import (
+    Adapter,
     ConfigError,
+    FormatError,
     IA3Config,
     LoraConfig,
     OFTConfig,
@@ -509,6 +511,16 @@ def test_a_padded_adapter_changes_nothing(dora: bool, bias: bool, start: Any) ->
         pad_to_rank(model_of([1, 1, 1])["oft"], 8)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("r", [10**12, 1 << 63])
+def test_no_memory_holds_a_rank_that_is_told_so(library: str, r: int) -> None:
+    pytest.importorskip(library)
+    p = {"lora_A.weight": np.ones((1, 5)), "lora_B.weight": np.ones((3, 1))}
+    adapter = Adapter(LoraConfig(r=1), {"fc": move(p, library)})
+    with pytest.raises(ShapeError, match=rf"fc\.lora_A\.weight: .* padded to {r}: .*smaller"):
+        pad_to_rank(adapter, r)
+
+
 def test_what_no_row_can_take_is_refused() -> None:
     model = model_of([2, 3, 1])
     config = PromptTuningConfig(num_virtual_tokens=2, token_dim=6)
@@ -713,6 +725,13 @@ def test_a_swap_is_checked_and_a_bound_model_keeps_its_state() -> None:
     with pytest.raises(ConfigError, match="lora9"):
         bound.swap("lora9", {})
     np.testing.assert_array_equal(bound.layers["fc"](x), y)
+    lost = {s: {k: v * np.nan for k, v in p.items()} for s, p in model["lora0"].trainable().items()}
+    model.update({"lora0": lost})  # values are no matter of either
+    bound.swap("lora0", lost)
+    assert np.isnan(bound.layers["fc"](x)[0]).all()
+    np.testing.assert_array_equal(bound.layers["fc"](x)[1], y[1])
+    with pytest.raises(FormatError, match="NaN"):
+        model["lora0"].check_finite()
     bound.swap("lora0", model["oft"])
     model.activate("oft")
     np.testing.assert_allclose(bound.layers["fc"](x)[0], model.bind().layers["fc"](x)[0])

@@ -5,10 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from peft_any._typing import Array, Params
 from peft_any.adapter import Adapter
 from peft_any.arguments import checked
-from peft_any.backend import astype, compute_dtype, creation_device, dtype_name, namespace
+from peft_any.backend import (
+    astype,
+    compute_dtype,
+    creation_device,
+    dtype_name,
+    namespace,
+    numpy_dtype,
+)
 from peft_any.errors import ConfigError, ShapeError
 from peft_any.layer import Site
 
@@ -42,7 +51,8 @@ def pad_to_rank(adapter: Adapter, r: int) -> Adapter:
     Raises
     ------
     ConfigError, ShapeError
-        If it is no LoRA, lacks what its writer took from the base, or has a larger rank.
+        If it is no LoRA, lacks what its writer took from the base, or has a larger rank; or if no
+        memory holds so large a one.
 
     Examples
     --------
@@ -101,9 +111,16 @@ def _padded(scale: float, name: str, p: Params, r: int) -> Params:
                 )
             xp = namespace(x)
             shape = (*x.shape[:axis], r - have, *x.shape[axis + 1 :])
-            more = xp.zeros(shape, dtype=x.dtype, device=creation_device(x))
             x = _times(x, scale) if axis else x
-            made[key] = xp.concat([x, more], axis=axis)
+            try:
+                np.empty(shape, numpy_dtype(dtype_name(x)))  # JAX ends the process that asks it
+                more = xp.zeros(shape, dtype=x.dtype, device=creation_device(x))
+                made[key] = xp.concat([x, more], axis=axis)
+            except (MemoryError, RuntimeError, ValueError) as error:
+                raise ShapeError(
+                    f"{name}.{key}: a rank of {have} cannot be padded to {r}: the zeros for it, "
+                    f"{shape}, cannot be held: give a smaller one ({error})"
+                ) from error
     if "lora_B.bias" in p:
         made["lora_B.bias"] = _times(p["lora_B.bias"], scale)
     return made

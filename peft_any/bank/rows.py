@@ -126,7 +126,9 @@ class Bank:
     def swap(self, name: str, new: Adapter | Mapping[str, Mapping[str, Array]]) -> None:
         """Put another adapter, or other arrays {site: {name: array}}, in an adapter's place.
 
-        It is checked first, and other threads see either the old or the new one, whole.
+        It is checked first, and other threads see either the old or the new one, whole. As in
+        `PeftModel.add` and `update` that is its shape, not its values: `Adapter.check_finite`
+        refuses NaN and infinities, and an `AdapterStore` what has some.
 
         Raises
         ------

@@ -163,7 +163,7 @@ class AdapterStore(Mapping[str, Adapter]):
         self._drop(name)
         mapped = self._mapped and 2 * len(self._held) < _most_files()
         adapter = Adapter.load(folder, self._backend, mapped=mapped)
-        adapter.check_finite()
+        adapter.check_finite(folder)
         if self._stamp_or_none(folder) != stamp:
             raise StorageError(f"{folder}: the adapter was written while it was read: try again")
         self._keep(name, Held(adapter, _size(adapter), stamp))

@@ -15,7 +15,7 @@ import numpy as np
 from peft_any._dtypes import numpy_dtype
 from peft_any.adapter import Adapter
 from peft_any.backend import astype, to_numpy
-from peft_any.errors import ConfigError, FormatError, PeftError, ShapeError, TargetError, UsageError
+from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError, UsageError
 from peft_any.io._faults import StrPath, reading, reporting
 from peft_any.io._fetching import fetched
 from peft_any.io._finding import files_of, find_adapter, opened
@@ -119,13 +119,6 @@ def given_adapters(adapters: Any, *, strict: bool = True) -> list[Given]:
     return found
 
 
-def _refuse_damaged(label: str, adapter: Adapter) -> None:
-    try:
-        adapter.check_finite()
-    except FormatError as error:
-        raise FormatError(f"{label}: {error}") from error
-
-
 def misfit(faults: Sequence[tuple[Given, PeftError]]) -> PeftError:
     """Join what is wrong with adapters, and the names of the bases they were made for."""
     said = [f"{one.label}: {error}" for one, error in faults]
@@ -157,12 +150,12 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True, sound: boo
     """Load one adapter, with digests of its files; if `sound`, refuse NaN and infinities."""
     if isinstance(item, Given):
         if sound:
-            _refuse_damaged(item.label, item.adapter)
+            item.adapter.check_finite(item.label)
         return item
     if isinstance(item, Adapter):
         method = item.config.peft_type
         if sound:
-            _refuse_damaged(f"<{method}>", item)
+            item.check_finite(f"<{method}>")
         return Given(Source(f"<{method}>", weight, method), item, dict(_own_places(item)))
     if not isinstance(item, str | os.PathLike):
         raise UsageError(f"{item!r:.60}: is no adapter: give a path or a peft_any.Adapter")
@@ -174,7 +167,7 @@ def given_one(item: Any, weight: float = 1.0, *, strict: bool = True, sound: boo
                 adapter = Adapter.load(here, "numpy", strict=strict, mapped=True)
                 places, unknown = read_keys(adapter.config, file)
                 if sound:
-                    _refuse_damaged(str(item), adapter)
+                    adapter.check_finite(str(item))
             sums = {config.name: _digest(config), **digests()}
             source = Source(str(item), weight, adapter.config.peft_type, str(item), sums)
     return Given(source, adapter, places, tuple(unknown))
