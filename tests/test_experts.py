@@ -17,9 +17,13 @@ from peft_any import (
     Site,
     StorageError,
     move,
+    read_safetensors,
     value_and_grad,
+    write_safetensors,
 )
-from peft_any.experts import ArrowConfig, arrow_of
+from peft_any.arrow import ArrowRouter
+from peft_any.errors import FormatError
+from peft_any.experts import ArrowConfig, arrow_of, load_arrow
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
 from peft_any.methods.xlora import XLoraConfig
@@ -256,3 +260,148 @@ def test_experts_refuse_other_scalings() -> None:
     gate = {"layers.0.weight": np.eye(2), "layers.0.bias": np.zeros(2)}
     flat = xlora_scalings(gate, x[..., :2], 1, enable_softmax_topk=True)
     np.testing.assert_array_equal(flat, np.full((2, 3, 1, 2), 0.5))
+
+
+GATES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cool": {"softmax_temperature": 0.5, "global_scaling_weight": 1.5},
+    "raw": {"enable_softmax": False},
+    "few": {"top_k_lora": 2},
+    "few-again": {"top_k_lora": 2, "enable_softmax_topk": True},
+    "layers": {"layerwise_scalings": True},
+    "layers-few": {"layerwise_scalings": True, "top_k_lora": 1, "enable_softmax": False},
+}
+LAYERS = ["h.0.fc", "h.1.fc"]
+
+
+def gate_of(fields: dict[str, Any], depth: int = 2) -> tuple[XLoraConfig, list[Adapter], Any]:
+    """Make a gate's configuration, three experts of two layers, and the layers' weights."""
+    rng = np.random.default_rng(3)
+    weights = {f"{name}.weight": rng.standard_normal((6, 4)) for name in LAYERS}
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["fc"], init_lora_weights=False)
+    tasks = [PeftModel(weights).add("a", config, seed=i, dtype="float64") for i in range(3)]
+    named = {str(i): f"expert-{i}" for i in range(3)}
+    given = {"xlora_depth": depth, "xlora_size": 5, **fields}
+    return XLoraConfig(hidden_size=4, adapters=named, **given), tasks, weights
+
+
+def expected_scalings(config: XLoraConfig, p: Any, hidden: np.ndarray) -> np.ndarray:
+    """Compute a gate's scalings (rows, positions, layers, experts) as the paper says."""
+    y = hidden
+    for i, name in enumerate(config.layers):
+        y = y @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+        y = y if i == len(config.layers) - 1 else np.maximum(y, 0)
+    y = y.reshape((*hidden.shape[:2], -1, 3))
+
+    def shares(logits: np.ndarray, acts: Any) -> np.ndarray:
+        e = np.where(acts, np.exp(logits), 0.0)
+        return e / e.sum(axis=-1, keepdims=True)
+
+    if config.enable_softmax:
+        y = shares(y / config.softmax_temperature, np.ones_like(y, dtype=bool))
+    if config.top_k_lora is not None:
+        kept = y >= np.sort(y, axis=-1)[..., -config.top_k_lora, None]
+        y = shares(y, kept) if config.enable_softmax_topk else np.where(kept, y, 0.0)
+    return config.global_scaling_weight * np.broadcast_to(y, (*hidden.shape[:2], 2, 3))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_mixes_its_experts_by_token(name: str) -> None:
+    config, tasks, weights = gate_of(GATES[name])
+    made = xlora_of(config, tasks, order=LAYERS)
+    model = PeftModel(weights)
+    model.add("x", made)
+    rng = np.random.default_rng(4)
+    hidden, x = rng.standard_normal((2, 5, 4)), rng.standard_normal((2, 5, 4))
+    shares = expected_scalings(config, made.shared, hidden)
+    found = made.config.scalings(made.shared, hidden)
+    layered = config.layerwise_scalings
+    np.testing.assert_allclose(found, shares if layered else shares[:, :, 0], rtol=1e-12)
+    bound = model.routed(hidden=hidden).bind()
+    given = model.routed(scalings=found).bind()
+    for i, layer in enumerate(LAYERS):
+        want = x @ weights[f"{layer}.weight"].T
+        for e, expert in enumerate(tasks):
+            a, b = (expert.sites[layer][f"lora_{k}.weight"] for k in "AB")
+            want = want + shares[:, :, i, e, None] * (3.0 * (x @ a.T) @ b.T)
+        np.testing.assert_allclose(bound.layers[layer](x), want, rtol=1e-10)
+        np.testing.assert_allclose(given.layers[layer](x), want, rtol=1e-10)
+    first = made.config.passing(made.shared, (2, 5))
+    assert first.shape == (2, 5, 3)
+    assert not np.any(first)
+
+
+def test_a_gate_says_what_it_lacks() -> None:
+    config, tasks, weights = gate_of({"layerwise_scalings": True})
+    x = np.ones((1, 2, 4))
+    for made, routing, said in (
+        (xlora_of(config, tasks, order=LAYERS), {}, "the gate needs the base's last hidden"),
+        (xlora_of(config, tasks), {"hidden": x}, "no file says for which"),
+    ):
+        model = PeftModel(weights)
+        model.add("x", made)
+        with pytest.raises(ConfigError, match=said):
+            model.routed(**routing).bind().layers["h.0.fc"](x)
+    with pytest.raises(ConfigError, match=r"order: lacks h\.1\.fc"):
+        xlora_of(config, tasks, order=LAYERS[:1])
+    with pytest.raises(ConfigError, match="LoraConfig: is no gate"):
+        xlora_of(tasks[0], tasks)
+
+
+def test_a_gate_is_read_with_the_layers_that_its_file_lost(tmp_path) -> None:
+    config, tasks, _ = gate_of({})
+    paths = {str(i): str(tmp_path / f"expert-{i}") for i in range(3)}
+    for path, expert in zip(paths.values(), tasks, strict=True):
+        expert.save(path)
+    made = xlora_of(replace(config, adapters=paths), tasks)
+    made.save(tmp_path / "x")
+    # Hugging Face PEFT writes layer 0 into the file of the expert "0", without its number
+    file = tmp_path / "x" / "adapter_model.safetensors"
+    kept = {k: v.copy() for k, v in read_safetensors(file).items()}
+    first = "base_model.internal_xlora_classifier.layers"
+    lost = {f"{first}.{k}": kept.pop(f"{first}.0.{k}") for k in ("weight", "bias")}
+    write_safetensors(file, kept, overwrite=True)
+    with pytest.raises(FormatError, match=r"layers\.0: Hugging Face PEFT left these layers"):
+        load_xlora(tmp_path / "x")
+    (tmp_path / "x" / "0").mkdir()
+    write_safetensors(tmp_path / "x" / "0" / file.name, lost)
+    for key, value in load_xlora(tmp_path / "x").shared.items():
+        np.testing.assert_array_equal(value, made.shared[key])
+    with pytest.raises(ConfigError, match="LORA is no X-LoRA"):
+        load_xlora(paths["0"])
+    along = {"base_model.lora_model.fc.lora_A.weight": np.ones((1, 4))}
+    write_safetensors(tmp_path / "expert-0" / file.name, along, overwrite=True)
+    with pytest.raises(FormatError, match="an expert that was saved along with its X-LoRA gate"):
+        Adapter.load(paths["0"])
+
+
+@pytest.mark.parametrize("general", [0, 2])
+def test_a_router_is_read_with_its_experts(general: int, tmp_path) -> None:
+    names = [*(f"task_{i}" for i in range(3)), *(f"gks_{i}" for i in range(general))]
+    for name, one in zip(names, experts(3 + general), strict=True):
+        one.save(tmp_path / name)
+    router = ArrowRouter(
+        top_k=2,
+        router_temperature=0.5,
+        use_gks=bool(general),
+        task_adapter_names=names[:3],
+        gks_adapter_names=names[3:],
+    )
+    (own,) = experts(1)
+    own.replace(config=replace(own.config, arrow_config=router)).save(tmp_path / "arrow_router")
+    if general:
+        with pytest.raises(ConfigError, match=r"use_gks=True: .* give subtracted=True if"):
+            load_arrow(tmp_path)
+    read = [Adapter.load(tmp_path / name) for name in names]
+    for subtracted in (False, True):
+        got = load_arrow(tmp_path, subtracted=subtracted)
+        less = [] if subtracted else read[3:]
+        want = arrow_of(read[:3], general=less, top_k=2, router_temperature=0.5)
+        assert got.config == want.config
+        for key, value in want.sites["fc"].items():
+            np.testing.assert_array_equal(got.sites["fc"][key], value)
+    with pytest.raises(ConfigError, match="is no router of experts: arrow_config=None"):
+        load_arrow(tmp_path / "task_0")
+    model = PeftModel({"fc.weight": np.ones((5, 6))})
+    with pytest.raises(ConfigError, match="an Arrow router cannot act alone"):
+        model.add("a", Adapter.load(tmp_path / "arrow_router"))
