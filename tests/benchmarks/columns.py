@@ -253,7 +253,7 @@ class Both:
                 }
             except Irreversible:
                 returns = {}
-            found = timed(calls | returns | {"hf back": lambda: their("unmerge")})
+            found = timed(calls, returns | {"hf back": lambda: their("unmerge")})
         ratios = {
             "merge, torch": over(found, "hf", "torch"),
             "merge, NumPy": over(found, "hf", "numpy"),
