@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
+from operator import iadd, imul
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ import numpy as np
 from peft_any._arrays import namespace
 from peft_any._engines import is_differentiated
 from peft_any._libraries import LIBRARIES, find_library, library_of
+from peft_any._memory import room, spread
 
 _dense_of: dict[type, Callable[..., Any]] = {}
 """A library's own way, by the type of its arrays."""
 _BLOCK = 1 << 18
 """Bytes of a block of rows: product and sum of one fit a processor's own cache together."""
-_PIECE = 1 << 15
-"""Entries of a piece, some arrays of which fit there together."""
 _THIN = 16
 """Up to so large a rank a product costs less than the passes over what it gives."""
 _FEW = 64
@@ -67,10 +67,8 @@ def _folded(x: Any, w: Any, b: Any) -> Any:
     else:
         y = rows @ w.T
     if b is not None:
-        if type(y) is type(b) and y.dtype == b.dtype:
-            y += b  # a sum with a row would be another array
-        else:
-            y = y + b
+        written = type(y) is type(b) and y.dtype == b.dtype  # a sum would be another array
+        y = spread(iadd, y, b) if written else y + b
     return y if rows is x else y.reshape((*x.shape[:-1], w.shape[0]))
 
 
@@ -143,6 +141,13 @@ def plus_product(x: Any, u: Any, v: Any, *, minus: bool = False, owned: bool = F
                 return getattr(x, f"{way}_")(u, v, alpha=sign)
             except RuntimeError:  # under a transformation
                 pass
+        out = room((u.shape[0], v.shape[1]), x, u, v) if x.ndim == 2 else None
+        if out is not None and x.dtype.itemsize > 2:  # half precision would be rounded twice
+            try:
+                torch.mm(u, v, out=out)
+                return (torch.sub if minus else torch.add)(x, out, out=out)
+            except RuntimeError:  # under a transformation
+                pass
         return getattr(torch, way)(x, u, v, alpha=sign)
     if x.ndim > 2:
         return summed(x, u @ v, (x, u, v), minus=minus)
@@ -159,49 +164,6 @@ def plus_product(x: Any, u: Any, v: Any, *, minus: bool = False, owned: bool = F
     return out
 
 
-def by_pieces(f: Callable[..., tuple[Any, ...]], *arrays: Any, like: Iterable[int]) -> Any:
-    """Apply a function of entries, and of where to put its results, to arrays of one shape.
-
-    On NumPy piece by piece: what the function forms on its way stays in the processor's cache.
-
-    Parameters
-    ----------
-    f : callable
-        ``f(*arrays, out)`` gives a tuple of arrays, each of them in the array at its place in
-        `out` (see `into`), where there is one and the function can.
-    arrays : array
-    like : iterable of int
-        Which of the arrays each result has the dtype of.
-
-    Examples
-    --------
-    >>> def f(a, b, out):
-    ...     return into(out[0], np.add, a, b), a - b
-    >>> by_pieces(f, np.ones(2), np.ones(2), like=(0, 0))
-    (array([2., 2.]), array([0., 0.]))
-    """
-    shape, like = arrays[0].shape, (*like,)
-    if not all(
-        type(a) is np.ndarray and a.flags.c_contiguous and a.shape == shape and a.size > 2 * _PIECE
-        for a in arrays
-    ):
-        return f(*arrays, (None,) * len(like))
-    found = tuple(np.empty(shape, arrays[i].dtype) for i in like)
-    flat, wholes = ([a.reshape(-1) for a in some] for some in (arrays, found))
-    for i in range(0, flat[0].size, _PIECE):
-        out = [a[i : i + _PIECE] for a in wholes]
-        for place, part in zip(out, f(*(a[i : i + _PIECE] for a in flat), out), strict=True):
-            if part is not place:
-                place[...] = part
-    return found
-
-
-def into(out: Any, f: Callable[..., Any], a: Any, b: Any) -> Any:
-    """Give f(a, b): in an array that is there for it, where that has its dtype."""
-    fits = out is not None and a.dtype == b.dtype == out.dtype
-    return f(a, b, out=out) if fits else f(a, b)
-
-
 def scaled(y: Any, gain: Any, shift: Any = None) -> Any:
     """Give y·gain + shift for y (…, n), gain (n,) and shift (n,), or none.
 
@@ -214,10 +176,8 @@ def scaled(y: Any, gain: Any, shift: Any = None) -> Any:
     """
     rows = [a for a in (gain, shift) if a is not None]
     if type(y) is np.ndarray and all(type(a) is np.ndarray and a.dtype == y.dtype for a in rows):
-        y *= gain
-        if shift is not None:
-            y += shift
-        return y
+        y = spread(imul, y, gain)
+        return y if shift is None else spread(iadd, y, shift)
     if shift is not None and getattr(find_library(y), "name", "") == "torch":
         return LIBRARIES["torch"].module.addcmul(shift, y, gain)
     return y * gain if shift is None else y * gain + shift
@@ -334,7 +294,7 @@ def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> A
             torch = LIBRARIES["torch"].module
             tensors = [k for k in (x, *kept) if isinstance(k, torch.Tensor)]
             # a graph that is compiled finds such memory itself
-            if not torch.compiler.is_compiling() and _memory(fresh) not in map(_memory, tensors):
+            if not torch.compiler.is_compiling() and _address(fresh) not in map(_address, tensors):
                 try:
                     return (torch.sub if minus else torch.add)(x, fresh, out=fresh)
                 except RuntimeError:  # under a transformation, or of a spread tensor
@@ -342,6 +302,6 @@ def summed(x: Any, fresh: Any, kept: Iterable[Any], *, minus: bool = False) -> A
     return x - fresh if minus else x + fresh
 
 
-def _memory(x: Any) -> Any:
+def _address(x: Any) -> Any:
     """Give where a tensor's numbers are, None where none are."""
     return x.untyped_storage().data_ptr() if x.layout is LIBRARIES["torch"].module.strided else None

@@ -45,7 +45,7 @@ def largest_shares(logits: Array, count: int) -> Array:
     """
     xp = namespace(logits)
     e = xp.exp(logits - xp.max(detach(logits), axis=-1, keepdims=True))
-    e = xp.where(among_largest(logits, count), e, xp.zeros_like(e))
+    e = e * xp.astype(among_largest(logits, count), e.dtype)
     shares: Array = e / xp.sum(e, axis=-1, keepdims=True)
     return shares
 
@@ -59,13 +59,17 @@ def among_largest(values: Array, count: int) -> Array:
     array([ True, False,  True, False])
     """
     xp, left = namespace(values), detach(values)
-    found = xp.zeros_like(left, dtype=xp.bool)
-    for _ in range(count):
-        place = xp.argmax(left, axis=-1, keepdims=True)
-        hit = _every(values.shape[-1], place) == place
-        found = xp.logical_or(found, hit)
-        left = xp.where(hit, xp.full_like(left, -float("inf")), left)
+    found = last = _largest_one(left)
+    for _ in range(1, count):
+        left = xp.where(last, xp.full_like(left, -float("inf")), left)
+        last = _largest_one(left)
+        found = xp.logical_or(found, last)
     return found
+
+
+def _largest_one(values: Array) -> Array:
+    place = namespace(values).argmax(values, axis=-1, keepdims=True)
+    return _every(values.shape[-1], place) == place
 
 
 def softmax_but_zeros(logits: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peft_any._kernels import scaled as scaled
+from peft_any._memory import spread as spread
 from peft_any._typing import Array
 from peft_any.layer import EXPERTS, Dense, Layer, linear
 

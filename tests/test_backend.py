@@ -8,6 +8,7 @@ import subprocess
 import sys
 import timeit
 from importlib.util import find_spec
+from operator import truediv
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from peft_any import _libraries
-from peft_any._kernels import into, scaled
+from peft_any._kernels import scaled
+from peft_any._memory import by_pieces, into, spread
 from peft_any.backend import (
     Backend,
     astype,
     backend,
     backend_of,
-    by_pieces,
     compute_dtype,
     dense,
     dtype_by_name,
@@ -370,7 +371,7 @@ def test_a_sum_takes_the_memory_of_what_nothing_else_holds(lib: Lib, minus: bool
 
 
 @pytest.mark.parametrize("minus", [False, True])
-@pytest.mark.parametrize("shape", [(700, 400), (3, 5), (2, 5, 4)])
+@pytest.mark.parametrize("shape", [(700, 800), (3, 5), (2, 5, 4)])
 def test_a_product_is_added_to_what_stays_as_it_was(
     shape: tuple[int, ...], minus: bool, lib: Lib
 ) -> None:
@@ -382,6 +383,31 @@ def test_a_product_is_added_to_what_stays_as_it_was(
     if lib.has_values:
         np.testing.assert_allclose(to_numpy(got), want, rtol=1e-12, atol=1e-12)
         np.testing.assert_array_equal(to_numpy(held), x)
+
+
+def test_a_large_product_is_added_under_transformations_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    x, u, v = torch.randn(700, 800).double(), torch.randn(2, 700, 3).double(), torch.randn(3, 800)
+    v = v.double()
+    got = torch.func.vmap(lambda u: plus_product(x, u, v, minus=True))(u)
+    torch.testing.assert_close(got, x - u @ v)
+    slope = torch.func.grad(lambda u: plus_product(x, u, v).sum())(u[0])
+    torch.testing.assert_close(slope, v.sum(1).expand(700, 3))
+    room = plus_product(x, u[0], v)
+    assert room.is_contiguous()
+    assert room.data_ptr() % 64 == 0  # as torch's own
+    half = [a.bfloat16() for a in (torch.cat([x, x]), torch.cat([u[0], u[0]]), v)]
+    assert torch.equal(plus_product(*half), torch.addmm(*half))  # rounded once
+
+
+def test_what_is_spread_over_rows_or_columns() -> None:
+    rng = np.random.default_rng(0)
+    a, size = rng.standard_normal((300, 200)), np.getbufsize()
+    for b in (a[:1, :].copy(), a[:, :1].copy(), a[:1, :].astype("float32")):
+        np.testing.assert_array_equal(spread(truediv, a, b), a / b)
+    with pytest.raises(ValueError, match="broadcast"):
+        spread(truediv, a, a[:3, :])
+    assert np.getbufsize() == size
 
 
 def test_stacks_of_rows_are_one_matrix(lib: Lib) -> None:

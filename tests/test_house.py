@@ -21,7 +21,7 @@ LAYERS = [
     {"_dtypes", "_imports", "arguments"},
     {"_libraries"},
     {"_arrays", "_jaxpr"},
-    {"_engines", "_kernels", "_ways"},
+    {"_engines", "_kernels", "_memory", "_ways"},
     {"backend"},
     {"tape"},
     {"autodiff", "custom"},

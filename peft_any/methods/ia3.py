@@ -6,6 +6,7 @@ Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
+from operator import mul, truediv
 from typing import ClassVar, Self
 
 from peft_any.backend import namespace
@@ -13,7 +14,7 @@ from peft_any.contract import Array, Dense, Kind, Layer, Params, Shape, Site, Tu
 from peft_any.errors import ConfigError
 from peft_any.fields import Excludes, FanInFanOut
 from peft_any.initial import normal, ones
-from peft_any.outputs import scaled
+from peft_any.outputs import scaled, spread
 from peft_any.patterns import expression
 
 
@@ -68,7 +69,7 @@ class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
         """Scale W's rows and the bias, or W's columns."""
         gain, shift = self._gains(p, base.site)
         bias = base.bias if shift is None or base.bias is None else base.bias * shift
-        return base.replace(weight=base.weight * gain, bias=bias)
+        return base.replace(weight=spread(mul, base.weight, gain), bias=bias)
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """l ⊙ base(x), or base(l ⊙ x)."""
@@ -87,7 +88,7 @@ class IA3Config(Tuner, Excludes, FanInFanOut, peft_type="IA3"):
         """
         gain, shift = self._gains(p, merged.site)
         bias = merged.bias if shift is None or merged.bias is None else merged.bias / shift
-        return merged.replace(weight=merged.weight / gain, bias=bias)
+        return merged.replace(weight=spread(truediv, merged.weight, gain), bias=bias)
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Say that no layer is feed-forward: HF would guess where the field is null."""

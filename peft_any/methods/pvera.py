@@ -1,6 +1,7 @@
 """PVeRA: probabilistic VeRA. Fillioux et al. 2025, https://arxiv.org/abs/2512.07703."""
 
 from collections.abc import Sequence
+from operator import mul
 from typing import ClassVar
 
 from peft_any.backend import namespace
@@ -9,7 +10,7 @@ from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.initial import full, normal, ones, zeros
 from peft_any.layer import linear
-from peft_any.outputs import added
+from peft_any.outputs import added, scaled, spread
 from peft_any.projections import drawn, largest, own_part
 
 
@@ -62,8 +63,8 @@ class PveraConfig(
     def factors(self, p: Params, site: Site) -> tuple[Array, Array]:
         """Give diag(b)·B·diag(d₁) (n_out, r) and A₁ (r, n_in)."""
         a, b, r = *self._own(p, site), self.r
-        rows = b * namespace(a).reshape(p["pvera_lambda_b"], (-1, 1))
-        return rows * p["pvera_lambda_d"][:r], a[:r, :]
+        rows = spread(mul, b, namespace(a).reshape(p["pvera_lambda_b"], (-1, 1)))
+        return scaled(rows, p["pvera_lambda_d"][:r]), a[:r, :]
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Form the factors once, for calls."""

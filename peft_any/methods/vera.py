@@ -1,6 +1,7 @@
 """VeRA: vector-based random matrix adaptation. Kopiczko et al. 2024, https://arxiv.org/abs/2310.11454."""
 
 from collections.abc import Sequence
+from operator import mul
 from typing import ClassVar
 
 from peft_any.backend import namespace
@@ -9,6 +10,7 @@ from peft_any.factors import paired
 from peft_any.fields import Biases, ByLayer, Count, FanInFanOut, Rate
 from peft_any.initial import full, normal, ones, zeros
 from peft_any.layer import linear
+from peft_any.outputs import scaled, spread
 from peft_any.projections import drawn, largest, own_part
 
 
@@ -55,8 +57,7 @@ class VeraConfig(Additive, Biases, ByLayer, FanInFanOut, peft_type="VERA", prefi
         """Give diag(b)·B·diag(d) and A."""
         a, b = self._own(p, site)
         gain = namespace(b).reshape(p["vera_lambda_b"], (site.n_out, 1))
-        columns: Array = b * gain * p["vera_lambda_d"]
-        return columns, a
+        return scaled(spread(mul, b, gain), p["vera_lambda_d"]), a
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Form the factors once, for calls."""

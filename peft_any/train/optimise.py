@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-from peft_any._kernels import into
+from peft_any._memory import by_pieces, into
 from peft_any._tree import Tree, fused, tree_map
 from peft_any._typing import Array
-from peft_any.backend import astype, by_pieces, compute_dtype, dtype_name, namespace
+from peft_any.backend import astype, compute_dtype, dtype_name, namespace
 from peft_any.errors import ConfigError, nearest
 from peft_any.train.schedules import Schedule
 from peft_any.train.transforms import (
