@@ -91,21 +91,30 @@ class World:
         return self.old
 
 
+KINDS = pytest.mark.parametrize("world", ["store", "renames", "bucket"], indirect=True)
+"""For what is tried on a store with S3's ways, too."""
+
+
 @pytest.fixture(params=["store", "renames"])
 def world(
     request: pytest.FixtureRequest, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
     """A file system of either kind."""
     new = contents(here / "merged")
-    if request.param == "store":
-        fs = fsspec.filesystem("memory")
+    if request.param != "renames":
+        from tests.bucket import Bucket
+
+        fs, root = fsspec.filesystem("memory"), "memory://w/"
+        if request.param == "bucket":
+            fs, root = Bucket(), "r2://w/"
         for name in ("base", "lora"):
             for path in (p for p in (here / name).rglob("*") if p.is_file()):
-                fs.pipe(f"/w/{path.relative_to(here)}", path.read_bytes())
+                fs.pipe_file(f"{root}{path.relative_to(here)}", path.read_bytes())
         faults = Faults(monkeypatch, type(fs), halves=False)
-        yield World(fs, "memory://w/", faults, new)
+        yield World(fs, root, faults, new)
         faults.set()
-        fs.rm("/w", recursive=True)
+        fs.invalidate_cache()
+        fs.rm(root, recursive=True)
         return
     for name in ("base", "lora"):
         shutil.copytree(here / name, tmp_path / name)
@@ -149,6 +158,7 @@ def read_by(world: World) -> dict[str, Any] | None:
 class TestReplacing:
     """The new output is whole before the old one goes, and no mixture is a model."""
 
+    @KINDS
     def test_in_order(self, world: World) -> None:
         old = world.make_old()
         order: list[str] = []
@@ -219,6 +229,7 @@ class TestReplacing:
         assert moment > 20
         same({n: d for n, d in world.files().items() if n != CLAIM}, world.new)
 
+    @KINDS
     def test_what_is_no_model_is_not_replaced(self, world: World) -> None:
         key = world.fs._strip_protocol(world.url("out"))
         world.fs.makedirs(key, exist_ok=True)
@@ -229,6 +240,7 @@ class TestReplacing:
             world.merge(overwrite=True)
         assert world.files() == {"notes.txt": b"mine"}
 
+    @KINDS
     def test_every_command(self, world: World, here: Path, tmp_path: Path) -> None:
         lora, base = world.url("lora"), world.url("base")
         for make in (
@@ -277,6 +289,7 @@ class TestResuming:
         assert moment > 15
         assert continued > 3
 
+    @KINDS
     def test_failures_are_continued(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """The claim is given up; shards that were sent are not computed again."""
         world.faults.set(9, OSError(5, "Input/output error"))
@@ -306,6 +319,7 @@ class TestResuming:
         assert len([name for name in sent if name.endswith(".safetensors")]) == 3 - count
         same(world.files(), world.new)
 
+    @KINDS
     @pytest.mark.parametrize("same_tag", [False, True])
     def test_damage_between_the_runs(
         self, world: World, same_tag: bool, monkeypatch: pytest.MonkeyPatch
@@ -335,6 +349,7 @@ class TestResuming:
         with pytest.raises(StorageError, match="it exists"):
             world.merge(resume=True)
 
+    @KINDS
     def test_begun_anew(self, world: World) -> None:
         world.faults.set(9, OSError(5, "Input/output error"))
         with pytest.raises(StorageError):
@@ -348,6 +363,7 @@ class TestResuming:
 class TestClaims:
     """Nobody else's files are touched."""
 
+    @KINDS
     def test_a_claim_that_was_taken_away(self, world: World) -> None:
         """A run that someone took for dead, and whose claim they removed, ends without a trace."""
         seen = []
@@ -373,6 +389,7 @@ class TestClaims:
         assert not _claim.is_dead({})
         assert not _claim.is_dead({"pid": me["pid"], "host": me["host"], "began": "0"})
 
+    @KINDS
     def test_two_take_over_at_once(self, world: World, forgotten: None) -> None:
         """Of those who saw a dead claim, one gets it."""
         key = world.fs._strip_protocol(world.out)
@@ -385,6 +402,7 @@ class TestClaims:
         world.merge()
         same(world.files(), world.new)
 
+    @KINDS
     def test_what_appears_meanwhile_is_not_removed(
         self, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -428,6 +446,7 @@ class TestHostile:
             if left:
                 world.fs.rm(world.fs._strip_protocol(world.out), recursive=True)
 
+    @KINDS
     def test_a_file_that_changes_between_plan_and_read(
         self, world: World, here: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -444,7 +463,7 @@ class TestHostile:
         assert world.files() == {}
 
         def again(*_: Any) -> None:
-            data[-1] ^= 1
+            data[-1] = (data[-1] + 1) % 256
             change()
 
         given: Any = {"base": world.url("base"), "adapter": world.url("lora"), "any_base": True}
@@ -458,6 +477,7 @@ class TestHostile:
             extract(here / "base", world.url("base"), world.out, rank=2, progress=again)
         assert world.files() == {}
 
+    @KINDS
     def test_short_reads(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         plain = type(world.fs).get_file
 
@@ -481,6 +501,7 @@ class TestHostile:
                 world.merge()
         assert world.files() == {}
 
+    @KINDS
     def test_a_listing_that_is_stale(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A shard is not listed yet; an old size is."""
         find = type(world.fs).find
