@@ -211,6 +211,14 @@ def test_names_of_wrapped_models_are_the_models_own(prefix: str, tmp_path: Path)
     refused(TargetError, "is the same as base_model.model.fc", write(tmp_path / "both", both))
 
 
+def test_an_attentions_output_that_is_targeted_too_is_there_twice(tmp_path: Path) -> None:
+    inner = "base_model.model.mha.base_layer.out_proj."
+    tensors = under(inner) | under(inner.replace("base_layer.", ""))
+    tensors["base_model.model.mha.out_proj.base_layer.bias"] = np.ones(3, "float32")
+    adapter = Adapter.load(write(tmp_path / "a", tensors))
+    assert ([*adapter.sites], len(adapter.spare)) == (["mha.out_proj"], 3)
+
+
 def test_empty_tensors_say_where_they_come_from(tmp_path: Path) -> None:
     empty = {k: np.zeros(0, "float32") for k in under("base_model.model.fc.")}
     with pytest.raises(ShapeError, match=r"(?s)shape \(0,\) cannot fit.*DeepSpeed ZeRO-3 saves"):

@@ -83,9 +83,8 @@ def read_keys(config: Config, keys: Iterable[str]) -> tuple[dict[str, Place], li
     rest = []
     suffixes: dict[str, tuple[str, list[str]]] = {}
     former = PARTS.get(config.peft_type, {})
-    plain = {key: unwrapped(key) for key in keys}
-    outer = _outer(plain.values())
-    plain = {key: name.removeprefix(outer) for key, name in plain.items()}
+    plain = _inner({key: unwrapped(key) for key in keys})
+    places |= {key: Place("spare", "base_layer", plain.pop(key)) for key in _twins(plain)}
     for key, name in plain.items():
         parts = [former.get(part, part) for part in name.removeprefix(PREFIX).split(".")]
         at = [i for i, p in enumerate(parts) if config.prefix and p.startswith(config.prefix)]
@@ -129,12 +128,21 @@ def unwrapped(key: str) -> str:
     return plain.removeprefix("module.") if plain.startswith("module.base_model.") else plain
 
 
-def _outer(names: Collection[str]) -> str:
-    """Read what a trainer's own module puts before every name, as Lightning's ``model.``."""
-    inner = f".{PREFIX}"
-    found = {f".{name}".partition(inner)[0][1:] + "." for name in names if inner in f".{name}"}
+def _inner(names: Mapping[str, str]) -> dict[str, str]:
+    """Take off what a trainer's own module puts before every name, as Lightning's ``model.``."""
+    parted = (f".{name}".partition(f".{PREFIX}") for name in names.values())
+    found = {before[1:] + "." for before, there, _ in parted if there}
     outer = found.pop() if len(found) == 1 else "."
-    return outer if all(name.startswith(outer) for name in names) else ""
+    same = all(name.startswith(outer) for name in names.values())
+    return {key: name.removeprefix(outer if same else "") for key, name in names.items()}
+
+
+def _twins(names: Mapping[str, str]) -> list[str]:
+    """List what HF writes a second time: torch's attention and its output, both targeted."""
+    last = ".out_proj."
+    parted = (name.partition(f".base_layer{last}") for name in names.values())
+    packed = tuple(before + last for before, found, _ in parted if found)
+    return [key for key, name in names.items() if packed and name.startswith(packed)]
 
 
 def _module(parts: list[str]) -> str:
