@@ -296,6 +296,29 @@ class TestTransformations:
         bound = attach_tree(Flax(), RANDOM).bind()
         close(nnx.jit(lambda m, x: m(x))(bound, X), bound(X), 1e-5)
 
+    @nets
+    def test_trees_bound_anew_are_traced_once(self, net: Any) -> None:
+        task, traced = attach_tree(net, RANDOM), []
+
+        @eqx.filter_jit
+        def apply(tree: Any) -> Any:
+            traced.append(1)
+            return run(tree, X)
+
+        moved = jax.tree.map(lambda a: a + 1.0, task.params)
+        ys = [apply(task.bind(params)) for params in (task.params, moved)]
+        assert len(traced) == 1
+        for y, params in zip(ys, (task.params, moved), strict=True):
+            close(y, run(merge_tree(task, params), X), 1e-5)
+
+    def test_flax_scans_over_an_adapted_cell(self) -> None:
+        net = nnx.RNN(nnx.OptimizedLSTMCell(6, 4, rngs=nnx.Rngs(0)))
+        names = ["cell.dense_i", "cell.dense_h"]
+        task = attach_tree(net, LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        y = task.bind()(X[None])
+        close(y, merge_tree(task)(X[None]), 1e-5)
+        assert float(jnp.abs(y - net(X[None])).max()) > 1e-3
+
 
 X64 = jnp.ones((3, 64), "float32")
 

@@ -155,6 +155,11 @@ def mlp(**kinds: Any) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8, **kinds), nn.Tanh(), nn.Linear(8, 4, **kinds))
 
 
+def of_integers(layer: nn.Linear) -> nn.Linear:
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    return layer
+
+
 RANDOM = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
 
@@ -413,6 +418,44 @@ class TestWholeCopies:
         close(net(x), twin(x), 1e-6)
         assert held.adapter.tokens["wte"].shape == (2, 5)
 
+    def test_a_tensor_that_is_only_saved_along_is_of_all_that_share_it(self) -> None:
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.wte, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+                self.head.weight = self.wte.weight
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(self.wte(x))
+
+        net, twin, x = Tied(), Tied(), torch.arange(7)
+        config = LoraConfig(r=2, target_modules=["wte"])
+        adapter = detach_adapter(net, attach(net, config).name)
+        grown = net.wte.weight.detach() + 1.0
+        adapter = adapter.replace(extra={"wte.weight": grown})
+        held = attach(net, adapter)
+        with torch.no_grad():
+            twin.wte.weight.copy_(grown)
+        close(net(x), twin(x), 1e-6)
+        assert [*held.adapter.extra] == ["wte.weight"]
+        close(merge_into(net)(x), twin(x), 1e-6)
+        assert net.head.weight is net.wte.weight
+        attach(net, replace(config, target_modules=["head"], modules_to_save=["wte"]))
+        assert net.head.weight is net.wte.weight
+
+    def test_statistics_of_a_whole_copy_are_its_own(self) -> None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).train()
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        held = attach(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+        net(X)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+        assert held.adapter.extra["1.num_batches_tracked"] == 1
+        y = net.eval()(X)
+        close(merge_into(net)(X), y, 1e-6)
+        assert net[1].num_batches_tracked == 1
+
     def test_a_tied_weight_is_set_apart_before_a_merge(self) -> None:
         net = nn.ModuleDict({"wte": nn.Embedding(7, 5), "head": nn.Linear(5, 7, bias=False)})
         net["head"].weight = net["wte"].weight
@@ -494,6 +537,20 @@ class TestTorchs:
         with torch.no_grad():
             close(layer(x), want.detach(), 1e-5)
 
+    def test_a_table_that_bounds_its_rows_bounds_the_adapted_ones(self) -> None:
+        net, x = nn.Sequential(nn.Embedding(7, 5, max_norm=0.5)), torch.arange(7)
+        attach(net, replace(RANDOM, target_modules=["0"]))
+        y = net(x).detach()
+        assert y.norm(dim=1).max() < 0.5001
+        close(merge_into(net)(x), y, 1e-6)
+
+    def test_a_layer_that_is_gone_does_not_keep_an_adapter_on(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        del net[2]
+        assert sorted(detach_adapter(net).sites) == ["0", "2"]
+        close(net(X), mlp()[:2](X), 0.0)
+
     def test_a_layer_of_two_names_has_the_first(self) -> None:
         class Twice(nn.Module):
             def __init__(self) -> None:
@@ -542,6 +599,7 @@ class TestRefused:
             (lambda: nn.GRUCell(6, 6), "it is of the class GRUCell"),
             (lambda: weight_norm(nn.Linear(6, 6)), "its weight is computed from others"),
             (lambda: weight_norm(nn.Conv1d(6, 6, 3)), "its weight is computed from others"),
+            (lambda: of_integers(nn.Linear(6, 6)), "its weight is of int8, as quantised ones are"),
         ],
     )
     def test_layers_of_other_kinds_are_refused_where_they_are_named(
@@ -554,6 +612,22 @@ class TestRefused:
                 attach(net, config)
         assert not attached(net)
         attach(net, replace(config, exclude_modules=["0"]))
+
+    def test_what_holds_no_tensors_yet_or_none_by_name(self) -> None:
+        with pytest.raises(TargetError, match=r"^0\.weight: cannot be read: the layer is lazy"):
+            attach(nn.Sequential(nn.LazyLinear(4)), RANDOM)
+        with pytest.raises(TargetError, match=r"^ReLU: cannot be adapted: it holds no tensor"):
+            attach(nn.ReLU(), RANDOM)
+
+    def test_a_layer_whose_weight_is_computed_since_it_was_attached_to(self) -> None:
+        net = mlp()
+        attach(net, RANDOM)
+        weight_norm(net[2])
+        for use in (lambda: net(X), lambda: merge_into(net)):
+            with pytest.raises(ConfigError, match=r"weight: .* its weight is computed from others"):
+                use()
+        assert sorted(detach_adapter(net).sites) == ["0", "2"]
+        close(net(X), mlp()(X), 1e-6)
 
     def test_a_prompt(self) -> None:
         config = PromptTuningConfig(num_virtual_tokens=2, token_dim=4)

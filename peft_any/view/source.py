@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from peft_any import parts as several
@@ -12,13 +12,40 @@ from peft_any._libraries import library_of
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
 from peft_any.bound import BoundLayer
-from peft_any.dropout import drops
+from peft_any.dropout import Noise, drops
 from peft_any.errors import ConfigError
 from peft_any.layer import Dense, Site
+from peft_any.method import Tuner
 from peft_any.parts import Part
 
 HOLDING = {"strict": "_array"}
 """Libraries whose arrays hold NumPy's, which their functions give to NumPy's own; and where."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a source is beside its arrays: equal ones do the same, so that JAX traces them once."""
+
+    parts: list[tuple[Tuner, float, Noise | None]]
+    stacked: bool
+    site: Site
+
+    @classmethod
+    def of(cls, bound: BoundLayer, site: Site) -> Opened:
+        """Leave the arrays out."""
+        return cls([(q.config, q.weight, q.noise) for q in bound.parts], bound.stacked, site)
+
+    def __hash__(self) -> int:
+        return hash((self.stacked, self.site, len(self.parts)))
+
+    def __call__(self, nest: Any) -> Source:
+        """Make the source of other arrays."""
+        weight, bias, *before, params = nest
+        own = [Part(c, p, w, n) for (c, w, n), p in zip(self.parts, params, strict=True)]
+        base = Dense(weight, bias, self.site, *before)
+        source = Source(lambda: BoundLayer(base, own, self.stacked), self.site)
+        source._outlives = False  # noqa: SLF001 - of this module
+        return source
 
 
 class Source:
@@ -69,20 +96,10 @@ class Source:
     def opened(self) -> tuple[Callable[[Any], Source], Any]:
         """Give how it is made of a nest of arrays, and the nest."""
         if "opened" not in self._kept:
-            bound, site = self._whole(), self.site
-            parts, stacked = [replace(part, params={}) for part in bound.parts], bound.stacked
-
-            def make(nest: Any) -> Source:
-                weight, bias, *before, params = nest
-                own = [replace(q, params=p) for q, p in zip(parts, params, strict=True)]
-                base = Dense(weight, bias, site, *before)
-                source = Source(lambda: BoundLayer(base, own, stacked), site)
-                source._outlives = False
-                return source
-
+            bound = self._whole()
             base, params = bound.base, [part.params for part in bound.parts]
             nest = base.weight, base.bias, base.unadapted, base.unadapted_bias, params
-            self._kept["opened"] = make, nest
+            self._kept["opened"] = Opened.of(bound, self.site), nest
         made: tuple[Callable[[Any], Source], Any] = self._kept["opened"]
         return made
 

@@ -11,9 +11,10 @@ peft = pytest.importorskip("peft")
 import torch  # noqa: E402
 
 from peft_any.adapter import Adapter  # noqa: E402
-from peft_any.integrations.torch import attach  # noqa: E402
+from peft_any.integrations.torch import attach, detach_adapter  # noqa: E402
+from peft_any.methods.lora import LoraConfig  # noqa: E402
 from tests import minilm  # noqa: E402
-from tests.hf.models import quietly  # noqa: E402
+from tests.hf.models import base_of, quietly  # noqa: E402
 from tests.hf.whole import close, fill, their_config  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -41,3 +42,36 @@ def test_minilm_too(method: str, tmp_path: Path) -> None:
     attach(ours, Adapter.load(tmp_path / "a"))
     with torch.no_grad():
         close(ours(ids).last_hidden_state, want, 1e-10)
+
+
+def test_a_trainer_trains_what_is_attached_and_goes_on(tmp_path: Path) -> None:
+    """As `docs/torch.md` has it: the base's checkpoint, the adapter beside it, and both again."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    rows = [{"input_ids": i, "labels": i} for i in torch.arange(56).reshape(8, 7) % 40]
+    how = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+
+    class Save(TrainerCallback):
+        def on_save(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            task.save(f"{args.output_dir}/checkpoint-{state.global_step}/adapter")
+
+    def trained(folder: Path, **again: str) -> None:
+        with quietly():
+            arguments = TrainingArguments(str(folder), learning_rate=0.02, **how)
+            made = Trainer(model, arguments, train_dataset=rows, callbacks=[Save()])
+            made.train(**again)
+
+    model = base_of("llama")
+    plain = {k: v.clone() for k, v in model.state_dict().items()}
+    task = attach(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), seed=1)
+    trained(tmp_path / "a")
+    straight = detach_adapter(model)
+    assert all(torch.equal(plain[k], v) for k, v in model.state_dict().items())
+    half = tmp_path / "a" / "checkpoint-2"
+    task = attach(model, Adapter.load(half / "adapter"))
+    trained(tmp_path / "b", resume_from_checkpoint=str(half))
+    for site, p in detach_adapter(model).sites.items():
+        for name, array in p.items():
+            close(array, straight.sites[site][name], 1e-6)
+            assert "lora_A" in name or array.abs().max() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,9 @@ def test_generation_by_an_encoder_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(inputs_embeds=embedded), prompted)
     with held.disabled():
         assert torch.equal(logits(input_ids=ids), plain)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: logits(inputs=ids), range(8)):
+            torch.testing.assert_close(found, prompted)
     encoded = ours.get_encoder()(ids)
     with pytest.raises(ConfigError, match="without the prompt"):
         ours(encoder_outputs=encoded, decoder_input_ids=ids)

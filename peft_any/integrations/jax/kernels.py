@@ -28,6 +28,7 @@ class Kernel:
 
     def __init__(self, make: Callable[[], Source], shape: tuple[int, ...]) -> None:
         self._make, self.shape = make, shape
+        self._opened: tuple[Callable[[Any], Source], Any] | None = None
 
     @property
     def source(self) -> Source:
@@ -54,14 +55,18 @@ class Kernel:
 
     def tree_flatten(self) -> tuple[tuple[Any], Any]:
         """Give the arrays, and what makes a kernel of them."""
-        make, nest = self.source.opened()
+        if self._opened is None:
+            self._opened = self.source.opened()
+        make, nest = self._opened
         return (nest,), (make, self.shape)
 
     @classmethod
     def tree_unflatten(cls, how: Any, nest: tuple[Any]) -> Kernel:
-        """Make it of other arrays."""
+        """Make it of whatever stands for arrays, which is not looked at."""
         make, shape = how
-        return cls(lambda: make(nest[0]), shape)
+        kernel = cls(lambda: make(nest[0]), shape)
+        kernel._opened = make, nest[0]
+        return kernel
 
 
 def is_usual(layer: Any) -> bool:

@@ -11,12 +11,13 @@ from peft_any import attention
 from peft_any import placed as placing
 from peft_any._typing import DTypeLike
 from peft_any.adapter import Adapter
-from peft_any.errors import ConfigError, nearest
+from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.integrations.torch import prompting
 from peft_any.integrations.torch.dealing import refuse_conflicts, shares_of
 from peft_any.integrations.torch.handle import Attached
 from peft_any.integrations.torch.slot import Slot, close_slot, open_slot, slot_of, tensor
 from peft_any.integrations.torch.tensors import (
+    COMPUTED,
     Arrays,
     modules,
     names_of,
@@ -136,6 +137,11 @@ def attach(
     if isinstance(adapter, Prompt):
         adapter = prompting.sized(adapter, module)
     weights, kinds = tensors(module), sites(module)
+    if not weights:
+        raise TargetError(
+            f"{type(module).__name__}: cannot be adapted: it holds no tensor under a name "
+            "(quantised layers pack theirs away): attach before quantising, and merge"
+        )
     held, config = ([*adapter.sites], None) if isinstance(adapter, Adapter) else ([], adapter)
     if unfit := refused(module):
         refuse_named(config, held, layout(weights, kinds), unfit)
@@ -187,10 +193,8 @@ def detach_adapter(module: nn.Module, name: str = "default") -> Adapter:
     adapter = there[name].adapter
     record: _Record = vars(module)[RECORD]
     prompting.close_prompt(module, name)
-    own = there[name]._shares  # noqa: SLF001 - its own class
-    gone = {*map(id, own)}
-    for owner in {share.owner: None for share in own}:
-        inner = module.get_submodule(owner)
+    gone = {id(share) for share in there[name]._shares}  # noqa: SLF001 - its own class
+    for inner in [*module.modules()]:  # by no names, which may have changed since
         slot = slot_of(inner)
         if slot is not None:
             slot.shares = nn.ModuleList(share for share in slot.shares if id(share) not in gone)
@@ -235,13 +239,16 @@ def merge_into(module: nn.Module) -> nn.Module:
         for owner, slot in _slots(module).items():
             for name, value in slot.merged(module.get_submodule(owner)).items():
                 merged[f"{owner}.{name}" if owner else name] = value
+    held = names_of(module)
+    aliases = {name: held.get(id(tensor(module, name)), []) for name in merged}
+    if computed := [name for name, twins in aliases.items() if not twins]:
+        raise ConfigError(f"{computed[0]}: cannot be merged: {COMPUTED}")
     for name in attached(module):
         detach_adapter(module, name)
-    aliases = names_of(module)
     untied = False
     for name, value in merged.items():
         old = tensor(module, name)
-        if set(aliases[id(old)]) <= {name}:
+        if all(t == name or _same(merged.get(t), value) for t in aliases[name]):
             with torch.no_grad():
                 old.copy_(value)
         else:
@@ -252,6 +259,10 @@ def merge_into(module: nn.Module) -> nn.Module:
     if untied and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         module.config.tie_word_embeddings = False
     return module
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    return a is not None and not b.is_meta and torch.equal(a, b)
 
 
 def _slots(module: nn.Module) -> dict[str, Slot]:

@@ -40,12 +40,16 @@ def shares_of(root: nn.Module, name: str, placed: Placed) -> list[Share]:
             made.append(at[owner])
         return at[owner]
 
+    aliases = names_of(root)
+    copies = dict(adapter.extra)
     for full, value in adapter.extra.items():
+        if full not in loose:  # only saved along: it is of every module that shares the tensor
+            copies = dict.fromkeys(aliases.get(id(tensor(root, full)), ()), value) | copies
+    for full, value in copies.items():
         share = of(full)
         within = share.within(full)
         kept = share.copies.arrays() | {within: value}
         share.copies = Arrays(kept, [k for k in kept if share.outside(k) in loose])
-    aliases = names_of(root)
     for table, rows in adapter.tokens.items():
         held = Arrays({"weight": rows}, ["weight"])
         whole = f"{table}.weight"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -32,6 +33,8 @@ _CACHED = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Methods that put keys and values into the cache; the others put rows before the input."""
 _UNTYPED = frozenset({"CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM"})
 """Tasks in which Hugging Face PEFT leaves out the types of tokens."""
+_ENCODING: ContextVar[frozenset[int]] = ContextVar("_ENCODING", default=frozenset())
+"""The modules whose generation has put the rows there already: of this thread alone."""
 
 
 def sized(config: Prompt, module: nn.Module) -> Prompt:
@@ -139,7 +142,7 @@ def _prompted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of the module's class, with virtual tokens."""
     share: Any = module.get_submodule(PROMPT).share
     config = share.prompt
-    if not share.on:
+    if not share.on or id(module) in _ENCODING.get():
         return type(module).forward(module, *args, **kwargs)
     more = {k: kwargs.pop(k) for k in ("task_ids", "input_type_mask") if k in kwargs}
     bound = _signature(module).bind_partial(*args, **kwargs)
@@ -178,11 +181,11 @@ def _generated(module: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any)
     given = kwargs if inputs is None else {**kwargs, "input_ids": inputs}
     call = _Call(module, share.prompt, share.params, tasks)
     given = call.lengthened(given)
-    share.on = False
+    before = _ENCODING.set(_ENCODING.get() | {id(module)})
     try:
         return generate(module, None, *args, **given)
     finally:
-        share.on = True
+        _ENCODING.reset(before)
 
 
 class _Call:

@@ -14,7 +14,13 @@ from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
 from peft_any.dropout import Noise, branch, drops
 from peft_any.errors import ConfigError
 from peft_any.integrations.torch.noise import Drawn
-from peft_any.integrations.torch.tensors import CHILD, CONVOLUTIONS, Arrays, is_transposed
+from peft_any.integrations.torch.tensors import (
+    CHILD,
+    COMPUTED,
+    CONVOLUTIONS,
+    Arrays,
+    is_transposed,
+)
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive, Prompt, Tuner
 from peft_any.parts import Adapted, Part
@@ -124,7 +130,7 @@ class Slot(nn.Module):
             return call(module, self.replaced(module), *args, **kwargs)
         noisy = module.training and any(drops(share.config) for share in adapting)
         noise = Drawn(()) if noisy else None
-        if type(module) in (nn.Linear, nn.Embedding) or is_transposed(module):
+        if _is_plain(module):
             apart = any(s.config and s.config.peft_type in _HOSTED for s in adapting)
             apply = self._applied_apart if apart else self._applied
             return apply(adapting, module, noise, *args, **kwargs)
@@ -234,6 +240,12 @@ class Held:
         return astype(call(self._module, self._values, x), self.name)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer is a product, or a lookup, and nothing else."""
+    usual = type(module) in (nn.Linear, nn.Embedding) or is_transposed(module)
+    return usual and getattr(module, "max_norm", None) is None
+
+
 def _branches(module: nn.Module, config: Any, *, alone: bool) -> bool:
     """Whether what an adapter adds to a module is a module of its kind, with another weight."""
     own = type(config).dropped is not Tuner.dropped
@@ -271,6 +283,9 @@ def _stand_in(module: nn.Module, values: Values) -> nn.Module:
     vars(twin).update(vars(module))
     vars(twin).pop("forward", None)
     here = {name: value for name, value in values.items() if "." not in name}
+    for name in here:
+        if isinstance(getattr(type(module), name, None), property):
+            raise ConfigError(f"{type(module).__name__}.{name}: cannot be adapted: {COMPUTED}")
     kept = {k: p for k, p in module._parameters.items() if k not in here}  # noqa: SLF001
     vars(twin).update(here, _parameters=kept)
     inner: dict[str, dict[str, Tensor]] = {}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from peft_any.backend import dtype_name
+from peft_any.errors import TargetError
 from peft_any.layer import CONVOLUTIONS as KINDS
 from peft_any.layer import Kind, Site
 
@@ -22,6 +25,11 @@ _UNKNOWN = (
     *(nn.RNNBase, nn.RNNCellBase),
 )
 """Its classes that have matrices or kernels, but not as layers that adapters know."""
+COMPUTED = (
+    "its weight is computed from others (a parametrisation, such as weight_norm): remove that "
+    "first (torch.nn.utils.parametrize.remove_parametrizations, "
+    "torch.nn.utils.remove_weight_norm), or leave the layer out"
+)
 
 
 def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -37,7 +45,16 @@ def tensors(root: nn.Module) -> dict[str, Tensor]:
     for name, module in modules(root):
         stem = f"{name}." if name else ""
         kept = module._buffers.items()  # noqa: SLF001 - the only list of them by module
-        here = dict(module.named_parameters(recurse=False, remove_duplicate=False)) | {
+        here: dict[str, Tensor] = {
+            **dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        }
+        for key, array in here.items():
+            if is_lazy(array):
+                raise TargetError(
+                    f"{stem}{key}: cannot be read: the layer is lazy and has no sizes yet: call "
+                    "the module on an input first"
+                )
+        here |= {
             key: buffer
             for key, buffer in kept
             if buffer is not None and key not in module._non_persistent_buffers_set  # noqa: SLF001
@@ -47,11 +64,13 @@ def tensors(root: nn.Module) -> dict[str, Tensor]:
 
 
 def names_of(root: nn.Module) -> dict[int, list[str]]:
-    """Give the names of every parameter, by its identity: a tied one has several."""
+    """Give the names of every tensor, by its identity: a tied one has several."""
     found: dict[int, list[str]] = {}
     for name, module in modules(root):
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            found.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+        own = {**module._parameters, **module._buffers}  # noqa: SLF001 - named_… drop doubles
+        for key, array in own.items():
+            if array is not None:
+                found.setdefault(id(array), []).append(f"{name}.{key}" if name else key)
     return found
 
 
@@ -73,20 +92,28 @@ def refused(root: nn.Module) -> dict[str, tuple[Site, str]]:
             )
             found[name] = passes, why
         elif (site := _described(name, module)) is not None and not _holds_weight(module):
-            found[name] = (
-                site,
-                (
-                    "its weight is computed from others (a parametrisation, such as weight_norm): "
-                    "remove that first (torch.nn.utils.parametrize.remove_parametrizations, "
-                    "torch.nn.utils.remove_weight_norm), or leave the layer out"
-                ),
+            found[name] = site, COMPUTED
+        elif site is not None and not (kept := _weight(module)).is_floating_point():
+            why = (
+                f"its weight is of {dtype_name(kept)}, as quantised ones are: load the model "
+                "unquantised, or leave the layer out"
             )
+            found[name] = site, why
     return found
 
 
 def _holds_weight(module: nn.Module) -> bool:
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+    name = _weight_name(module)
     return name in module._parameters or name in module._buffers  # noqa: SLF001 - both are public state
+
+
+def _weight_name(module: nn.Module) -> str:
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def _weight(module: nn.Module) -> Tensor:
+    found: Tensor = getattr(module, _weight_name(module))
+    return found
 
 
 def _site(name: str, module: nn.Module) -> Site | None:
