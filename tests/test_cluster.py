@@ -336,6 +336,18 @@ def test_the_command_line_takes_an_engine(
     dead = ["--engine", "dask", "--scheduler", "tcp://127.0.0.1:9"]
     assert run("merge", *asked, "--out", folder / "x", *dead) == 3
     assert "no scheduler answers" in capsys.readouterr().err
+    monkeypatch.setattr("peft_any.surgery.cluster._PATIENCE", "100ms")
+    lost = ["--engine", "dask", "--scheduler", folder / "scheduler.json"]
+    assert run("merge", *asked, "--out", folder / "x", *lost) == 5
+    assert "tells no scheduler's address (FileNotFoundError" in capsys.readouterr().err
+    for text in ("{}", "[]", "{"):
+        (folder / "scheduler.json").write_text(text)
+        assert run("merge", *asked, "--out", folder / "x", *lost) == 5
+        assert "tells no scheduler's address" in capsys.readouterr().err
+    monkeypatch.setattr("peft_any.surgery.cluster._PATIENCE", "30s")
+    (folder / "scheduler.json").write_text(json.dumps({"address": client.scheduler.address}))
+    assert run("merge", *asked, "--dry-run", *lost) == 0
+    (folder / "scheduler.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -483,7 +483,7 @@ class TestResume:
             options |= change
         with pytest.raises(StorageError, match=says) as caught:
             merge_checkpoint(base, given, home / "out", **options)
-        assert "leave --resume out" in str(caught.value)
+        assert "a merge without resume=True (--resume) removes the partial" in str(caught.value)
         now = state(home)
         assert {k: v for k, v in now.items() if k != str(home)} == {
             k: v for k, v in left.items() if k != str(home)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from threading import Lock, get_ident
 from typing import Any
 from uuid import uuid4
 
 from peft_any import __version__
-from peft_any.errors import BackendError
+from peft_any.errors import BackendError, StorageError
 from peft_any.surgery.engines import Done, Engine, Item, Recipe, Result
 
 _LEFT = 30.0
@@ -132,15 +134,33 @@ class Dask(Engine):
                 )
             )
             return self._distributed.Client(cluster, set_as_default=False)
-        by = "scheduler_file" if self.scheduler.endswith(".json") else "address"
+        address = self.scheduler
+        if address.endswith(".json"):
+            address = _address(Path(address))
         try:
-            return self._distributed.Client(
-                **{by: self.scheduler}, timeout=_PATIENCE, set_as_default=False
-            )
+            return self._distributed.Client(address, timeout=_PATIENCE, set_as_default=False)
         except (OSError, ValueError, self._distributed.TimeoutError) as error:
             raise BackendError(
                 f"engine dask: {self.scheduler}: no scheduler answers there: {error}"
             ) from error
+
+
+def _address(path: Path) -> str:
+    """Read a scheduler's file, of one that is starting too: Dask itself would wait for ever."""
+    from dask.utils import parse_timedelta  # noqa: PLC0415 - an extra
+
+    until = time.monotonic() + float(parse_timedelta(_PATIENCE))
+    while True:
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["address"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if time.monotonic() > until:
+                raise StorageError(
+                    f"engine dask: {path}: tells no scheduler's address ({error!r:.200}): a "
+                    "scheduler writes it as it starts (dask scheduler --scheduler-file); check the "
+                    "spelling"
+                ) from error
+        time.sleep(0.05)
 
 
 def patient() -> Any:

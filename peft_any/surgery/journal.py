@@ -121,8 +121,8 @@ class Ledger(abc.ABC):
         if faults:
             raise StorageError(
                 "\n".join(f"{out}: the killed merge cannot be continued: {f}" for f in faults)
-                + "\ngive what was given then, or leave --resume out (resume=False), which removes "
-                "the partial output and begins anew"
+                + "\ngive what was given then; a merge without resume=True (--resume) removes the "
+                "partial output and begins anew"
             )
 
 
@@ -228,15 +228,20 @@ def _differences(before: Any, now: Mapping[str, Any]) -> Sequence[str]:
         if before[key] == value:
             continue
         if isinstance(value, dict) and isinstance(before[key], dict):
-            every = dict.fromkeys([*before[key], *value])
+            pairs = {k: (before[key].get(k), value.get(k)) for k in [*before[key], *value]}
             said += [
-                f"{key}: {name} was {before[key].get(name)!r:.80} and is {value.get(name)!r:.80}"
-                for name in every
-                if before[key].get(name) != value.get(name)
+                f"{key}: {name} was {_short(was)} and is {_short(found)}"
+                for name, (was, found) in pairs.items()
+                if was != found
             ]
         else:
-            said.append(f"{key}: was {before[key]!r:.200} and is {value!r:.200}")
+            said.append(f"{key}: was {_short(before[key], 200)} and is {_short(value, 200)}")
     return said
+
+
+def _short(value: Any, most: int = 90) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]} …"
 
 
 def _mark(path: Path, whole: bool) -> str:
