@@ -453,7 +453,9 @@ class TestGrowth:
 
     def test_a_head_that_the_base_lacks_is_new(self, tmp_path: Path) -> None:
         weights, tuned = llama(), tmp_path / "a"
-        base = sharded(tmp_path / "base", weights)
+        base = sharded(
+            tmp_path / "base", weights | {"cls.q_proj.weight": weights["lm_head.weight"]}
+        )
         config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
         head = np.random.default_rng(0).standard_normal((3, 8)).astype("float32")
         made = random_adapter(weights, config).replace(extra={"score.weight": head})
@@ -467,6 +469,8 @@ class TestGrowth:
             assert got.index["metadata"]["total_size"] == got.nbytes
         assert len(json.loads((tmp_path / "out/config.json").read_text())["id2label"]) == 3
         peft_any.verify_checkpoint(base, tuned, tmp_path / "out")
+        with pytest.raises(TargetError, match=r"without the prefix 'net.'"):
+            merge_checkpoint(base, made.renamed(lambda name: f"net.{name}"), tmp_path / "other")
         with pytest.raises(TargetError, match=r"score.weight: the change to 3 rows cannot be sum"):
             merge_checkpoint(base, {tuned: 0.5}, tmp_path / "half")
         with pytest.raises(ShapeError, match=r"score.weight: .* no tensor of this size"):

@@ -30,9 +30,42 @@ def new_heads(adapter: Adapter, names: Iterable[str]) -> list[str]:
     """
     if not adapter.extra:
         return []
-    tops = {name.partition(".")[0] for name in names}
+    tops, layers = _tops(names), _tops(adapter.sites)
+    if layers and not layers & tops:  # then all names are others than the base's
+        return []
     wanted = {*saved_whole(adapter.config)} - tops
     return [name for name in adapter.extra if name.partition(".")[0] in wanted]
+
+
+def replaced(adapter: Adapter, names: Iterable[str]) -> list[str]:
+    """List the tensors of a base that models with another head do not have: its own, and a pooler.
+
+    Parameters
+    ----------
+    adapter : Adapter
+        With a new head; its layers lie in the rest of the model.
+    names : iterable of str
+
+    Examples
+    --------
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> adapter = Adapter(LoraConfig(target_modules=["dense"]), {"bert.encoder.dense": {}})
+    >>> names = ["bert.encoder.dense.weight", "bert.pooler.dense.weight", "cls.dense.weight"]
+    >>> replaced(adapter, names)
+    ['bert.pooler.dense.weight', 'cls.dense.weight']
+    """
+    held = [*adapter.sites, *adapter.extra, *adapter.tokens]
+    tops = _tops(held)
+    poolers = () if any(".pooler." in f".{name}." for name in held) else ("pooler",)
+    return [
+        name
+        for name in names
+        if name.partition(".")[0] not in tops or {*name.split(".")[:2]} & {*poolers}
+    ]
+
+
+def _tops(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
 
 
 def labelled(config: dict[str, Any], heads: Iterable[Array]) -> None:

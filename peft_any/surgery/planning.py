@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from peft_any.adapter import Adapter
 from peft_any.backend import dtype_name, to_numpy
 from peft_any.completing import Placed, completed, filled, lacking, rederived, refuse_lacking
 from peft_any.errors import ConfigError, PeftError, ShapeError, TargetError
@@ -15,6 +16,7 @@ from peft_any.method import Additive, Tuner
 from peft_any.origin import other_base
 from peft_any.selection import Rules, in_projection
 from peft_any.surgery.fitting import Fitting
+from peft_any.surgery.heads import replaced
 from peft_any.surgery.mapping import mapped, with_preset
 from peft_any.surgery.plan import Plan, Touched
 from peft_any.surgery.sources import Given, View, given_adapters, misfit, pruned
@@ -80,7 +82,8 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
     PeftError
         Listing everything that does not fit.
     """
-    sites = place(given.adapter, view, fit.kinds, strict=fit.strict)
+    seen = _without_old_heads(given.adapter, view) if isinstance(view, View) else view
+    sites = place(given.adapter, seen, fit.kinds, strict=fit.strict)
     config = given.adapter.config
     if not isinstance(config, Tuner):
         raise ConfigError(f"{config.where}: is no method that changes layers")
@@ -97,6 +100,14 @@ def fit_one(given: Given, view: Mapping[str, Any], fit: Fitting, *, alone: bool 
         placed = rederived(placed, view)
     refuse_lacking(placed)
     return placed
+
+
+def _without_old_heads(adapter: Adapter, view: View) -> Mapping[str, Any]:
+    """See a base as a model with the adapter's new head has it."""
+    if not any(name in view.heads for name in adapter.extra):
+        return view
+    old = {*replaced(adapter, view)}
+    return {name: view.info(name) for name in view if name not in old}
 
 
 def _refuse_shifts(placed: Placed) -> Placed:
