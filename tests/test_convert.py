@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from peft_any import Adapter, ConfigError, LoraConfig, PeftModel, PromptTuningConfig, cli, convert
-from peft_any.errors import PeftError, TargetError
+from peft_any.errors import PeftError, TargetError, UsageError
 from peft_any.io.safetensors import write_safetensors
 from peft_any.methods.deft import DeftConfig
 from peft_any.methods.hra import HRAConfig
@@ -148,7 +148,7 @@ def test_what_cannot_be_converted() -> None:
         convert(Adapter(PromptTuningConfig(num_virtual_tokens=2, token_dim=4)))
     model, _ = model_of(Case("lora", LoraConfig(r=2), FC))
     for to in ("OFT", "LORE"):
-        with pytest.raises(ConfigError, match="give to='LORA'"):
+        with pytest.raises(UsageError, match="give to='LORA'"):
             convert(model["a"], to=to)
     with pytest.raises(PeftError, match="rank"):
         convert(model["a"], rank=0)

@@ -14,7 +14,7 @@ from peft_any.algebra.sums import Options
 from peft_any.algebra.terms import Base
 from peft_any.arguments import checked
 from peft_any.backend import Backend, namespace
-from peft_any.errors import ConfigError, nearest
+from peft_any.errors import ConfigError, UsageError, nearest
 from peft_any.io._atomic import StrPath
 from peft_any.method import Prompt
 from peft_any.registry import method_names
@@ -77,7 +77,8 @@ def convert(
     Raises
     ------
     PeftError
-        Before anything is written. `ConfigError` for methods without a ΔW.
+        Before anything is written. `ConfigError` for methods without a ΔW; `UsageError` for
+        another method than LoRA to make.
 
     Examples
     --------
@@ -92,7 +93,7 @@ def convert(
     """
     if to.upper() != "LORA":
         wrong = to.upper() in method_names()
-        raise ConfigError(
+        raise UsageError(
             f"convert: to={to!r} cannot be made{'' if wrong else nearest(to.upper(), ['LORA'])}: "
             "a LoRA can stand for any ΔW, no other method can: give to='LORA'"
         )
