@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -77,6 +78,25 @@ def is_trained(x: Any) -> bool:
     False
     """
     return bool(getattr(x, "requires_grad", False))
+
+
+def lasting(x: Any) -> AbstractContextManager[Any]:
+    """Give a context in which arrays are made that may be kept, from x among others.
+
+    What torch makes in ``inference_mode`` can take no part in a derivative afterwards.
+
+    Examples
+    --------
+    >>> x = np.ones(2)
+    >>> with lasting(x):
+    ...     x + 1
+    array([2., 2.])
+    """
+    if library_of(x).name == "torch":
+        torch = LIBRARIES["torch"].module
+        if torch.is_inference_mode_enabled():
+            return torch.inference_mode(mode=False)
+    return nullcontext()
 
 
 def in_memory(*arrays: Any) -> bool:

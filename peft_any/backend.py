@@ -30,7 +30,7 @@ from peft_any._arrays import (
     widest,
 )
 from peft_any._dtypes import asked, compute_dtype, dtype_name, is_floating, numpy_dtype
-from peft_any._engines import detach, in_memory, is_differentiated, is_trained
+from peft_any._engines import detach, in_memory, is_differentiated, is_trained, lasting
 from peft_any._kernels import by_blocks, dense, even_rows, plus_product, summed, taken
 from peft_any._libraries import CUPY, LIBRARIES, TORCH, UNKNOWN, find_library, library_of
 from peft_any._typing import Namespace
@@ -41,9 +41,9 @@ __all__ = [
     "Backend", "asked", "astype", "backend", "backend_of", "by_blocks",
     "compute_dtype", "creation_device", "dense", "detach", "dtype_by_name", "dtype_name",
     "even_rows", "from_numpy", "from_numpy_like", "in_memory", "inv", "is_array",
-    "is_differentiated", "is_floating", "is_lazy", "is_traced", "is_trained", "move", "namespace",
-    "numpy_dtype", "plus_product", "qr", "resolve", "settled", "summed", "svd", "taken",
-    "to_numpy", "ways", "widest",
+    "is_differentiated", "is_floating", "is_lazy", "is_traced", "is_trained", "lasting", "move",
+    "namespace", "numpy_dtype", "plus_product", "qr", "resolve", "settled", "summed", "svd",
+    "taken", "to_numpy", "ways", "widest",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from peft_any.backend import (
     is_floating,
     is_traced,
     is_trained,
+    lasting,
 )
 from peft_any.errors import ConfigError, TargetError, nearest
 from peft_any.layer import Dense, check_input
@@ -50,7 +51,8 @@ class BoundLayer:
 
     def _prepare(self) -> None:
         self._paused = self.trained and not is_differentiated(self._held)
-        self._ready = several.ready(self.parts, self.base, stacked=self.stacked)
+        with lasting(self.base.weight):
+            self._ready = several.ready(self.parts, self.base, stacked=self.stacked)
         self._wide = dtype_name(self._ready[1].weight)
 
     def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from peft_any.errors import ConfigError, nearest
 from peft_any.layer import Dense, Kind, Site, narrow, widen
 from peft_any.layout import layout
 from peft_any.parts import Part
-from peft_any.placed import Attachable, attached, given, summed
+from peft_any.placed import Attachable, attached, given, ported, summed
 from peft_any.routed import taken
 from peft_any.view import weights as view
 
@@ -153,7 +153,8 @@ class PeftModel:
 
     def update(self, params: Mapping[str, Any]) -> None:
         """Put trained arrays {adapter: {site: {name: array}}} in the place of the adapters' own."""
-        self._placed = self._with(params)._placed  # noqa: SLF001 - its own class
+        self._with(params)  # which refuses what does not fit
+        self._placed = self._with(ported(params, self.weights))._placed  # noqa: SLF001 - its own class
 
     def settled(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Bring arrays that an optimiser has moved to where their methods keep them.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from peft_any import attention
 from peft_any._typing import Array, DTypeLike, Params
 from peft_any.adapter import Adapter
-from peft_any.backend import astype, compute_dtype, dtype_name, is_floating
+from peft_any.backend import astype, backend_of, compute_dtype, dtype_name, is_floating, move
 from peft_any.checks import refuse_restart
 from peft_any.completing import (
     Placed,
@@ -221,6 +221,19 @@ def given(placed: Placed, values: Mapping[str, Mapping[str, Array]]) -> Placed:
         tokens={m: loose.get(k, adapter.tokens[m]) for k, m in rows.items()},
     )
     return Placed(changed, placed.sites, placed.configs)
+
+
+def ported(params: Mapping[str, Any], weights: Mapping[str, Array]) -> dict[str, Any]:
+    """Move {adapter: {site: {name: array}}} to a base's library, where they are of another."""
+    to = library(weights)
+
+    def here(array: Array) -> Any:
+        return array if backend_of(array).name == to.name else move(array, to)
+
+    return {
+        adapter: {site: {k: here(a) for k, a in p.items()} for site, p in sites.items()}
+        for adapter, sites in params.items()
+    }
 
 
 def summed(

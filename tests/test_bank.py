@@ -375,6 +375,31 @@ def test_what_was_called_without_derivatives_has_them_after(rows: Any) -> None:
         torch.testing.assert_close(bound.layers["fc"](x), want)
 
 
+@pytest.mark.parametrize("how", ["layers", "weights", "merged", "rows", "numbers"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_was_called_in_inference_mode_is_differentiated_after(how: str, *, dora: bool) -> None:
+    torch = pytest.importorskip("torch")
+    model = PeftModel({"fc.weight": torch.randn(12, 8)})
+    for name in "ab":
+        config = LoraConfig(target_modules=["fc"], use_dora=dora, init_lora_weights=False)
+        model.add(name, config)
+    rows = {"rows": ["a", "b", "b"], "numbers": torch.tensor([0, 1, 1])}
+    bound: Any = model.bind(rows=rows[how]) if how in rows else model.bind()
+    x = torch.randn(3, 8, requires_grad=True)
+
+    def call(x: Any) -> Any:
+        if how in ("weights", "merged"):
+            w = bound.weights["fc.weight"]
+            return x @ (w.merged if how == "merged" else w).T
+        return bound.layers["fc"](x)
+
+    with torch.inference_mode():
+        before = call(x)
+    (slope,) = torch.autograd.grad(call(x).sum(), x)
+    assert slope.abs().min() > 0
+    torch.testing.assert_close(call(x).detach(), before.clone())
+
+
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 def test_torch_compiles_a_mixed_layer(engine: str) -> None:
@@ -713,6 +738,22 @@ def test_no_thread_ever_sees_a_torn_adapter() -> None:
     writers = [write(state(1.0, 1)), write(state(2.0, 1)), write(state(2.0, 2))]
     assert not race(*writers, *map(read, ROWS_READ))
     assert len(seen) > 1  # what was written was read, too
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_arrays_of_another_library_are_moved_as_an_adapter_s_are(library: str) -> None:
+    pytest.importorskip(library)
+    model, x = model_of([2, 3, 1]), np.ones((2, 6))
+    bound, new = model.bind(rows=["lora0", None]), model["lora0"].trainable()
+    new = {s: {k: 2 * v for k, v in p.items()} for s, p in new.items()}
+    bound.swap("lora0", move(new, library))
+    model.update({"lora0": move(new, library)})
+    for name, array in model["lora0"].trainable()["fc"].items():
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(array, new["fc"][name])
+    model.activate("lora0")
+    want = model.bind().layers["fc"](x)[0]
+    np.testing.assert_allclose(bound.layers["fc"](x)[0], want, rtol=1e-12)
 
 
 def test_a_swap_is_checked_and_a_bound_model_keeps_its_state() -> None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from peft_any._typing import Array
-from peft_any.backend import astype, dtype_name, is_floating, namespace
+from peft_any.backend import astype, dtype_name, is_floating, lasting, namespace
 from peft_any.bank.factors import alike, applied, factors_of
 from peft_any.bank.mixed import check_rows, shared_base
 from peft_any.bound import BoundLayer
@@ -54,7 +54,8 @@ class StackedLayer:
 
     @cached_property
     def _kept(self) -> tuple[Dense, dict[str, Array], list[int]]:
-        return self._made()
+        with lasting(self.base.weight):
+            return self._made()
 
     def _made(self) -> tuple[Dense, dict[str, Array], list[int]]:
         found = [factors_of(layer) for layer in self.layers]

@@ -20,6 +20,7 @@ from peft_any.backend import (
     is_differentiated,
     is_floating,
     is_lazy,
+    lasting,
     namespace,
     taken,
 )
@@ -178,7 +179,8 @@ class MixedLayer:
     def _ready(self, path: str) -> tuple[Dense, dict[str, Array]] | None:
         """What a path needs: kept for all calls, but not what was made of trained arrays."""
         if path not in self._made:  # type: ignore[attr-defined]
-            found = self._joined() if path == "joined" else self._stacked()
+            with lasting(self.base.weight):
+                found = self._joined() if path == "joined" else self._stacked()
             if self._trained:
                 return found
             self._made[path] = found  # type: ignore[attr-defined]

@@ -10,7 +10,15 @@ from peft_any import parts as several
 from peft_any._jaxpr import recipe_of, symbol
 from peft_any._libraries import library_of
 from peft_any._typing import Array
-from peft_any.backend import astype, creation_device, dtype_name, is_array, is_traced, namespace
+from peft_any.backend import (
+    astype,
+    creation_device,
+    dtype_name,
+    is_array,
+    is_traced,
+    lasting,
+    namespace,
+)
 from peft_any.bound import BoundLayer
 from peft_any.dropout import Noise, drops
 from peft_any.errors import ConfigError
@@ -70,7 +78,8 @@ class Source:
     def _keep(self, key: str, make: Callable[[], Any]) -> Any:
         if key in self._kept:
             return self._kept[key]
-        made = make()
+        with lasting(self.base.weight):
+            made = make()
         # what a JAX transformation traces must not outlive it, and it joins equal computations
         traced = made[0].traced if isinstance(made, tuple) else is_traced(made)
         if not (self._outlives and traced):
