@@ -134,9 +134,19 @@ def layout(
     return sites
 
 
-def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
+def refuse_unknown(module: str, kind: object) -> None:
+    """Refuse what is no kind of layer.
+
+    Raises
+    ------
+    ConfigError
+    """
     if kind not in KINDS:
         raise ConfigError(f"kinds[{module!r}]: {kind!r} is not one of {', '.join(sorted(KINDS))}")
+
+
+def _site(module: str, shape: Shape, kind: Kind, groups: int = 1) -> Site:
+    refuse_unknown(module, kind)
     if len(shape) != {"Norm": 1}.get(kind, 3 if kind in EXPERTS else 2 + CONVOLUTIONS.get(kind, 0)):
         raise TargetError(f"{module}: a weight of shape {shape} cannot be a {kind}")
     if kind in EXPERTS:

@@ -439,6 +439,57 @@ class TestRefusals:
         with pytest.raises(TargetError, match="no array of floats"):
             attach_tree({"a": jnp.arange(3)}, RANDOM)
 
+    def test_abstract_arrays(self) -> None:
+        config = LoraConfig(r=2, target_modules=["fc"])
+        net = {"fc": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32)}}
+        with pytest.raises(ConfigError, match=r"^fc\.weight: an abstract array.*jax\.eval_shape"):
+            attach_tree(net, config)
+        found = jax.eval_shape(lambda tree: attach_tree(tree, config).params, net)
+        assert found["default"]["fc"]["lora_A.weight"].shape == (2, 6)
+
+    def test_explicit_sharding(self) -> None:
+        kinds, along = jax.sharding.AxisType, jax.sharding.PartitionSpec(None, "m")
+        config = LoraConfig(r=2, target_modules=["fc"])
+        for kind, spec in ((kinds.Explicit, along), (kinds.Explicit, None), (kinds.Auto, along)):
+            mesh = jax.make_mesh((1,), ("m",), axis_types=(kind,))
+            lies = jax.sharding.NamedSharding(mesh, spec or jax.sharding.PartitionSpec())
+            net = {"fc": {"kernel": jax.device_put(jnp.ones((6, 4)), lies)}}
+            if kind == kinds.Explicit and spec:
+                with pytest.raises(
+                    ConfigError, match=r"^fc\.weight: lies along the axis 'm' .*Auto"
+                ):
+                    attach_tree(net, config)
+            else:
+                assert attach_tree(net, config).bind()["fc"]["kernel"].shape == (6, 4)
+
+    def test_no_such_kind(self) -> None:
+        net = {"fc": {"kernel": jnp.ones((3, 2, 4))}}
+        with pytest.raises(ConfigError, match=r"kinds\['fc'\]: 'Lineer' is not one of"):
+            attach_tree(net, RANDOM, kinds={"fc": "Lineer"})
+
+    def test_a_weight_that_stands_for_another_s(self) -> None:
+        class Tied(eqx.Module):
+            shared: eqx.nn.Shared
+
+            def __init__(self) -> None:
+                table = eqx.nn.Embedding(9, 6, key=jax.random.key(0), dtype=jnp.float32)
+                head = eqx.nn.Linear(6, 9, False, dtype=jnp.float32, key=jax.random.key(0))
+                where, get = (lambda pair: pair[1].weight), (lambda pair: pair[0].weight)
+                self.shared = eqx.nn.Shared((table, head), where, get)
+
+            def __call__(self, tokens: Any) -> Any:
+                table, head = self.shared()
+                return jax.vmap(head)(jax.vmap(table)(tokens))
+
+        net, tokens = Tied(), jnp.arange(4)
+        config = LoraConfig(r=2, target_modules=["shared.pytree.1"], init_lora_weights=False)
+        with pytest.raises(TargetError, match=r"shared\.pytree\.1: .*adapt that one"):
+            attach_tree(net, config)
+        task = attach_tree(net, replace(config, target_modules=["shared.pytree.0"]))
+        y = merge_tree(task)(tokens)
+        close(task.bind()(tokens), y, 1e-5)
+        assert float(jnp.abs(y - net(tokens)).max()) > 1e-3
+
     def test_no_such_layer(self) -> None:
         with pytest.raises(TargetError, match=r"layers\.7"):
             attach_tree(equinox_net(), LoraConfig(target_modules=["layers.7"]))

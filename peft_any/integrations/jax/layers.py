@@ -154,8 +154,19 @@ def reader(x: Any) -> Callable[[Any], Described] | None:
         if module is not None:
             for name, read in classes.items():
                 if isinstance(x, getattr(module, name)):
-                    return read
+                    return read if _has_arrays(x) else _sharing
     return None
+
+
+def _has_arrays(layer: Any) -> bool:
+    given = (value(getattr(layer, name, None)) for name in ("weight", "kernel", "embedding"))
+    return all(w is None or hasattr(w, "ndim") for w in given)
+
+
+def _sharing(layer: Any) -> Described:
+    kept = type(value(getattr(layer, "weight", None))).__name__
+    why = f"its weight is a {kept}, which stands for another layer's: adapt that one"
+    return Described({}, Site("", 1, 1, "Conv1d", (1,)), refused=why)
 
 
 def convolution(n_in: int, n_out: int, kernel: Shape, groups: int, *, bias: bool) -> Site:

@@ -25,7 +25,7 @@ from peft_any.integrations.jax.layers import (
     value,
 )
 from peft_any.layer import Kind, Site
-from peft_any.layout import is_named
+from peft_any.layout import is_named, refuse_unknown
 from peft_any.view.products import is_view
 
 Kinds = Mapping[str, Kind | Site]
@@ -96,6 +96,7 @@ class Tree:
                 loose[name] = i, value(node), free or is_variable(node)
         for name in loose:
             self._loose(name, loose)
+        self._refuse_arrays()
 
     @property
     def kinds(self) -> dict[str, Kind | Site]:
@@ -138,6 +139,23 @@ class Tree:
             new[i] = _changed(new[i], attributes)
         return self.structure.unflatten(new)
 
+    def _refuse_arrays(self) -> None:
+        """Refuse arrays that no function of an adapter can be called with."""
+        for name, place in self.places.items():
+            array = _held(place, self.nodes)
+            if isinstance(array, jax.ShapeDtypeStruct):
+                raise ConfigError(
+                    f"{name}: an abstract array cannot be adapted: give the tree of numbers, or "
+                    "let JAX trace it: jax.eval_shape(lambda tree: attach_tree(tree, config)"
+                    ".params, tree)"
+                )
+            if explicit := _explicit(array):
+                raise ConfigError(
+                    f"{name}: lies along the axis {explicit!r} of a mesh whose sharding is "
+                    "explicit, of which JAX wants every product told: make the mesh with "
+                    "axis_types=(jax.sharding.AxisType.Auto,) for each axis"
+                )
+
     def _put(self, name: str, place: Place) -> None:
         self._refuse_twice(name, self.places)
         self.places[name] = place
@@ -174,6 +192,8 @@ class Tree:
         given = None if key is None else self._kinds.pop(key)
         if isinstance(given, Site):
             return replace(given, name=module)
+        if given is not None:
+            refuse_unknown(module, given)
         if last == "embedding" and array.ndim == 2:
             return Site(module, array.shape[0], array.shape[1], "Embedding", bias=False)
         if last != "kernel" or not 2 <= array.ndim <= 5:
@@ -217,6 +237,19 @@ class Arrays(Mapping[str, Any]):
 def _held(place: Place, nodes: list[Any]) -> Any:
     node = nodes[place.node]
     return value(getattr(node, place.attribute) if place.attribute else node)
+
+
+def _explicit(array: Any) -> str | None:
+    """Name an axis of a mesh of explicit sharding along which an array is cut."""
+    sharding: Any = getattr(array, "sharding", None)
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", None) or ()
+    if jax.sharding.AxisType.Explicit not in kinds:
+        return None
+    axes = dict(zip(sharding.mesh.axis_names, kinds, strict=True))
+    cut = [
+        a for entry in sharding.spec for a in ([entry] if isinstance(entry, str) else entry or ())
+    ]
+    return next((a for a in cut if axes[a] == jax.sharding.AxisType.Explicit), None)
 
 
 def _stops(x: Any) -> bool:
