@@ -20,12 +20,17 @@ tests read too (`tests/parity.py`). Differences in kind are on [](hugging-face.m
 ## Methods
 
 *Unmerged* counts the rows whose base is recovered from merged weights alone; a model always keeps
-its base. *Converted* is `peft-any convert`. A method's page names the fields that are refused."""
+its base. *Converted* is `peft-any convert`. A method's page names the fields that are refused.
+
+Where PEFT computes in single precision whatever the dtypes (LLaMA-Adapter's softmax, CPT's table
+of shifts, FRoD's U, decompositions of PSOFT, AdaMSS and TinyLoRA), its results are that precise;
+ours are as the arrays, and agree with PEFT's to that, or where its casts are taken out, to more."""
 MARKED = """## Files of our own
 
 Hugging Face PEFT's files of these lack what its writer alone could tell, and are refused with the
 way out; ours hold it, say so, and PEFT refuses them ([](hugging-face.md)). They are compared with
-the arrays that PEFT's layers hold."""
+the arrays that PEFT's layers hold. AdaMSS's files are read where the rows of its segments can be
+found again without doubt."""
 ABSENT = """## Methods that are not here
 
 A file of one is refused with the reason and the way out."""

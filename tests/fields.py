@@ -362,7 +362,8 @@ TREATED: dict[str, Treatment | None] = {
         "use_qalora", "velora_config")},
     **{f"ADALORA.init_lora_weights={name}": STARTS for name in
        ("gaussian", "olora", "pissa", "eva", "orthogonal", "mica", "corda", "lora_ga",
-        "pissa_niter_2", "pissa_niter_[number of iters]")},
+        "pissa_niter_2")},
+    "ADALORA.init_lora_weights=pissa_niter_[number of iters]": Refused("it is no name, but a rule"),
     "ADALORA.init_lora_weights=loftq": Never("loftq_config"),
     "num_frozen_tokens": TRAINING,
     "ADALORA.use_dora=True": Never("ADALORA does not support DoRA"),

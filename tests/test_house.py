@@ -53,7 +53,7 @@ LAYERS = [
         "spectra",
         "wavelets",
     },
-    {"joint"},
+    {"joint", "segments"},
     {"starts", "registry", "tokens", "factors", "single", "alora", "arrow", "gates"},
     {"prompt", "variants"},
     {"prompts"},

@@ -1,9 +1,11 @@
 """AdaMSS: adaptive multi-subspaces. Zheng et al. 2025, https://openreview.net/forum?id=8ZdWmpYxT0."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Self
 
-from peft_any.backend import namespace, to_numpy
+from peft_any._tree import without
+from peft_any.backend import namespace
 from peft_any.blocks import diagonal
 from peft_any.checks import OURS, refuse
 from peft_any.clusters import grouped
@@ -11,7 +13,9 @@ from peft_any.contract import Additive, Array, Fresh, Kind, Layer, Params, Shape
 from peft_any.decompositions import seeded_svd
 from peft_any.errors import ShapeError
 from peft_any.fields import ByLayer, Count
-from peft_any.layer import widen
+from peft_any.segments import beside_bias, places, segments
+
+_ROWS = "adamss_rows", "adamss_found_rows"  # of an adapter begun here; found for a file's segments
 
 
 class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
@@ -20,8 +24,8 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
     `adamss_newB` V (R, n_in), with a column more where the layer has a bias, is Vᵀ of the R largest
     singular values of [W b], R = min(r, n_out, columns), and frozen. The K segments are clusters
     (k-means) of the rows of U; `adamss_rows` (n_out,) gives each row's place when they stand one
-    below the other: Hugging Face PEFT's files lack it. Trained are `adamss_A.0` A₀ (rᵢ, R) and
-    `adamss_B.0` B₀ (rows of the segment, rᵢ), and so on.
+    below the other; files of Hugging Face PEFT lack it, and it is found again. Trained are
+    `adamss_A.0` A₀ (rᵢ, R) and `adamss_B.0` B₀ (rows of the segment, rᵢ), and so on.
 
     num_subspaces: K, at most n_out.
     subspace_rank: rᵢ, at most the rows of the segment.
@@ -36,12 +40,9 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"Linear"})
     inner: ClassVar[str] = r"\d*"
-    frozen: ClassVar[frozenset[str]] = frozenset({"adamss_newB", "adamss_rows"})
-    marks: ClassVar[Mapping[str, str]] = {
-        "init_weights": "its file does not say which rows its segments are, which its writer's "
-        "clusters told: merge it with Hugging Face PEFT (merge_and_unload), on the machine that "
-        "wrote it; `peft-any extract` makes a LoRA of that"
-    }
+    frozen: ClassVar[frozenset[str]] = frozenset({"adamss_newB", *_ROWS})
+    certain: ClassVar[bool] = True
+    begun: ClassVar[str] = "init_weights"
 
     r: Count = 100
     num_subspaces: Count = 5
@@ -76,18 +77,13 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
         rank = min(self.r, site.n_out, columns)
         found: dict[str, Shape] = {"adamss_newB": (rank, columns)}
         found |= {f"adamss_A.{i}": (-1, rank) for i in every}
-        return {**found, **{f"adamss_B.{i}": (-1, -1) for i in every}, "adamss_rows": (site.n_out,)}
+        return {**found, **{f"adamss_B.{i}": (-1, -1) for i in every}}
 
     def init(self, site: Site, new: Fresh) -> Params:
         """Decompose the base and cluster its rows, on the host."""
-        (_,), base = widen([{}], new.base_for(site.name, "adamss_newB"))
-        w = to_numpy(base.weight)
-        xp = namespace(w)
-        if site.bias:
-            shift = xp.zeros(site.n_out) if base.bias is None else to_numpy(base.bias)
-            w = xp.concat([w, xp.astype(shift, w.dtype)[:, None]], axis=1)
+        w = beside_bias(new.base_for(site.name, "adamss_newB"))
         u, _, v = seeded_svd(w, min(self.r, *w.shape), 2, self.random_seed, new)
-        labels = grouped(u, self._count(site))
+        xp, labels = namespace(w), grouped(u, self._count(site))
         a, b = {}, {}
         for i in range(self._count(site)):
             own = u[labels == i, :]
@@ -96,11 +92,23 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
             if self.use_dynamic_rank:
                 rank = min(rank, max(int(xp.sum(s**2 > self.svd_threshold * s[0] ** 2)), 1))
             a[f"adamss_A.{i}"] = new.array(right[:rank, :])
-            std = 0.01 if self.init_weights is None else 0.0
-            b[f"adamss_B.{i}"] = new.normal((own.shape[0], rank), std)
-        rows = xp.argsort(xp.argsort(labels, stable=True))
-        places = new.array(xp.astype(rows, xp.int32))
-        return {"adamss_newB": new.array(v), **a, **b, "adamss_rows": places}
+            b[f"adamss_B.{i}"] = new.normal((len(own), rank), 0.01 * (self.init_weights is None))
+        return {"adamss_newB": new.array(v), **a, **b, "adamss_rows": new.array(places(labels))}
+
+    def lacks(self, p: Params) -> str | None:
+        """The rows, in Hugging Face PEFT's files."""
+        return None if any(name in p for name in _ROWS) else "the rows of its segments"
+
+    def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
+        """Find the rows again, where neither rounding nor another sketch can tell others."""
+        sizes = [p[f"adamss_B.{i}"].shape[0] for i in range(self._count(site))]
+        labels = segments(p["adamss_newB"], sizes, self.random_seed, new)
+        return {**p, "adamss_found_rows": new.array(places(labels))}
+
+    def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
+        """Say that the adapter was begun here, and holds its rows."""
+        begun = any("adamss_rows" in p for p in sites.values())
+        return replace(self, init_weights=OURS) if begun else self, without(sites, _ROWS[1:])
 
     def _joined(self, p: Params, site: Site) -> tuple[Array, Array]:
         """U (n_out, Σrᵢ), of the B with their rows in place, and A·V (Σrᵢ, columns)."""
@@ -115,8 +123,9 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
                 f"{site.name}: segments of {[tuple(x.shape) for x in b]} cannot make {site.n_out} "
                 f"outputs of {ranks} directions: their rows are these, their columns those"
             )
-        xp = namespace(p["adamss_rows"], *a)
-        return xp.take(diagonal(b), p["adamss_rows"], axis=0), xp.concat(a) @ p["adamss_newB"]
+        rows = next(p[name] for name in _ROWS if name in p)
+        xp = namespace(rows, *a)
+        return xp.take(diagonal(b), rows, axis=0), xp.concat(a) @ p["adamss_newB"]
 
     def prepare(self, p: Params, base: Layer) -> Params:
         """Join the segments once."""

@@ -21,6 +21,7 @@ from tests.hf.test_models import base_of, compare, merged  # noqa: E402
 TARGETS = {"target_modules": ["q_proj", "o_proj"]}
 FIELDS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 5},
+    "ADAMSS": {"r": 6, "num_subspaces": 2},
     "BOFT": {"boft_block_size": 4},
     "C3A": {"block_size": 4},
     "FOURIERFT": {"n_frequency": 7},

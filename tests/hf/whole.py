@@ -30,7 +30,16 @@ def adapted(name: str, method: str, fields: Mapping[str, Any], adapter: str = "d
     return theirs
 
 
-FROZEN = {"vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_P", "frod_V", "zeros"}
+FROZEN = {
+    "adamss_newB",
+    "vera_A",
+    "vera_B",
+    "randlora_A",
+    "randlora_B",
+    "tinylora_P",
+    "frod_V",
+    "zeros",
+}
 
 
 def fill(model: Any, name: str, seed: int) -> None:
