@@ -99,16 +99,14 @@ class OSFConfig(Tuner, peft_type="OSF"):
 
     def product(self, p: Params, base: Layer) -> tuple[Array, Array]:
         """[U·diag(S), −L's] and [V; L's]."""
-        (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
-        xp, flip = namespace(u), namespace(u).matrix_transpose
-        u = _apart(u, lambda a: u_high @ (flip(u_high) @ a))
-        v = _apart(v, lambda a: (a @ flip(v_high)) @ v_high)
-        return xp.concat([u * s, -u0], axis=1), xp.concat([v, v0], axis=0)
+        (u, v, u0, v0), xp = self._factors(p, base), namespace(p["osf_svd_params.U_low"])
+        return xp.concat([u, -u0], axis=1), xp.concat([v, v0], axis=0)
 
     def merge(self, p: Params, base: Dense) -> Dense:
         """W + U·diag(S)·V − L."""
-        left, right = self.product(p, base)
-        return base.replace(weight=plus_product(base.weight, left, right))
+        u, v, u0, v0 = self._factors(p, base)
+        more = plus_product(base.weight, u, v)
+        return base.replace(weight=plus_product(more, u0, v0, minus=True, owned=True))
 
     def forward(self, p: Params, x: Array, base: Layer) -> Array:
         """Projects the cotangents of few rows, or the parameters' as `product` does."""
@@ -124,11 +122,16 @@ class OSFConfig(Tuner, peft_type="OSF"):
         y = linear(z, u) + linear(linear(kept, flip(u_high)), u_high)
         return added(base, x, y - linear(linear(x, v0), u0))
 
+    def _factors(self, p: Params, base: Layer) -> tuple[Array, Array, Array, Array]:
+        (u_high, v_high, u0, v0), (u, s, v) = self._parts(p, base)
+        flip = namespace(u).matrix_transpose
+        u = _apart(u, lambda a: u_high @ (flip(u_high) @ a))
+        return u * s, _apart(v, lambda a: (a @ flip(v_high)) @ v_high), u0, v0
+
     def _parts(self, p: Params, base: Layer) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """What W says for good, and U, S and V."""
-        lacks = self.lacks(p) is not None
-        known = _known(*self._split(base.original)) if lacks else tuple(p[k] for k in _KNOWN)
-        return known, tuple(p[f"osf_svd_params.{name}_low"] for name in "USV")
+        held = _known(*self._split(base.original)) if self.lacks(p) else tuple(p[k] for k in _KNOWN)
+        return held, tuple(p[f"osf_svd_params.{name}_low"] for name in "USV")
 
     def _split(self, weight: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """Decompose W: the h largest singular values with their vectors, and the rest."""
