@@ -18,6 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_any import Adapter, PeftModel, move, value_and_grad
+from peft_any._memory import room
 from peft_any.backend import is_floating
 from peft_any.bound import BoundLayer
 from peft_any.errors import Irreversible
@@ -117,16 +118,18 @@ class Both:
             with torch.no_grad():
                 return f(xt, **kwargs)
 
-        found = timed(
-            {
-                "hf": lambda: torch_alone(layer, **given),
-                "torch": lambda: torch_alone(there),
-                "numpy": lambda: ours(x),
-                "base": plain,
-                "hand": lambda: hand(x),
-            }
-        )
-        return {
+        calls: dict[str, Callable[[], object]] = {
+            "hf": lambda: torch_alone(layer, **given),
+            "torch": lambda: torch_alone(there),
+            "numpy": lambda: ours(x),
+            "base": plain,
+            "hand": lambda: hand(x),
+        }
+        if is_floating(x):
+            calls["least"] = lambda: x @ w
+        found = timed(calls)
+        most = {MOST + "forward, NumPy": over(found, "hf", "least")} if "least" in calls else {}
+        return most | {
             "forward, torch": over(found, "hf", "torch"),
             "forward, NumPy": over(found, "hf", "numpy"),
             "call ÷ base": over(found, "numpy", "base"),
@@ -274,9 +277,10 @@ class Both:
 
     def least(self, w: Any) -> Callable[[], object]:
         """Do what no merge into a new array can do without."""
-        if not self.row.multiplies:
-            return w.copy if isinstance(w, np.ndarray) else w.clone
-        return lambda: w @ w
+        u, v, host = w[:, : self.row.rank], w[: self.row.rank, :], isinstance(w, np.ndarray)
+        if not self.row.rank:
+            return w.copy if host else lambda: room(w.shape, w).copy_(w)
+        return lambda: u @ v if host else torch.mm(u, v, out=room(w.shape, w))
 
 
 def overhead(row: Compared) -> dict[str, float]:

@@ -47,7 +47,7 @@ Call = Callable[[Any], Any]
 Hand = Callable[[Any, dict[str, Any], Any, Any], Call]
 """(config, parameters, weight, bias) to a call of x (rows, n), by NumPy alone."""
 MOST = "at most, "
-"""Before a column's name: what the least that a merge can do would reach in it."""
+"""Before a column's name: what the least that a call or a merge can do would reach in it."""
 TASKS = [0, 1]
 """Of a routed call's two sequences."""
 
@@ -63,15 +63,15 @@ class Compared(NamedTuple):
         The formula by hand; None: a product with the merged weight.
     target : float
         Of HF PEFT ÷ ours, in every column but those of whole steps and calls: there it is 1.
-    multiplies : bool
-        Whether a merge multiplies two matrices of the weight's size.
+    rank : int
+        Of the product of two matrices that a merge has to form; 0 where it need not.
     """
 
     name: str
     config: Any
     hand: Hand | None = None
     target: float = 1.0
-    multiplies: bool = False
+    rank: int = 0
 
     def case(self, n: int) -> Case:
         """Make a row of a layer (n, n)."""
@@ -207,18 +207,18 @@ COMPARED = [
     Compared("MiSS bat r64", MissConfig(r=64, init_weights="bat")),
     Compared("OFT b32", OFTConfig(oft_block_size=32), oft, 10),
     Compared("FRoD", FrodConfig()),
-    Compared("OSF", OSFConfig(), multiplies=True),
+    Compared("OSF", OSFConfig(), rank=N),
     Compared("PEANuT r32", PeanutConfig()),
     Compared("Poly r8, 4 skills", PolyConfig(n_tasks=2)),
-    Compared("PVeRA r256", PveraConfig(), vera),
-    Compared("RandLoRA r32", RandLoraConfig(r=32), target=5, multiplies=True),
+    Compared("PVeRA r256", PveraConfig(), vera, rank=256),
+    Compared("RandLoRA r32", RandLoraConfig(r=32), target=5, rank=N),
     Compared("RoAd", RoadConfig(), road),
     Compared("SHiRA r32", ShiraConfig()),
     Compared("Super-Tuning", SupertuningConfig()),
     Compared("trainable tokens", TrainableTokensConfig(token_indices=list(range(64)))),
     Compared("UniLoRA r4", UniLoraConfig(r=4, theta_d_length=256)),
     Compared("VB-LoRA r4", VBLoRAConfig()),
-    Compared("VeRA r256", VeraConfig(), vera),
+    Compared("VeRA r256", VeraConfig(), vera, rank=256),
     Compared("WaveFT 2592", WaveFTConfig(), target=5),
 ]
 """With Hugging Face PEFT's defaults, but for ranks that make methods comparable."""
