@@ -38,9 +38,10 @@ NOTES = f"""
 How it is measured: one layer of {N}×{N}, float32, {BATCH} inputs, the same parameters on both
 sides, and but for merges the very same base in memory, so that neither finds it alone in the
 processor's caches; calls are first held to agree to 10⁻³. Both sides run in one process of one
-thread, in turn; a figure is the median of the ratios of neighbours, in the processor's time.
-"torch" is our method on torch's tensors, "NumPy" the same on NumPy's, each against Hugging Face
-PEFT on torch's CPU. Above 1, ours is faster.
+thread, in turn, every other round in reverse, so that what one leaves in caches and pages favours
+nobody; a figure is the median of the ratios of neighbours, in the processor's time. "torch" is our
+method on torch's tensors, "NumPy" the same on NumPy's, each against Hugging Face PEFT on torch's
+CPU. Above 1, ours is faster.
 
 - forward: a call in evaluation, parameters bound (`model.bind()`).
 - step: binding, forward, a mean of squares, backward and AdamW; on NumPy by the tape.
@@ -54,21 +55,22 @@ PEFT on torch's CPU. Above 1, ours is faster.
 Hugging Face PEFT runs BOFT with one butterfly factor, since more need its CUDA extension, and so
 does ours here. Prompts, prefixes and LLaMA-Adapter adapt no layer of their own: no row is theirs.
 
-"At most" is Hugging Face PEFT's time over that of the least that a merge has to do, in the same
-rounds: to copy the weight, since ours writes a new array and Hugging Face PEFT into its own; for
-OSF and RandLoRA, whose factors are of full rank, to multiply two matrices of {N}×{N}, which both
-sides do. Where the target lies above it, no way of computing the merge would reach it.
+"At most" is Hugging Face PEFT's time over that of the least that has to be done, in the same rounds
+and by the library at hand. In a merge that is to copy the weight, since ours writes a new array and
+Hugging Face PEFT into its own; or, where a product of two matrices is to be formed, that product
+alone (OSF and RandLoRA: of {N}×{N}; VeRA and PVeRA: of rank 256). In a call on NumPy it is the
+product with one weight of {N}×{N}, without which there is none, and which NumPy's OpenBLAS takes
+longer for than torch's MKL. Where the target lies above it, no way of computing would reach it.
 
-Other work ran on the machine's two cores meanwhile (load averages from 3 to 7) and shared their
-caches and memory: a figure near 1 moves by a tenth from run to run, and merges that mostly wait for
-memory come nearer to each other or move more (IA³'s, which are one pass over the weight, were 0.5
-to 1.6 in three runs; the last is shown). What misses: unmerges by factors and by few entries, which
-read one array and write another where Hugging Face PEFT writes into the one it reads: that alone
-takes 2 to 3 of the 3 to 6 ms that its unmerge takes when the system gives the new array's pages
-afresh; what is a product of large matrices alone on NumPy (OSF, PVeRA, VeRA, calls), which its
-OpenBLAS takes up to a fifth longer for than torch's MKL; and a step of LN tuning on NumPy, which
-trains all weights of the layer, and whose optimiser gives new arrays where torch's writes into the
-old.
+Other work ran on the machine's two cores meanwhile (load averages from 9 to 13) and shared their
+caches and memory: a figure near its target moves by a tenth from run to run, and those of merges
+that mostly wait for memory by more. Rows in which a figure fell short and was not out of reach
+(FourierFT, WaveFT, UniLoRA, BEFT, LN tuning, and MiSS for its microseconds) were measured four
+times; their medians are shown. What misses: FourierFT and WaveFT on torch, which are four to five
+times as fast where five was asked for (5.6 and more while Hugging Face PEFT was always the last in
+a round, and less ran beside); a step of LN tuning on NumPy, which trains all weights of the layer,
+and whose optimiser gives new arrays where torch's writes into the old; and calls that are hardly
+more than one product, where that alone takes OpenBLAS longer than Hugging Face PEFT's whole call.
 
 Targets: no figure against Hugging Face PEFT below 1 (below {NOISE} is called a miss: equal calls
 vary by that much); in merges 10 for OFT and BOFT, and 5 for C3A, FourierFT, HRA, RandLoRA and

@@ -52,15 +52,15 @@ def timed(
 ) -> dict[str, list[float]]:
     """Time calls in turn, in the processor's time, for some seconds and `least` rounds.
 
-    Each group's calls go from first to last and from last to first in turn: what a call leaves
-    (caches, free pages) helps those before it as often as those after it.
+    Every other round each group's calls but the first are in reverse order: a call follows its one
+    neighbour as often as its other, never itself; what calls leave (caches, pages) favours none.
     """
     calls = {name: call for group in groups for name, call in group.items()}
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
     there = [name for group in groups for name in group]
-    back = [name for group in groups for name in reversed(group)]
+    back = [name for first, *rest in groups for name in (first, *reversed(rest))]
     gc.disable()
     start = perf_counter()
     try:
