@@ -30,8 +30,10 @@ from peft_any.io.keys import Place, read_keys, write_key
 from peft_any.io.safetensors import read_safetensors, write_safetensors
 from peft_any.layer import Dense, Site
 from peft_any.method import Prompt, Tuner
+from peft_any.methods.adamss import AdamssConfig
 from peft_any.methods.ia3 import IA3Config
 from peft_any.methods.lora import LoraConfig
+from peft_any.model import PeftModel
 from peft_any.prompt import Attended
 from peft_any.registry import method_for, method_names
 
@@ -768,3 +770,33 @@ def test_a_bias_that_no_method_has_is_refused(name: str) -> None:
     raw = {"peft_type": name, "bias": "some"} | ({"total_step": 9} if name == "ADALORA" else {})
     with pytest.raises(ConfigError, match=r"bias='some' must be \"none\", \"all\" or \"\w+_only\""):
         config_from_dict(raw)
+
+
+def test_rows_of_segments_are_found_again_or_refused() -> None:
+    rng = np.random.default_rng(0)
+    weights = {"fc.weight": rng.standard_normal((60, 40)), "fc.bias": rng.standard_normal(60)}
+    few = {name: a[:30] for name, a in weights.items()}
+
+    def begun(base: dict[str, Any], r: int) -> tuple[Adapter, Any]:
+        config = AdamssConfig(r=r, num_subspaces=3, target_modules=["fc"])
+        adapter = PeftModel(base).add("a", config)
+        p = dict(adapter.sites["fc"])
+        rows = p.pop("adamss_rows")
+        return adapter.replace(sites={"fc": p}), rows
+
+    bare, rows = begun(weights, 12)
+    found = PeftModel(weights).add("a", bare)
+    np.testing.assert_array_equal(found.sites["fc"]["adamss_found_rows"], rows)
+    p = bare.sites["fc"]
+    less = {**p, "adamss_B.0": p["adamss_B.0"][1:]}
+    for base, adapter, why in (
+        (weights, bare.replace(sites={"fc": less}), "its segments have other sizes"),
+        (few, begun(few, 60)[0], "rounding alone decides"),
+        (
+            {name: a[::-1] * a for name, a in weights.items()},
+            bare,
+            "its directions are not, to single precision, those of this base",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^fc: the rows of .* told: {why}"):
+            PeftModel(base).add("a", adapter)
