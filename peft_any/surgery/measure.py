@@ -11,6 +11,7 @@ import numpy as np
 from ml_dtypes import finfo
 
 from peft_any._typing import Shape
+from peft_any.backend import is_floating
 from peft_any.errors import ShapeError
 from peft_any.receipt import Change, Host
 
@@ -161,8 +162,8 @@ class Strays:
         >>> found.stray(stored.dtype), found.place
         (True, 19)
         """
-        if not exact.size:
-            return cls()
+        if not exact.size or not is_floating(found):  # of integers none is rounded
+            return cls(size=exact.size)
         wanted = _double(exact).reshape(exact.shape[0] if exact.ndim > 1 else 1, -1)
         info: Any = finfo(found.dtype)  # type: ignore[no-untyped-call]
         sizes, least = wanted * wanted, float(info.smallest_subnormal)
@@ -193,6 +194,8 @@ class Strays:
 
 
 def _eps(dtype: Any) -> float:
+    if not is_floating(dtype):
+        return 0.0
     info: Any = finfo(dtype)  # type: ignore[no-untyped-call]
     return float(info.eps)
 
