@@ -30,8 +30,9 @@ class MultitaskPromptTuningConfig(Prepended, peft_type="MULTITASK_PROMPT_TUNING"
     tables: ClassVar[tuple[str, ...]] = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 
     prompt_tuning_init: Literal[
-        "RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
-    ] = "RANDOM"
+        "RANDOM", "TEXT", "SAMPLE_VOCAB", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK",
+        "ONLY_SOURCE_SHARED",
+    ] = "RANDOM"  # fmt: skip
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
