@@ -13,7 +13,7 @@ import pytest
 import peft_any
 from peft_any.adapter import Adapter
 from peft_any.backend import from_numpy, inv, resolve, to_numpy
-from peft_any.errors import BackendError, ConfigError, ShapeError, TargetError, UsageError
+from peft_any.errors import ConfigError, ShapeError, TargetError, UsageError
 from peft_any.layer import Dense, Site
 from peft_any.method import Additive, Tuner
 from peft_any.methods.boft import BOFTConfig
@@ -40,7 +40,7 @@ WEIGHTS = {"m.fc.weight": draw(8, 4), "m.fc.bias": draw(8), "m.out.weight": draw
 
 @pytest.mark.parametrize("spec", [3, None, ["numpy"]])
 def test_a_spec_of_another_type_is_refused(spec: Any) -> None:
-    with pytest.raises(BackendError, match="give a name such as"):
+    with pytest.raises(UsageError, match="give a name such as"):
         resolve(spec)
 
 

@@ -16,7 +16,7 @@ from peft_any import Adapter, PeftModel  # noqa: E402
 from peft_any.method import Tuner  # noqa: E402
 from peft_any.registry import method_for, method_names  # noqa: E402
 from tests.hf.reference import quietly, state_of  # noqa: E402
-from tests.hf.test_models import base_of, compare, merged  # noqa: E402
+from tests.hf.test_models import base_of, compare, fill, merged  # noqa: E402
 
 TARGETS = {"target_modules": ["q_proj", "o_proj"]}
 FIELDS: dict[str, dict[str, Any]] = {
@@ -87,3 +87,24 @@ def test_what_is_saved_along_is_read_and_written(name: str, tmp_path: Path) -> N
     with quietly():
         again = peft.PeftModel.from_pretrained(base_of("llama"), folder)
     compare(ours.merge(), merged(again, weights))
+
+
+@pytest.mark.parametrize("name", ["TINYLORA", "VBLORA"])
+def test_a_targeted_head_saved_along_is_read_and_written(name: str, tmp_path: Path) -> None:
+    """Its layer holds the arrays that all share, and PEFT saves them once more with it."""
+    base = base_of("llama")
+    weights = state_of(base)
+    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+    with quietly():
+        config = kind(target_modules=["q_proj", "lm_head"], **FIELDS[name])
+        theirs = peft.get_peft_model(base, config).eval()
+    fill(theirs, "default", 1)
+    with quietly():
+        theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    adapter = Adapter.load(tmp_path / "a")
+    adapter.save(tmp_path / "b")
+    for part in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "b" / part).read_bytes() == (tmp_path / "a" / part).read_bytes()
+    ours = PeftModel(weights)
+    ours.add("a", adapter)
+    compare(ours.merge(), merged(theirs, weights))
