@@ -459,6 +459,8 @@ class TestWholeCopies:
     def test_a_tied_weight_is_set_apart_before_a_merge(self) -> None:
         net = nn.ModuleDict({"wte": nn.Embedding(7, 5), "head": nn.Linear(5, 7, bias=False)})
         net["head"].weight = net["wte"].weight
+        net["a"], net["b"] = nn.Linear(5, 5), nn.Linear(5, 5)
+        net["a"].bias = net["b"].bias
         net.config = type("Config", (), {"tie_word_embeddings": True})()
         config = LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
         held = attach(net, config)
@@ -467,6 +469,8 @@ class TestWholeCopies:
         assert torch.equal(net["head"].weight, before)
         close(net["wte"].weight.detach(), after, 1e-6)
         assert not net.config.tie_word_embeddings
+        assert net["a"].bias is not net["b"].bias  # which a saved model would lose
+        assert torch.equal(net["a"].bias, net["b"].bias)
         assert held.module is net
 
 
@@ -526,6 +530,15 @@ class TestTorchs:
             y = net(X)
         assert y.dtype == torch.bfloat16
         close(y.float(), want, 0.03)
+
+    def test_autocast_leaves_lookups_as_they_are(self) -> None:
+        net, x = nn.Sequential(nn.Embedding(7, 5)), torch.arange(7)
+        attach(net, replace(RANDOM, target_modules=["0"]))
+        want = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        assert y.dtype == torch.float32
+        close(y, want, 0.03)
 
     def test_torch_s_fused_layers_do_not_read_past_the_adapter(self) -> None:
         torch.manual_seed(0)

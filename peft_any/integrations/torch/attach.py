@@ -252,13 +252,22 @@ def merge_into(module: nn.Module) -> nn.Module:
             with torch.no_grad():
                 old.copy_(value)
         else:
-            path, _, last = name.rpartition(".")
-            new = nn.Parameter(value, requires_grad=old.requires_grad)
-            setattr(module.get_submodule(path), last, new)
+            _set_apart(module, name, value)
             untied = True
     if untied and getattr(getattr(module, "config", None), "tie_word_embeddings", False):
         module.config.tie_word_embeddings = False
+        for _, *others in names_of(module).values():  # which nothing ties when it is loaded again
+            for name in others:
+                _set_apart(module, name, tensor(module, name).detach().clone())
     return module
+
+
+def _set_apart(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a tensor of its own in the place of one that is shared."""
+    path, _, last = name.rpartition(".")
+    old = tensor(module, name)
+    kept = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+    setattr(module.get_submodule(path), last, kept)
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor) -> bool:

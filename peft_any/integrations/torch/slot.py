@@ -181,7 +181,8 @@ class Slot(nn.Module):
         x = astype(input, held.name) if floating else input
         y: Any = several.forward(parts, x, held, stacked=True)
         kind = input.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if floating and autocast:  # which leaves lookups as they are
             return y.to(torch.get_autocast_dtype(kind))
         return y.to(input.dtype if floating else module.weight.dtype)
 
