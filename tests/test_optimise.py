@@ -88,6 +88,23 @@ def test_equal_to_torch(name: str) -> None:
     close(run(ours, params_of()), torch_run(lambda t: theirs(t, torch), params_of()))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", ["lion", *PAIRS])
+def test_parameters_are_updated_at_once_bit_for_bit(name: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)  # the second is more than one piece
+    params = {k: rng.standard_normal((n, 128)).astype(dtype) for k, n in (("a", 3), ("b", 600))}
+    rule = opt.lion() if name == "lion" else PAIRS[name][0]
+    one, two, states = params, params, [rule.init(params)] * 2
+    for i in range(3):
+        updates, states[0] = rule.update(slope(one, i), states[0], one)
+        one = opt.apply_updates(one, updates)
+        two, states[1] = opt.updated(rule, slope(two, i), states[1], two)
+    same = dict(leaves([two, states[1]]))
+    for path, wanted in leaves([one, states[0]]):
+        np.testing.assert_array_equal(same.pop(path), wanted, strict=True)
+    assert not same
+
+
 def test_lion_is_its_formula() -> None:
     p, m = np.asarray([1.0, -2.0, 0.5]), np.zeros(3)
     rule = opt.lion(0.1, betas=(0.9, 0.99), weight_decay=0.2)

@@ -11,6 +11,7 @@ from peft_any.train.optimise import apply_updates as apply_updates
 from peft_any.train.optimise import lion as lion
 from peft_any.train.optimise import optimizer_for as optimizer_for
 from peft_any.train.optimise import sgd as sgd
+from peft_any.train.optimise import updated as updated
 from peft_any.train.resume import load_state as load_state
 from peft_any.train.resume import save_state as save_state
 from peft_any.train.schedules import constant as constant

@@ -23,7 +23,7 @@ from peft_any.methods.adalora import AdaLoraConfig
 from peft_any.model import PeftModel
 from peft_any.train.allocator import RankAllocator
 from peft_any.train.batches import Batches, listed
-from peft_any.train.optimise import apply_updates, optimizer_for
+from peft_any.train.optimise import optimizer_for, updated
 from peft_any.train.progress import bar
 from peft_any.train.resume import load_state, refuse_other, save_state
 from peft_any.train.transforms import Optimizer, clip_by_global_norm, global_norm, not_finite
@@ -290,8 +290,8 @@ class _Job:
             raise TrainingError(_diagnosis(run.step, value, grads))
         if self.max_grad_norm is not None:
             grads, _ = clip_by_global_norm(self.max_grad_norm).update(grads, {}, run.params)
-        updates, run.optimizer = self.rule.update(grads, run.optimizer, run.params)
-        run.params = self.model.settled(apply_updates(run.params, updates))
+        params, run.optimizer = updated(self.rule, grads, run.optimizer, run.params)
+        run.params = self.model.settled(params)
         for name, allocator in self.allocators.items():
             run.params[name], run.allocators[name] = allocator.update(
                 grads[name], run.allocators[name], run.params[name], run.step

@@ -9,7 +9,7 @@ Moments are kept in at least float32, updates are rounded to the parameters' dty
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -71,18 +71,16 @@ def adamw(
     def init(params: Tree) -> State:
         return {"step": 0, "m": zeros(params), "v": zeros(params)}
 
-    def update(grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+    def advance(move: Any, grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
         step, m, v = entries("adamw", state, "step", "m", "v")
         check_nests("adamw", params, grads=grads, m=m, v=v)
         t, rate = step + 1, _rate(learning_rate, step)
         size, root = rate / (1 - first**t), (1 - second**t) ** 0.5
-        numbers = size, root, rate * weight_decay
-        updates, m, v = moved(params, grads, m, v, numbers)
-        return updates, {"step": t, "m": m, "v": v}
+        found, m, v = move(params, grads, m, v, (size, root, rate * weight_decay))
+        return found, {"step": t, "m": m, "v": v}
 
-    @fused
     def moved(
-        params: Tree, grads: Tree, m: Tree, v: Tree, numbers: tuple[float, float, float]
+        params: Tree, grads: Tree, m: Tree, v: Tree, numbers: Sequence[float], *, whole: bool
     ) -> tuple[Tree, Tree, Tree]:
         size, root, decay = numbers
 
@@ -98,13 +96,15 @@ def adamw(
             step += eps * root
             step = m / step
             step *= -size * root
-            return as_like(into(out[0], xp.subtract, step, decay * as_like(p, m)), p), m, v
+            step = as_like(into(out[0], xp.subtract, step, decay * as_like(p, m)), p)
+            return into(out[0], xp.add, p, step) if whole else step, m, v
 
         found = tree_map(partial(by_pieces, change, like=(0, 2, 3)), params, grads, m, v)
-        updates, m, v = (tree_map(lambda _, new, i=i: new[i], params, found) for i in range(3))
-        return updates, m, v
+        changed, m, v = (tree_map(lambda _, new, i=i: new[i], params, found) for i in range(3))
+        return changed, m, v
 
-    return Optimizer(init, update)
+    ways = (fused(partial(moved, whole=whole)) for whole in (False, True))
+    return Optimizer(init, *(partial(advance, way) for way in ways))
 
 
 def sgd(
@@ -209,6 +209,35 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     """Add updates to parameters; dtypes stay."""
     check_nests("apply_updates", params, updates=updates)
     return _sum(params, updates)
+
+
+def updated(optimizer: Optimizer, grads: Tree, state: State, params: Tree) -> tuple[Tree, State]:
+    """Give the next parameters and state, in fewer passes than updates of their own take.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        One of this module or of optax, or any such pair of functions.
+    grads, params : nest of arrays
+    state : dict
+
+    Returns
+    -------
+    params : nest of arrays
+        What `apply_updates` would make of the updates, bit for bit.
+    state : dict
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rule, params = sgd(0.5), {"w": np.asarray([1.0, 2.0])}
+    >>> updated(rule, {"w": np.ones(2)}, rule.init(params), params)[0]["w"]
+    array([0.5, 1.5])
+    """
+    if (whole := getattr(optimizer, "whole", None)) is not None:
+        return whole(grads, state, params)
+    updates, state = optimizer.update(grads, state, params)
+    return apply_updates(params, updates), state
 
 
 @fused

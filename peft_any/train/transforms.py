@@ -39,10 +39,14 @@ class Optimizer(NamedTuple):
     ----------
     init : callable params -> state
     update : callable (grads, state, params) -> (updates, state)
+    whole : callable (grads, state, params) -> (params, state), optional
+        The same with the updates added, where that takes fewer passes than one after the other:
+        see `updated`.
     """
 
     init: Callable[[Tree], State]
     update: Callable[[Tree, State, Tree], tuple[Tree, State]]
+    whole: Callable[[Tree, State, Tree], tuple[Tree, State]] | None = None
 
 
 def lora_plus(

@@ -25,7 +25,7 @@ from peft_any.errors import Irreversible
 from peft_any.layer import Dense
 from peft_any.parts import Part
 from peft_any.routed import Routed
-from peft_any.train.optimise import adamw, apply_updates
+from peft_any.train.optimise import adamw, updated
 from tests.benchmarks.compared import BATCH, COMPARED, MOST, TASKS, Compared, N
 from tests.benchmarks.methods import squared
 from tests.benchmarks.timing import over, timed
@@ -214,8 +214,7 @@ class Both:
 
         def step() -> object:
             value, grads = both(state[0], self.x, self.target)
-            updates, state[1] = optimizer.update(grads, state[1], state[0])
-            state[0] = apply_updates(state[0], updates)
+            state[:] = updated(optimizer, grads, state[1], state[0])
             return value
 
         return step

@@ -15,7 +15,7 @@ from peft_any.bound import BoundLayer
 from peft_any.layer import Dense
 from peft_any.method import Tuner
 from peft_any.parts import Part
-from peft_any.train.optimise import adamw, apply_updates
+from peft_any.train.optimise import adamw, updated
 from tests.benchmarks.memory import numpy_peak, torch_peak
 from tests.benchmarks.rows import ROWS, adapted
 from tests.benchmarks.timing import cpu_ratio
@@ -80,8 +80,7 @@ def training(config: Tuner, p: dict[str, Any], base: Dense, x: Any, target: Any)
 
     def step() -> object:
         value, grads = both(state[0], x, target)
-        updates, state[1] = optimizer.update(grads, state[1], state[0])
-        state[0] = apply_updates(state[0], updates)
+        state[:] = updated(optimizer, grads, state[1], state[0])
         return value
 
     return step
