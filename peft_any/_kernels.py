@@ -202,7 +202,9 @@ def by_blocks(x: Any, r: Any) -> Any:
         product, r = np.matmul, np.ascontiguousarray(r)
     else:
         product = LIBRARIES["torch"].module.bmm
-    out, rows = xp.empty((m, n), dtype=x.dtype), max(16 * _BLOCK // (n * x.dtype.itemsize), 8)
+    rows = max(16 * _BLOCK // (n * x.dtype.itemsize), 8)
+    if (out := room((m, n), x)) is None:
+        out = xp.empty((m, n), dtype=x.dtype)
     for i in range(0, m, rows):
         given, made = (a[i : i + rows].reshape((-1, k, b)).swapaxes(0, 1) for a in (x, out))
         product(given, r, out=made)
@@ -246,7 +248,8 @@ def even_rows(columns: Any, places: Any, shape: tuple[int, int], onto: Any = Non
         waves, inverse = torch.view_as_complex(columns), partial(torch.fft.irfft, n=n, dim=1)
     half, rows = m // 2 + 1, max(8 * _BLOCK // (n * dtype.itemsize), 8)
     spectrum = xp.zeros((min(rows, half), n // 2 + 1), dtype=waves.dtype)
-    out = xp.empty(m * n, dtype=dtype)
+    if (out := room((m * n,), columns)) is None:
+        out = xp.empty(m * n, dtype=dtype)
     known = None if onto is None else onto.reshape((m * n,))
 
     def write(here: slice, new: Any) -> None:

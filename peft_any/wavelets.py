@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peft_any._typing import Array
 from peft_any.backend import astype, creation_device, dtype_name, from_numpy_like, namespace
-from peft_any.tape.indexing import put
+from peft_any.spectra import Host, placed_values, scattered
+from peft_any.tape.indexing import can_put
 
 FILTERS: Mapping[str, Sequence[float]] = json.loads(
     (Path(__file__).parent / "wavelets.json").read_text(encoding="utf-8")
@@ -76,43 +76,84 @@ def _stretched(c: Array, f: Sequence[float]) -> Array:
     return both[trim : 2 * (k + last) - trim, :] if trim else both
 
 
-def synthesis_of_few(
-    values: Array, places: npt.NDArray[Any], shape: tuple[int, int], lo: Sequence[float]
+def entries(
+    values: Array, places: Host, shape: tuple[int, int], lo: Sequence[float] | None
+) -> tuple[Array, Array] | None:
+    """Give what `synthesised` consists of where that is little: L² entries for each coefficient.
+
+    Parameters
+    ----------
+    values, places, shape, lo
+        As for `synthesised`.
+
+    Returns
+    -------
+    (values (j,), places (j,)), or None
+        Flat places, where the values add up; repeated ones only with a filter. None where they are
+        many, or the library's arrays cannot be written to.
+
+    Examples
+    --------
+    >>> values, places = entries(np.asarray([2.0]), np.asarray([0]), (2, 3), [0.5**0.5] * 2)
+    >>> values.round(12), places
+    (array([1., 1., 1., 1.]), array([0, 1, 3, 4]))
+    """
+    if lo is None:
+        return values, from_numpy_like(places.copy(), values)
+    if not can_put(values) or len(places) * len(lo) ** 2 >= shape[0] * shape[1]:
+        return None
+    filters = np.asarray([lo, [(-1) ** i * v for i, v in enumerate(reversed(lo))]])
+    (u, up, tall), (v, left, wide) = _padded(places, shape, lo)
+    taps = np.arange(len(lo)) - (len(lo) - 2)
+    rows = 2 * (u % (tall // 2))[:, None, None] + taps[:, None] - up
+    columns = 2 * (v % (wide // 2))[:, None, None] + taps - left
+    # the axis of the rows takes its filter from the column's half, and the other way round
+    factors = filters[v // (wide // 2)][:, :, None] * filters[u // (tall // 2)][:, None, :]
+    inside = (rows >= 0) & (rows < shape[0]) & (columns >= 0) & (columns < shape[1])
+    which = from_numpy_like(np.nonzero(inside)[0], values)
+    scale = from_numpy_like(astype(factors[inside], dtype_name(values)), values)
+    at = from_numpy_like((rows * shape[1] + columns)[inside], values)
+    return namespace(values).take(values, which) * scale, at
+
+
+def synthesised(
+    values: Array, places: Host, shape: tuple[int, int], lo: Sequence[float] | None
 ) -> Array:
-    """Synthesise as `synthesis` does from coefficients at few places, by their own L² entries each.
+    """Synthesise the middle of a matrix from coefficients at few places, the others being zero.
 
     Parameters
     ----------
     values : array (k,)
-        Of a library whose arrays can be written to (`peft_any.tape.indexing.can_put`).
     places : host array (k,) of int
-        Flat places in the matrix of coefficients.
+        Flat places in a matrix of `shape`, each once, which is padded to what it takes.
     shape : (int, int)
-        Of that matrix.
-    lo : sequence of float
+        (m, n), of the result too.
+    lo : sequence of float, optional
+        A low-pass filter of even length L; none: the coefficients are the result.
 
     Returns
     -------
-    array (shape[0] − L + 2, shape[1] − L + 2)
+    array (m, n)
 
     Examples
     --------
-    >>> synthesis_of_few(np.asarray([2.0]), np.asarray([0]), (2, 2), [0.5**0.5] * 2)
-    array([[1., 1.],
-           [1., 1.]])
+    >>> synthesised(np.asarray([2.0]), np.asarray([0]), (2, 3), [0.5**0.5] * 2).round(12)
+    array([[1., 1., 0.],
+           [1., 1., 0.]])
     """
-    xp, size = namespace(values), len(lo)
-    filters = np.asarray([lo, [(-1) ** i * v for i, v in enumerate(reversed(lo))]])
-    half, count = [n // 2 for n in shape], [n - size + 2 for n in shape]
-    u, v = places // shape[1], places % shape[1]
-    taps = np.arange(size) - (size - 2)
-    rows = 2 * (u % half[0])[:, None, None] + taps[:, None]
-    columns = 2 * (v % half[1])[:, None, None] + taps
-    # the axis of the rows takes its filter from the column's half, and the other way round
-    factors = filters[v // half[1]][:, :, None] * filters[u // half[0]][:, None, :]
-    inside = (rows >= 0) & (rows < count[0]) & (columns >= 0) & (columns < count[1])
-    which = np.nonzero(inside)[0]
-    at = from_numpy_like((rows * count[1] + columns)[inside], values)
-    scale = from_numpy_like(astype(factors[inside], dtype_name(values)), values)
-    shares = xp.take(values, from_numpy_like(which, values)) * scale
-    return xp.reshape(put(xp, shares, (at,), (count[0] * count[1],)), tuple(count))
+    if lo is None:
+        return placed_values(values, places, shape)
+    if (few := entries(values, places, shape, lo)) is not None:
+        return namespace(values).reshape(scattered(*few, shape[0] * shape[1]), shape)
+    (u, up, tall), (v, left, wide) = _padded(places, shape, lo)
+    whole = synthesis(placed_values(values, u * wide + v, (tall, wide)), lo)
+    return whole[up : up + shape[0], left : left + shape[1]]
+
+
+def _padded(places: Host, shape: tuple[int, int], lo: Sequence[float]) -> Any:
+    """Pad, and give by axis: places, what is cut before the result, and the padded size."""
+    found = []
+    for at, size in zip(np.divmod(places, shape[1]), shape, strict=True):
+        whole = padded(size, lo)
+        found.append((at + (whole - size) // 2, (whole - len(lo) + 2 - size) // 2, whole))
+    return found

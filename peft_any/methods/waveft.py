@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from peft_any.checks import refuse
 from peft_any.contract import Additive, Array, Kind, Params, Shape, Site, Tuner
@@ -10,9 +10,8 @@ from peft_any.errors import ShapeError
 from peft_any.fields import Biases, ByLayer, Count, Excludes, FanInFanOut
 from peft_any.initial import normal
 from peft_any.patterns import matching
-from peft_any.spectra import placed_values, random_places
-from peft_any.tape.indexing import can_put
-from peft_any.wavelets import FILTERS, padded, synthesis, synthesis_of_few
+from peft_any.spectra import added_at, random_places
+from peft_any.wavelets import FILTERS, entries, synthesised
 
 
 class WaveFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="WAVEFT"):
@@ -70,19 +69,20 @@ class WaveFTConfig(Additive, Biases, ByLayer, Excludes, FanInFanOut, peft_type="
 
     def delta(self, p: Params, site: Site) -> Array:
         """Place the values, and synthesise."""
-        values, (m, n) = self.scaling * p["waveft_spectrum"], (site.n_out, site.n_in)
-        places = random_places(self.random_loc_seed, m * n, self.n_frequency)
-        if not self.use_idwt:
-            return placed_values(values, places, (m, n))
-        lo = FILTERS[self.wavelet_family]
-        rows, columns = padded(m, lo), padded(n, lo)
-        at = (places // n + (rows - m) // 2) * columns + places % n + (columns - n) // 2
-        if can_put(values) and len(at) * len(lo) ** 2 < m * n:
-            whole = synthesis_of_few(values, at, (rows, columns), lo)
-        else:
-            whole = synthesis(placed_values(values, at, (rows, columns)), lo)
-        up, left = ((have - want) // 2 for have, want in zip(whole.shape, (m, n), strict=True))
-        return whole[up : up + m, left : left + n]
+        return synthesised(*self._given(p, site))
+
+    def onto(self, p: Params, weight: Array, site: Site, *, minus: bool = False) -> Array:
+        """Add ΔW's entries, or take them away, where they are few."""
+        few = entries(*self._given(p, site))
+        if few is None:
+            return super().onto(p, weight, site, minus=minus)
+        return added_at(weight, *few, minus=minus)
+
+    def _given(self, p: Params, site: Site) -> Any:
+        """C's values, their places, C's shape, and the filter."""
+        places = random_places(self.random_loc_seed, site.n_out * site.n_in, self.n_frequency)
+        lo = FILTERS[self.wavelet_family] if self.use_idwt else None
+        return self.scaling * p["waveft_spectrum"], places, (site.n_out, site.n_in), lo
 
     # One product with the merged weight costs less than two.
     forward = Tuner.forward
