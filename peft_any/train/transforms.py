@@ -295,7 +295,7 @@ def check_nests(where: str, params: Tree, **others: Tree) -> None:
 
 def as_like(x: Array, like: Array) -> Array:
     """Round an array to another one's dtype."""
-    return astype(x, dtype_name(like))
+    return x if x.dtype == like.dtype else astype(x, dtype_name(like))
 
 
 def check_from_zero(where: str, **numbers: float) -> None:
