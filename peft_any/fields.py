@@ -102,7 +102,7 @@ def rules(cls: type) -> tuple[tuple[str, Rule], ...]:
     Examples
     --------
     >>> from peft_any.methods.miss import MissConfig
-    >>> [(name, rule.text) for name, rule in rules(MissConfig) if rule.words]
+    >>> [(name, rule.text) for name, rule in rules(MissConfig) if rule.words][1:]
     [('init_weights', 'true, false, "bat" or "mini"'), ('bias', '"none", "all" or "miss_only"')]
     """
     hints = get_type_hints(cls, include_extras=True)

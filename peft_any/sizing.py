@@ -18,7 +18,30 @@ from peft_any.method import Tuner
 def site_of(
     config: Tuner, name: str, p: Mapping[str, Any], known: dict[Any, list[Site]]
 ) -> tuple[Tuner, Site] | None:
-    """Find the one size of layer that parameters belong to, without the base.
+    """Find the one size of layer that parameters belong to, without the base: see `sites_of`.
+
+    Returns
+    -------
+    (Tuner, Site) or None
+        None where several sizes, or none, have parameters of these shapes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from peft_any.methods.lora import LoraConfig
+    >>> p = {"lora_A.weight": np.zeros((2, 5)), "lora_B.weight": np.zeros((3, 2))}
+    >>> _, site = site_of(LoraConfig(r=2), "fc", p, {})
+    >>> site.n_in, site.n_out
+    (5, 3)
+    """
+    hits = sites_of(config, name, p, known)
+    return hits[0] if len(hits) == 1 else None
+
+
+def sites_of(
+    config: Tuner, name: str, p: Mapping[str, Any], known: dict[Any, list[Site]]
+) -> list[tuple[Tuner, Site]]:
+    """Find all sizes of layer that parameters may belong to.
 
     Parameters
     ----------
@@ -31,19 +54,18 @@ def site_of(
 
     Returns
     -------
-    (Tuner, Site) or None
+    list of (Tuner, Site)
         The configuration at the site, and the site, a `Linear` for what may be a `Conv1D`, or,
-        unless its name says so, a convolution that the method flattens; None where several
-        sizes, or none, have parameters of these shapes.
+        unless its name says so, a convolution that the method flattens.
 
     Examples
     --------
     >>> import numpy as np
-    >>> from peft_any.methods.lora import LoraConfig
-    >>> p = {"lora_A.weight": np.zeros((2, 5)), "lora_B.weight": np.zeros((3, 2))}
-    >>> _, site = site_of(LoraConfig(r=2), "fc", p, {})
-    >>> site.n_in, site.n_out
-    (5, 3)
+    >>> from peft_any.methods.ia3 import IA3Config
+    >>> config = IA3Config(target_modules=["fc"], feedforward_modules=[])
+    >>> found = sites_of(config, "fc", {"ia3_l": np.ones((3, 1))}, {})
+    >>> [(site.n_in, site.n_out) for _, site in found]
+    [(1, 3), (3, 3), (9, 3)]
     """
     shapes = {k: tuple(a.shape) for k, a in p.items()}
     conv = "conv" in name.rpartition(".")[2].lower()
@@ -61,7 +83,7 @@ def site_of(
         except PeftError:
             continue
     known[key] = [site for _, site in hits]
-    return hits[0] if len(hits) == 1 else None
+    return hits
 
 
 def _sizes(name: str, shapes: Mapping[str, Shape], conv: bool) -> Iterator[Site]:

@@ -73,11 +73,12 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
 
     def shapes(self, site: Site) -> dict[str, Shape]:
         """V, the segments' A and B, of sizes that the base decides, and the places of the rows."""
-        columns, every = site.n_in + site.bias, range(self._count(site))
+        columns = site.n_in + site.bias
         rank = min(self.r, site.n_out, columns)
         found: dict[str, Shape] = {"adamss_newB": (rank, columns)}
-        found |= {f"adamss_A.{i}": (-1, rank) for i in every}
-        return {**found, **{f"adamss_B.{i}": (-1, -1) for i in every}}
+        for i in range(self._count(site)):
+            found |= {f"adamss_A.{i}": (-1, rank), f"adamss_B.{i}": (-1, -1)}
+        return {**found, **({"adamss_rows": (site.n_out,)} if self.init_weights == OURS else {})}
 
     def init(self, site: Site, new: Fresh) -> Params:
         """Decompose the base and cluster its rows, on the host."""
@@ -102,8 +103,8 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
     def rederive(self, p: Params, site: Site, new: Fresh) -> Params:
         """Find the rows again, where neither rounding nor another sketch can tell others."""
         sizes = [p[f"adamss_B.{i}"].shape[0] for i in range(self._count(site))]
-        labels = segments(p["adamss_newB"], sizes, self.random_seed, new)
-        return {**p, "adamss_found_rows": new.array(places(labels))}
+        rows = places(segments(p["adamss_newB"], sizes, self.random_seed, new))
+        return {**p, "adamss_found_rows": new.array(rows)}
 
     def portable(self, sites: Mapping[str, Params]) -> tuple[Self, dict[str, Params]]:
         """Say that the adapter was begun here, and holds its rows."""
@@ -112,8 +113,7 @@ class AdamssConfig(Additive, ByLayer, peft_type="ADAMSS"):
 
     def _joined(self, p: Params, site: Site) -> tuple[Array, Array]:
         """U (n_out, Σrᵢ), of the B with their rows in place, and A·V (Σrᵢ, columns)."""
-        known: tuple[Array, Array] | None = p.get("joined")
-        if known is not None:
+        if (known := p.get("joined")) is not None:
             return known
         k = sum(name.startswith("adamss_A.") for name in p)
         a, b = ([p[f"adamss_{side}.{i}"] for i in range(k)] for side in "AB")

@@ -21,7 +21,7 @@ from peft_any.method import Additive, Prompt, Tuner
 from peft_any.naming.rules import Names
 from peft_any.prompt import Attended
 from peft_any.receipt import SCHEMA_VERSION, Change, plain, to_json
-from peft_any.sizing import site_of
+from peft_any.sizing import site_of, sites_of
 from peft_any.surgery.compute import Surgeon
 from peft_any.surgery.fitting import Fitting
 from peft_any.surgery.job import Progress
@@ -231,9 +231,10 @@ def _site_reports(adapter: Adapter, spectra: bool, notes: list[str]) -> Iterator
     known: dict[Any, list[Site]] = {}
     others: dict[int, dict[Any, list[Site]]] = {}
     for name, params in adapter.sites.items():
-        found = site_of(config, name, params, known) if isinstance(config, Tuner) else None
+        hits = sites_of(config, name, params, known) if isinstance(config, Tuner) else []
+        found = hits[0] if len(hits) == 1 else None
         own, site = found or (config, None)
-        if found is None and (other := _of_another_rank(config, name, params, others)):
+        if not hits and (other := _of_another_rank(config, name, params, others)):
             own, site = other
             notes.append(
                 f"{name}: the configuration says r={config.at(site).r}, and its arrays have the "
