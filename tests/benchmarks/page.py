@@ -62,15 +62,14 @@ alone (OSF and RandLoRA: of {N}×{N}; VeRA and PVeRA: of rank 256). In a call on
 product with one weight of {N}×{N}, without which there is none, and which NumPy's OpenBLAS takes
 longer for than torch's MKL. Where the target lies above it, no way of computing would reach it.
 
-Other work ran on the machine's two cores meanwhile (load averages from 9 to 13) and shared their
-caches and memory: a figure near its target moves by a tenth from run to run, and those of merges
-that mostly wait for memory by more. Rows in which a figure fell short and was not out of reach
-(FourierFT, WaveFT, UniLoRA, BEFT, LN tuning, and MiSS for its microseconds) were measured four
-times; their medians are shown. What misses: FourierFT and WaveFT on torch, which are four to five
-times as fast where five was asked for (5.6 and more while Hugging Face PEFT was always the last in
-a round, and less ran beside); a step of LN tuning on NumPy, which trains all weights of the layer,
-and whose optimiser gives new arrays where torch's writes into the old; and calls that are hardly
-more than one product, where that alone takes OpenBLAS longer than Hugging Face PEFT's whole call.
+Most rows were measured while other work ran on the machine's two cores (load averages from 9 to
+13), which shares their caches and memory; those of BEFT, BOFT, FourierFT, IA³, Lily, LN tuning,
+MiSS, OFT, PVeRA, UniLoRA and WaveFT while nothing did. A figure near its target moves by a tenth
+from run to run, and those of merges that mostly wait for memory by more; FourierFT's and LN
+tuning's are medians of five runs. What misses: FourierFT's merges on torch, by a little (single
+runs gave 4.4 to 5.7); a step of LN tuning on NumPy, which trains all weights of the layer, since
+its two products take OpenBLAS longer than torch's MKL; and calls, steps and merges that are hardly
+more than one product, where that alone does.
 
 Targets: no figure against Hugging Face PEFT below 1 (below {NOISE} is called a miss: equal calls
 vary by that much); in merges 10 for OFT and BOFT, and 5 for C3A, FourierFT, HRA, RandLoRA and
