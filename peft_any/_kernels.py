@@ -183,6 +183,12 @@ def scaled(y: Any, gain: Any, shift: Any = None) -> Any:
     return y * gain if shift is None else y * gain + shift
 
 
+def _empty(shape: tuple[int, ...], like: Any) -> Any:
+    """Make memory for a result, in huge pages where there is room in some."""
+    out = room(shape, like)
+    return namespace(like).empty(shape, dtype=like.dtype) if out is None else out
+
+
 def by_blocks(x: Any, r: Any) -> Any:
     """Multiply by a block-diagonal matrix, laid out by rows: groups of rows, each written once.
 
@@ -197,14 +203,13 @@ def by_blocks(x: Any, r: Any) -> Any:
     >>> by_blocks(np.ones((1, 2)), np.asarray([[[2.0]], [[3.0]]]))
     array([[2., 3.]])
     """
-    xp, (m, n), (k, b, _) = namespace(x), x.shape, r.shape
+    (m, n), (k, b, _) = x.shape, r.shape
     if library_of(x).name == "numpy":  # OpenBLAS takes twice as long for small transposed blocks
         product, r = np.matmul, np.ascontiguousarray(r)
     else:
         product = LIBRARIES["torch"].module.bmm
     rows = max(16 * _BLOCK // (n * x.dtype.itemsize), 8)
-    if (out := room((m, n), x)) is None:
-        out = xp.empty((m, n), dtype=x.dtype)
+    out = _empty((m, n), x)
     for i in range(0, m, rows):
         given, made = (a[i : i + rows].reshape((-1, k, b)).swapaxes(0, 1) for a in (x, out))
         product(given, r, out=made)
@@ -248,8 +253,7 @@ def even_rows(columns: Any, places: Any, shape: tuple[int, int], onto: Any = Non
         waves, inverse = torch.view_as_complex(columns), partial(torch.fft.irfft, n=n, dim=1)
     half, rows = m // 2 + 1, max(8 * _BLOCK // (n * dtype.itemsize), 8)
     spectrum = xp.zeros((min(rows, half), n // 2 + 1), dtype=waves.dtype)
-    if (out := room((m * n,), columns)) is None:
-        out = xp.empty(m * n, dtype=dtype)
+    out = _empty((m * n,), columns)
     known = None if onto is None else onto.reshape((m * n,))
 
     def write(here: slice, new: Any) -> None:
