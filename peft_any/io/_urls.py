@@ -50,6 +50,17 @@ def is_url(path: StrPath) -> bool:
     return "://" in text and _URL.match(text) is not None and _LOCAL.match(text) is None
 
 
+def place_of(path: StrPath) -> Path | str:
+    """Give a URL as a text, and anything else as a path.
+
+    Examples
+    --------
+    >>> place_of("s3://bucket/out"), place_of("file:///out") == Path("/out")
+    ('s3://bucket/out', True)
+    """
+    return os.fspath(path) if is_url(path) else Path(path_of(path))
+
+
 def local(path: StrPath, action: str) -> Path:
     """Give a path that is none of another file system.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from peft_any.arguments import checked
 from peft_any.backend import Backend, resolve
 from peft_any.errors import UsageError, VerifyError
 from peft_any.io._atomic import StrPath
-from peft_any.io._urls import is_url, path_of
+from peft_any.io._urls import place_of
 from peft_any.io.checkpoint import Checkpoint, output_directory
 from peft_any.io.config import TENSORS
 from peft_any.io.safetensors import SafetensorsFile
@@ -119,7 +118,7 @@ def extract(
     does = engine_of(engine)
     with Checkpoint(base) as one, Checkpoint(model) as two:
         if out is not None:
-            refuse_existing(os.fspath(out) if is_url(out) else Path(path_of(out)), overwrite)
+            refuse_existing(place_of(out), overwrite)
         couple = Couple(one, two)
         compared = partial(_compared, does, couple)
         division = divide(couple, compared, kinds, embeddings=embeddings, strict=strict)

@@ -13,7 +13,7 @@ from peft_any.backend import Backend, asked, is_floating
 from peft_any.errors import UsageError, nearest
 from peft_any.io._atomic import StrPath, taken
 from peft_any.io._header import BITS
-from peft_any.io._urls import is_url, path_of
+from peft_any.io._urls import place_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
 from peft_any.receipt import Receipt, versions
@@ -153,7 +153,7 @@ def merge_checkpoint(
     )
     work = engine_of(engine)
     if out is not None:
-        out = os.fspath(out) if is_url(out) else Path(path_of(out))
+        out = place_of(out)
     with Checkpoint(base) as checkpoint:
         refuse_existing(out, overwrite, resume)
         plan = make_plan(checkpoint, adapter, fit)
