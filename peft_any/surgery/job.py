@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +17,7 @@ from peft_any.io._threads import Behind, nothing
 from peft_any.io._writer import PlacedWriter
 from peft_any.io.checkpoint import INDEX, Checkpoint, output_directory, output_file
 from peft_any.io.safetensors import SafetensorsFile
-from peft_any.receipt import Change, Receipt, peak_memory
+from peft_any.receipt import Change, Clock, Receipt, peak_memory
 from peft_any.surgery.beside import (
     RECEIPT,
     changed_config,
@@ -61,9 +60,9 @@ class Job:
     elsewhere: Elsewhere | None = None
     threads: int = 1
     max_shard: int | None = None
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
         self.changes: list[Change] = []
         self.copied = 0
         self.total = 0
@@ -247,23 +246,22 @@ class Job:
         if self.progress is not None:
             self.progress(self.done, self.total, name)
 
-    def finish(self, made: Receipt, since: float, out: dict[str, Any] | None = None) -> Receipt:
+    def finish(self, made: Receipt, out: dict[str, Any] | None = None) -> Receipt:
         """Complete the receipt, and refuse what kept too little, or was made of changing files."""
         self.base.refuse_changes()
-        self.seconds["merge"] = time.perf_counter() - since
         done = replace(
             made,
             changes=tuple(self.changes),
             copied=self.copied,
             out=out or {},
             warnings=tuple(self.plan.warnings),
-            seconds={k: round(v, 3) for k, v in self.seconds.items()},
+            seconds=self.clock.lap("merge"),
             peak_memory=peak_memory(),
         )
         done.check(self.min_kept)
         return done
 
-    def write(self, made: Receipt, since: float, overwrite: bool) -> Receipt:
+    def write(self, made: Receipt, overwrite: bool) -> Receipt:
         """Write the output and its receipt."""
         assert self.out is not None  # noqa: S101 - told from dry runs by the caller
         inputs: list[StrPath] = [self.base.source]
@@ -277,8 +275,8 @@ class Job:
                 ledger = Sent(sent, task, resume=self.resume)
                 self.plan.warnings.extend(ledger.notes)
                 with self.run(None, journal=ledger, sent=sent):
-                    done = self._completed(sent.mirror, made, since)
-                return self._synced(done, since, Path(sent.mirror) / RECEIPT)
+                    done = self._completed(sent.mirror, made)
+                return self._synced(done, Path(sent.mirror) / RECEIPT)
         if self.to_file:
             beside = output_file(receipt_path(self.out), overwrite=True, inputs=inputs, alone=False)
             with beside as text, output_file(self.out, overwrite, inputs=inputs) as whole:
@@ -286,29 +284,28 @@ class Job:
                 with self.run(whole.parent, names):
                     with SafetensorsFile(whole) as written:
                         out = described(self.out, written, self.full_hash)
-                    done = self.finish(made, since, out)
-                return self._synced(done, since, text)
+                    done = self.finish(made, out)
+                return self._synced(done, text)
         directory = output_directory(self.out, overwrite, inputs=inputs, resume=self.resume)
         with directory as folder:
             task = task_of(made, self.plan, self.kinds)
             journal = Journal(folder, task, str(self.out), whole=self.resume)
             self.plan.warnings.extend(journal.notes)
             with self.run(folder, journal=journal):
-                done = self._completed(folder, made, since)
-            return self._synced(done, since, folder / RECEIPT)
+                done = self._completed(folder, made)
+            return self._synced(done, folder / RECEIPT)
 
-    def _completed(self, folder: StrPath, made: Receipt, since: float) -> Receipt:
+    def _completed(self, folder: StrPath, made: Receipt) -> Receipt:
         """Put beside the shards what belongs there, and the receipt."""
         place = Path(folder)
         self._side_files(place)
         with Checkpoint(folder) as written:
             out = described(str(self.out), written, self.full_hash)
-        return self.finish(made, since, out)
+        return self.finish(made, out)
 
-    def _synced(self, done: Receipt, since: float, path: Path) -> Receipt:
+    def _synced(self, done: Receipt, path: Path) -> Receipt:
         """Write the receipt, with the time that the shards took to reach the device."""
-        took = time.perf_counter() - since - self.seconds["merge"]
-        done = replace(done, seconds={**done.seconds, "sync": round(took, 3)})
+        done = replace(done, seconds=self.clock.lap("sync"))
         path.write_text(done.to_json() + "\n", encoding="utf-8")
         return done
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from peft_any.io._header import BITS
 from peft_any.io._urls import place_of
 from peft_any.io.checkpoint import Checkpoint
 from peft_any.naming.rules import Names
-from peft_any.receipt import Receipt, versions
+from peft_any.receipt import Clock, Receipt, versions
 from peft_any.surgery.beside import described
 from peft_any.surgery.choice import EngineLike, engine_of
 from peft_any.surgery.compute import Surgeon
@@ -134,7 +133,7 @@ def merge_checkpoint(
     >>> [change.tensor for change in done.changes]
     ['fc.weight']
     """
-    start = time.perf_counter()
+    clock = Clock()
     if out is None and not dry_run:
         raise UsageError(
             "out: nothing says where the merged checkpoint goes: give out=, or dry_run"
@@ -162,7 +161,7 @@ def merge_checkpoint(
         job.full_hash, job.threads = full_hash, thread_count(threads)
         if checkpoint.is_remote or isinstance(out, str):  # that has threads of its own: no forks
             job.threads = 1
-        job.max_shard = limit
+        job.max_shard, job.clock = limit, clock
         if not isinstance(work, Local):
             from peft_any.surgery.tasks import merging  # noqa: PLC0415 - for engines alone
 
@@ -188,12 +187,11 @@ def merge_checkpoint(
             },
             versions=versions(),
         )
-        ready = time.perf_counter()
-        job.seconds = {"prepare": ready - start}
+        clock.lap("prepare")
         if dry_run:
             with job.run(None):
-                return job.finish(made, ready)
-        return job.write(made, ready, overwrite)
+                return job.finish(made)
+        return job.write(made, overwrite)
 
 
 def storage_dtype(dtype: Any) -> str:
